@@ -1,0 +1,160 @@
+"""How many images a second reach the training step: ImageFolder + DataLoader against every way of fastdcgan.
+
+    python bench/data_path.py --data DIR [--image-size 64] --json OUT
+
+DIR is a folder of images. The ways are measured in turn, several rounds, and medians are compared, so that a machine
+that gets busier slows them all. First epochs decode; "cache" gathers batches from kept images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from fastdcgan.data import Dataset, open_dataset
+from fastdcgan.data.file_dataset import dali_is_installed
+
+CACHE_SECONDS = 1.0
+
+
+class FlatImageFolder(ImageFolder):  # type: ignore[misc]  # torchvision has no types
+    """ImageFolder that accepts a flat folder as well: the whole folder is one class."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir()) or ["."]
+        return names, {name: i for i, name in enumerate(names)}
+
+
+def image_folder(data: Path, size: int, batch: int, most: int) -> float:
+    """images/s of the usual loader: decode, resize, centre crop, to float tensor, normalise; two workers."""
+    steps = [
+        transforms.Resize(size),
+        transforms.CenterCrop(size),
+        transforms.ToTensor(),
+        transforms.Normalize(0.5, 0.5),
+    ]
+    started, delivered = time.perf_counter(), 0
+    dataset = FlatImageFolder(str(data), transforms.Compose(steps))
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=2)
+    for images, _ in loader:
+        delivered += len(images)
+        if delivered >= most:
+            break
+    return delivered / (time.perf_counter() - started)
+
+
+def opened(data: Path, size: int, loader: str, cache: str, cache_dir: str) -> Dataset:
+    return open_dataset(
+        str(data),
+        image_size=(size, size),
+        channels=3,
+        device=torch.device("cpu"),
+        loader=loader,
+        cache=cache,
+        cache_dir=Path(cache_dir),
+    )
+
+
+def first_epoch(data: Path, size: int, batch: int, most: int, loader: str, cache: str) -> float:
+    """images/s from nothing, as in the first epoch of a first run: listing and looking at the files included."""
+    with TemporaryDirectory() as cache_dir:
+        started, delivered = time.perf_counter(), 0
+        stream = opened(data, size, loader, cache, cache_dir).stream(batch)
+        while delivered < most:
+            stream.advance()
+            stream.source.index_select(0, stream.index)
+            delivered += batch
+        rate = delivered / (time.perf_counter() - started)
+        stream.close()
+    return rate
+
+
+def from_cache(stream_of: Callable[[], tuple[torch.Tensor, torch.Tensor, Callable[[], None]]]) -> float:
+    """images/s of uint8 batches gathered from kept images."""
+    source, index, advance = stream_of()
+    started, delivered = time.perf_counter(), 0
+    while time.perf_counter() - started < CACHE_SECONDS:
+        advance()
+        source.index_select(0, index)
+        delivered += len(index)
+    return delivered / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=10_000, help="at most this many images per measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # for all ways alike: torch's threads are for training, and nothing trains here
+    data, size, batch = options.data, options.image_size, options.batch_size
+
+    with TemporaryDirectory() as cache_dir:
+        kept = opened(data, size, "auto", "host", cache_dir)
+        batch = min(batch, kept.count)
+        most = min(options.images, kept.count // batch * batch)
+        stream = kept.stream(batch)
+        for _ in range(2 * kept.count // batch + 1):
+            stream.advance()
+
+        def resident() -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+            return stream.source, stream.index, stream.advance
+
+        ways: dict[str, Callable[[], float]] = {
+            "ImageFolder + DataLoader(num_workers=2)": lambda: image_folder(data, size, batch, most)
+        }
+        for loader in ("dali", "torch") if dali_is_installed() else ("torch",):
+            for cache in ("host", "off"):
+                one = functools.partial(first_epoch, data, size, batch, most, loader, cache)
+                ways[f"--loader {loader} --cache {cache}, first epoch"] = one
+        ways["cache"] = lambda: from_cache(resident)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.rounds):
+            for name, measure in ways.items():
+                rates[name].append(measure())
+
+    baseline = statistics.median(next(iter(rates.values())))
+    rows = [
+        {
+            "way": name,
+            "images_per_second": round(statistics.median(found)),
+            "ratio": round(statistics.median(found) / baseline, 2),
+            "all": [round(rate) for rate in found],
+        }
+        for name, found in rates.items()
+    ]
+    result = {
+        "images": most,
+        "files": kept.count,
+        "image_size": size,
+        "batch_size": batch,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "ways": rows,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        print(f"{row['images_per_second']:>10,} images/s  x{row['ratio']:<7} {row['way']}")
+
+
+if __name__ == "__main__":
+    main()

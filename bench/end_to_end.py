@@ -1,0 +1,200 @@
+"""Images a second from image files to trained weights: `fastdcgan bench --data DIR`.
+
+Each contender brings the loader it would use: `example` ImageFolder and a DataLoader with two workers, `skilled` the
+same with a worker a core, pinned memory and persistent workers, `fast` this project's data path with its own choice of
+loader and cache, into an empty cache folder. Contenders take turns, an epoch each; the first epoch, in which ours
+decodes and keeps, is reported apart from the later ones. Compilation is not in these times; opening the data is in the
+first epoch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastdcgan.bench import contenders
+from fastdcgan.bench.contenders import Entry, Example, Shape, Skilled
+from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.roofline import synchronize
+from fastdcgan.console import say
+
+
+@dataclass
+class Row:
+    """What was measured of one contender at one batch size."""
+
+    contender: str
+    precision: str
+    batch_size: int
+    images: int = 0  # in an epoch
+    first_epoch: float = 0.0  # images/s
+    later_epochs: float = 0.0  # images/s, median
+    first_ratio: float | None = None  # to the first contender
+    later_ratio: float | None = None
+    epochs: list[float] = field(default_factory=list)  # images/s
+
+
+@dataclass
+class Runner:
+    row: Row
+    opened: float  # seconds that opening the data took
+    epoch: Callable[[], int]  # trains one epoch and returns its images
+    flags: tuple[bool, ...]
+
+
+def bench_data(
+    *,
+    data: Path,
+    shape: Shape,
+    batch_sizes: tuple[int, ...],
+    device: torch.device,
+    names: tuple[str, ...],
+    precision: str = "auto",
+    epochs: int = 3,
+    json: Path | None = None,
+    command: str = "",
+) -> list[Row]:
+    """Measure, print the table and return its rows; with `json` write them there too, after every batch size."""
+    contenders.quiet()
+    rows: list[Row] = []
+    for batch_size in batch_sizes:
+        with TemporaryDirectory() as cache_dir:
+            rows += bench_batch_size(
+                data, dataclasses.replace(shape, batch_size=batch_size), device, names, precision, epochs, cache_dir
+            )
+        if json:
+            content = describe(device, command) | {
+                "measured": "end to end",
+                "data": data.name,
+                "network": {name: value for name, value in dataclasses.asdict(shape).items() if name != "batch_size"},
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+            write_json(json, content)
+    print(table(rows))
+    return rows
+
+
+def bench_batch_size(
+    data: Path,
+    shape: Shape,
+    device: torch.device,
+    names: tuple[str, ...],
+    precision: str,
+    epochs: int,
+    cache_dir: str,
+) -> list[Row]:
+    torch._dynamo.reset()  # or another batch size would be taken for a dynamic shape
+    defaults = contenders.read_flags()
+    runners = []
+    for entry in contenders.entries(names, precision, device):
+        say(f"batch {shape.batch_size}: preparing {entry.name} {entry.precision}")
+        row = Row(entry.name, entry.precision, shape.batch_size)
+        prepare = prepare_fast if entry.name.startswith("fast") else prepare_usual
+        folder = Path(cache_dir) / f"{entry.name}-{entry.precision}"
+        opened, epoch = prepare(entry, data, shape, device, folder)
+        runners.append(Runner(row, opened, epoch, contenders.read_flags()))
+        contenders.set_flags(defaults)
+    for number in range(epochs):
+        say(f"batch {shape.batch_size}: epoch {number + 1} of {epochs}")
+        for runner in runners:
+            with contenders.flags(runner.flags):
+                synchronize(device)
+                start = time.perf_counter()
+                runner.row.images = runner.epoch()
+                synchronize(device)
+                seconds = time.perf_counter() - start + (runner.opened if number == 0 else 0)
+            runner.row.epochs.append(runner.row.images / seconds)
+    rows = [runner.row for runner in runners]
+    for row in rows:
+        row.first_epoch, row.later_epochs = row.epochs[0], median(row.epochs[1:] or row.epochs)
+        row.first_ratio, row.later_ratio = row.first_epoch / rows[0].epochs[0], row.later_epochs / rows[0].later_epochs
+    return rows
+
+
+def prepare_usual(
+    entry: Entry, data: Path, shape: Shape, device: torch.device, cache_dir: Path
+) -> tuple[float, Callable[[], int]]:
+    """`example` and `skilled`: seconds of opening the data, and what trains an epoch. They keep no images."""
+    from torchvision import transforms
+
+    from fastdcgan.bench.data_path import FlatImageFolder
+
+    steps = [
+        transforms.Resize(shape.image_size),
+        transforms.CenterCrop(shape.image_size),
+        transforms.ToTensor(),
+        transforms.Normalize(0.5, 0.5),
+    ]
+    start = time.perf_counter()
+    dataset = FlatImageFolder(str(data), transforms.Compose(steps))
+    opened = time.perf_counter() - start
+    zeros = torch.zeros(shape.batch_size, shape.channels, *shape.image_size, device=device)
+    loaded = functools.partial(DataLoader, dataset, shape.batch_size, shuffle=True, drop_last=True)
+    if entry.name == "skilled":
+        trainer: Example | Skilled = contenders.compiled_skilled(shape, device, entry.precision, zeros)[0]
+        workers, pin_memory = os.cpu_count() or 1, device.type == "cuda"
+        loader: DataLoader[Any] = loaded(num_workers=workers, pin_memory=pin_memory, persistent_workers=True)
+    else:
+        trainer = Example(shape, device, entry.precision)
+        trainer.step(zeros)
+        loader = loaded(num_workers=2)
+
+    def epoch() -> int:
+        images = 0
+        for real, _ in loader:
+            trainer.step(real.to(device, non_blocking=True))
+            images += len(real)
+        return images
+
+    return opened, epoch
+
+
+def prepare_fast(
+    entry: Entry, data: Path, shape: Shape, device: torch.device, cache_dir: Path
+) -> tuple[float, Callable[[], int]]:
+    """`fast`: the same. Its loader decodes from when it is opened, so it is a little ahead when the epoch starts."""
+    from fastdcgan.data import open_dataset
+
+    start = time.perf_counter()
+    dataset = open_dataset(
+        str(data), image_size=shape.image_size, channels=shape.channels, device=device, cache_dir=cache_dir
+    )
+    stream = dataset.stream(shape.batch_size)
+    opened = time.perf_counter() - start
+    _, run = contenders.fast_step(shape, stream.source, stream.index, entry.precision, entry.name, flip=True)
+    for _ in range(5):  # compiles, and captures
+        run()
+
+    def epoch() -> int:
+        steps = dataset.count // shape.batch_size
+        for _ in range(steps):
+            stream.advance()
+            run()
+        return steps * shape.batch_size
+
+    return opened, epoch
+
+
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal."""
+    lines = [
+        f"{'contender':14} {'precision':9} {'batch':>5} {'images':>8} {'first epoch':>12} {'ratio':>6}"
+        f" {'later epochs':>13} {'ratio':>6}   (images/s)"
+    ]
+    lines += [
+        f"{row.contender:14} {row.precision:9} {row.batch_size:5} {row.images:8,} {row.first_epoch:12,.1f}"
+        f" {row.first_ratio:6.2f} {row.later_epochs:13,.1f} {row.later_ratio:6.2f}"
+        for row in rows
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""What a measurement depends on: device, driver, versions, date, commit and command. Every result carries it."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "torchvision", "nvidia-dali-cuda130", "numpy")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def describe(device: torch.device, command: str) -> dict[str, Any]:
+    """Device, versions, date, commit and the command that repeats the measurement, as JSON has them."""
+    return {
+        "device": describe_device(device),
+        "versions": {"python": platform.python_version(), **versions()},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit(),
+        "command": command,
+    }
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Name, kind and what else its speed depends on."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "kind": "cuda",
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "driver": nvidia_driver(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        }
+    return {
+        "kind": "cpu",
+        "name": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": native_bf16(),
+        "load_average": round(os.getloadavg()[0], 1),  # at the end of the measurement; above `threads` it was disturbed
+    }
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself; where it does not, bfloat16 is far slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def nvidia_driver() -> str | None:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a + where measured files were changed since; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fastdcgan/*.py", "kernels", "bench/*.py")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")

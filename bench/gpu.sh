@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything a GPU machine should be asked, in one command, in 10 minutes, without a network:
+#
+#     OUT=results BUDGET=570 bench/gpu.sh
+#
+# Needs Python with torch, triton and numpy; pytest, DALI and Pillow where they are. Each section has a time limit and
+# costs nothing but itself when it fails; the most wanted come first. $OUT gets log.txt, JSON files and the profile.
+set -u
+cd "$(dirname "$0")/.."
+OUT=${OUT:-gpu-results}
+BUDGET=${BUDGET:-570}
+PYTHON=${PYTHON:-python}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export OUT PYTHONPATH=. PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/fastdcgan-inductor}
+work=$(mktemp -d)
+export work
+trap 'rm -rf "$work"' EXIT
+
+# section NAME LIMIT COMMAND...: run it for at most LIMIT seconds, or what is left of the budget.
+section() {
+    local name=$1 limit=$2 left=$((BUDGET - SECONDS))
+    shift 2
+    if [ "$left" -lt 15 ]; then
+        echo "== $name: skipped, no time left" | tee -a "$OUT/log.txt"
+        return
+    fi
+    [ "$limit" -gt "$left" ] && limit=$left
+    echo "== $name (at most $limit s)" | tee -a "$OUT/log.txt"
+    local start=$SECONDS
+    timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt"
+    echo "== $name: exit ${PIPESTATUS[0]} after $((SECONDS - start)) s" | tee -a "$OUT/log.txt"
+}
+
+# steps FILE SIDE REPETITIONS "BATCHES" "CONTENDERS": bench of the step, as `fastdcgan bench` without its command line.
+steps() {
+    cat <<PYTHON_END
+import os
+from pathlib import Path
+import torch
+from fastdcgan.bench.contenders import Shape
+from fastdcgan.bench.throughput import bench
+bench(
+    shape=Shape(image_size=($2, $2)), batch_sizes=tuple(map(int, "$4".split())), device=torch.device("cuda"),
+    names=tuple("$5".split()), repetitions=$3, block_seconds=0.3, json=Path(os.environ["OUT"], "$1.json"),
+    command="fastdcgan bench --image-size $2 --batch-size $4 --only $5",
+)
+PYTHON_END
+}
+
+has() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+section machine 20 bash -c "nvidia-smi; $PYTHON -c 'import torch, triton; print(torch.__version__, triton.__version__)'"
+section "step 64 pixels" 100 "$PYTHON" -c "$(steps step-64 64 9 "128 1024 64 512" "example example-fp32 fast-eager fast-compiled fast-captured")"
+section profile 60 "$PYTHON" - <<'PYTHON_END'
+import os, shutil
+from pathlib import Path
+import torch
+from fastdcgan.bench.profiling import profile_training
+for executor in ("fast-captured", "fast-eager"):
+    profile_training(
+        data="fake", image_size=(64, 64), batch_size=128, width=64, precision="bf16", device=torch.device("cuda"),
+        executor=executor, steps=5, out=Path(os.environ["work"], "profile", executor), nsight=False,
+    )
+shutil.make_archive(str(Path(os.environ["OUT"], "profile")), "gztar", Path(os.environ["work"], "profile"))
+PYTHON_END
+section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 7 "128 1024" "example skilled fast-captured")"
+if has pytest; then
+    section tests 120 "$PYTHON" -m pytest -q -m gpu -o addopts=--import-mode=importlib -p no:cacheprovider \
+        --continue-on-collection-errors tests
+else
+    echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
+fi
+section kernels 60 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
+section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
+section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
+if has PIL && has torchvision; then
+    has nvidia.dali || echo "== data path: no DALI here, so the torch loader alone" | tee -a "$OUT/log.txt"
+    section "data path" 60 "$PYTHON" - <<'PYTHON_END'
+import os
+from pathlib import Path
+import torch
+from PIL import Image
+from fastdcgan.bench.contenders import Shape
+from fastdcgan.bench.end_to_end import bench_data
+folder = Path(os.environ["work"], "images")
+folder.mkdir()
+smooth = torch.nn.functional.interpolate(torch.rand(256, 3, 12, 12) * 255, (218, 178), mode="bicubic").clamp(0, 255)
+for i, picture in enumerate(smooth.byte().permute(0, 2, 3, 1).numpy()):
+    Image.fromarray(picture).save(folder / f"{i}.jpg", quality=90)
+    for copy in range(31):
+        os.link(folder / f"{i}.jpg", folder / f"{i}-{copy}.jpg")
+bench_data(
+    data=folder, shape=Shape(), batch_sizes=(128,), device=torch.device("cuda"), names=("example", "fast-captured"),
+    json=Path(os.environ["OUT"], "data.json"), command="fastdcgan bench --data DIR --batch-size 128",
+)
+PYTHON_END
+else
+    echo "== data path: skipped, no Pillow or no torchvision here" | tee -a "$OUT/log.txt"
+fi
+section quality 100 "$PYTHON" -m fastdcgan.bench.quality "$OUT/quality.json" "$(has sklearn && echo digits || echo fake)" 32 32 2000 2
+echo "== done after $SECONDS s; in $OUT: $(ls "$OUT" | tr '\n' ' ')" | tee -a "$OUT/log.txt"

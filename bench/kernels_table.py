@@ -1,0 +1,159 @@
+"""Every BatchNorm layer of the 32, 64 and 128-pixel networks: the fused kernels against eager torch and torch.compile.
+
+    python -m fastdcgan.bench.kernels_table --json bench/results/kernels.json
+
+Each time is a median. On a GPU two are taken: `cold` with the L2 cache emptied before each run (`do_bench`), and
+`graph` inside a CUDA graph, where launches cost what they cost in a captured step (`do_bench_cudagraph`). The bandwidth
+counts the bytes that two passes over the data move: x twice and y once forward; both adds x and dy twice and dx once.
+It is given beside that of a plain copy of the same tensor, timed the same way in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdcgan.kernels import batch_norm_act
+
+LAYERS = {  # image size: (channels, pixels a side) of each BatchNorm layer, width 64
+    32: [(256, 4), (128, 8), (64, 16)],
+    64: [(512, 4), (256, 8), (128, 16), (64, 32)],
+    128: [(1024, 4), (512, 8), (256, 16), (128, 32), (64, 64)],
+}
+Operation = Callable[..., Tensor]
+Shape = tuple[int, int, int, int]
+BATCHES = [64, 128, 1024]
+TUNED: dict[str, str | int | bool | Callable[..., Any]] = {
+    "realize_reads_threshold": 12,
+    "triton.force_cooperative_reductions": True,
+}  # the fewest bytes Inductor reaches
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def variants(device: str) -> dict[str, Operation]:
+    """Name -> function with batch_norm_act's signature."""
+    eager: Operation = functools.partial(batch_norm_act, backend="reference")
+    found: dict[str, Operation] = {"eager": eager, "compiled": torch.compile(eager, dynamic=False)}
+    if device == "cuda":
+        found["tuned"] = torch.compile(eager, dynamic=False, options=TUNED)
+        found["fused"] = functools.partial(batch_norm_act, backend="triton")
+    return found
+
+
+def layer(
+    shape: Shape, dtype: torch.dtype, device: str, groups: int
+) -> tuple[dict[str, tuple[Callable[[Operation], Any], int]], Callable[[], Tensor], int]:
+    """For the forward pass and for both: what runs an operation, and the bytes it moves; a copy, and its bytes."""
+    channels = shape[1]
+    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.rand(channels, device=device, requires_grad=True) for _ in range(2))
+    running_mean, running_var = torch.zeros(channels, device=device), torch.ones(channels, device=device)
+    dy = torch.randn_like(x)
+
+    def forward(operation: Operation) -> Tensor:
+        return operation(x, weight, bias, running_mean, running_var, training=True, negative_slope=0.2, groups=groups)
+
+    def both(operation: Operation) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(operation), (x, weight, bias), dy)
+
+    once = x.numel() * x.element_size()
+    copy = functools.partial(torch.empty_like(x, requires_grad=False).copy_, x.detach())
+    return {"forward": (forward, 3 * once), "both": (both, 8 * once)}, copy, 2 * once
+
+
+def milliseconds(run: Callable[[], Any], device: str) -> dict[str, float]:
+    """Timer -> median milliseconds of run()."""
+    if device == "cuda":
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        run()  # compiles here, not inside the capture
+        torch.cuda.synchronize()
+        return {
+            "cold": do_bench(run, warmup=10, rep=50, return_mode="median"),
+            "graph": do_bench_cudagraph(run, rep=20, return_mode="median"),
+        }
+    run()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return {"cpu": statistics.median(times)}
+
+
+def measure(shapes: Sequence[Shape], dtype_name: str, device: str, groups: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        torch._dynamo.reset()
+        passes, copy, copy_bytes = layer(shape, DTYPES[dtype_name], device, groups)
+        copied = {timer: copy_bytes / ms / 1e6 for timer, ms in milliseconds(copy, device).items()}
+        for (name, operation), (which, (run, count)) in itertools.product(variants(device).items(), passes.items()):
+            try:
+                times = milliseconds(functools.partial(run, operation), device)
+            except Exception as error:  # one variant that a version of torch cannot compile must not end the run
+                rows.append({"shape": list(shape), "variant": name, "pass": which, "error": str(error)[:500]})
+                print(f"{shape} {name} {which}: {error}"[:300], flush=True)
+                continue
+            for timer, ms in times.items():
+                rows.append(
+                    {
+                        "shape": list(shape),
+                        "groups": groups,
+                        "dtype": dtype_name,
+                        "variant": name,
+                        "pass": which,
+                        "timer": timer,
+                        "ms": ms,
+                        "gb_per_s": count / ms / 1e6,
+                        "copy_gb_per_s": copied[timer],
+                        "fraction_of_copy": count / ms / 1e6 / copied[timer],
+                    }
+                )
+                print(line(rows[-1]), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    shape = "x".join(map(str, row["shape"]))
+    return (
+        f"{shape:>18} {row['dtype']} groups {row['groups']}  {row['variant']:>8} {row['pass']:>7} {row['timer']:>5} "
+        f"{row['ms']:9.4f} ms {row['gb_per_s']:8.1f} GB/s {row['fraction_of_copy']:6.1%} of a copy"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows and the machine here")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of x and y (default: %(default)s)")
+    parser.add_argument(
+        "--groups", type=int, default=1, help="statistics per slice of the batch (default: %(default)s)"
+    )
+    parser.add_argument("--image-sizes", type=int, nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = [
+        (n, c, side, side) for n in arguments.batches for size in arguments.image_sizes for c, side in LAYERS[size]
+    ]
+    if device == "cpu":
+        print("no GPU here: one small layer, to show that this runs")
+        shapes = [(8, 16, 8, 8)]
+    rows = measure(shapes, arguments.dtype, device, arguments.groups)
+    if arguments.json:
+        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        machine = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""fastdcgan: train a DCGAN on your own images, fast.
+
+from fastdcgan import TrainConfig, train, load_run
+run = train(TrainConfig(data="photos", image_size="64", compile=True))
+images = load_run(run).generator(torch.randn(16, 100))
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdcgan.apps.export import from_pretrained
+    from fastdcgan.config import TrainConfig
+    from fastdcgan.models import Discriminator, Generator
+    from fastdcgan.runs import load_run
+    from fastdcgan.trainer import train
+
+__all__ = ["Discriminator", "Generator", "TrainConfig", "from_pretrained", "load_run", "train"]
+
+_HOME = {
+    "Discriminator": "fastdcgan.models",
+    "Generator": "fastdcgan.models",
+    "TrainConfig": "fastdcgan.config",
+    "from_pretrained": "fastdcgan.apps.export",
+    "load_run": "fastdcgan.runs",
+    "train": "fastdcgan.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `fastdcgan --help` must not wait for torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastdcgan' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,3 @@
+from fastdcgan.cli import main
+
+main()

@@ -1,0 +1,136 @@
+"""What goes wrong in a GAN, seen in its metrics and samples: when it starts, what it means, which flag helps."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+
+PATIENCE = 5  # log points in a row before the discriminator has won
+WON = 0.04  # of D's loss above its lowest possible: with bce D(x) 0.98 and D(G(z)) 0.02
+LARGE = 20.0  # a loss no run that learns has: with bce a probability of 2e-9
+STEEP = 100.0  # times the median gradient norm of the last HISTORY log points
+HISTORY = 50
+SETTLED = 200  # steps before samples are judged: an untrained generator draws the same grey for every latent
+SAME = 0.05  # share of the data's diversity that is as good as none
+FALLEN = 0.35  # share of the run's own best diversity
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that has gone wrong.
+
+    Attributes:
+        kind: "not finite", "large losses", "steep gradients", "discriminator wins" or "collapse".
+        step: when it was noticed.
+        sound: the last step at which there was no sign of it.
+        message: one line: what is seen, what it means, what to try.
+    """
+
+    kind: str
+    step: int
+    sound: int
+    message: str
+
+
+class Alarms:
+    """Looks at each log point and each sample grid, and reports what starts to go wrong, once until it is over.
+
+    Args:
+        loss: a key of `OBJECTIVES`.
+        label_smoothing: raises the discriminator's lowest possible loss.
+        step: where the run starts.
+    """
+
+    def __init__(self, loss: str, label_smoothing: float, step: int) -> None:
+        self.start = step
+        self.loss = loss
+        self.floor = _entropy(label_smoothing) if loss == "bce" else 0.0
+        self.norms: dict[str, deque[float]] = {
+            "grad_norm_d": deque(maxlen=HISTORY),
+            "grad_norm_g": deque(maxlen=HISTORY),
+        }
+        self.signs: dict[str, int] = {}  # kind -> points in a row that showed it
+        self.sound: dict[str, int] = {}  # kind -> last step that did not
+        self.best_diversity = 0.0
+
+    def look_at_metrics(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
+        """The alarms that a log point starts; `metrics` has losses, d_real, d_fake, grad_norm_d and grad_norm_g."""
+        finite = all(math.isfinite(value) for value in metrics.values())
+        raised = self._judge(
+            "not finite",
+            step,
+            not finite,
+            1,
+            "losses or gradients are no longer numbers: nothing after this can be used. Try --on-divergence rollback, a"
+            " smaller --lr, or --precision fp32",
+        )
+        if not finite:
+            return raised
+        largest = max(abs(metrics["loss_d"]), abs(metrics["loss_g"]))
+        raised += self._judge(
+            "large losses",
+            step,
+            self.loss != "wgan-gp" and largest > LARGE,
+            3,
+            f"a loss of {largest:,.0f} is beyond what learning looks like: the updates are too large. Try a smaller"
+            " --lr (0.0002 is usual)",
+        )
+        steepest, times = "", 0.0
+        for name, norms in self.norms.items():
+            usual = median(norms) if len(norms) >= 10 else math.inf
+            if usual > 0 and metrics[name] / usual > times:
+                steepest, times = name, metrics[name] / usual
+        network = "discriminator" if steepest == "grad_norm_d" else "generator"
+        raised += self._judge(
+            "steep gradients",
+            step,
+            times > STEEP,
+            3,
+            f"the {network}'s gradients are {times:,.0f} times as large as usual: the run is about to diverge. Try a"
+            " smaller --lr, or --r1 5",
+        )
+        if times <= STEEP:
+            for name, norms in self.norms.items():
+                norms.append(metrics[name])
+        raised += self._judge(
+            "discriminator wins",
+            step,
+            self.loss != "wgan-gp" and metrics["loss_d"] - self.floor < WON,
+            PATIENCE,
+            f"the discriminator tells all images apart (D(x) {metrics['d_real']:.2f}, D(G(z)) {metrics['d_fake']:.2f},"
+            f" loss {metrics['loss_d']:.3f}): the generator learns little from it. Try --instance-noise 0.1, --r1 5, a"
+            " smaller --lr or --lr-d, or with few images --diffaugment",
+        )
+        return raised
+
+    def look_at_samples(self, step: int, diversity: float, nearest: float) -> list[Alarm]:
+        """The alarms that a sample grid starts; both figures as `Quality.diversity` gives them."""
+        self.best_diversity = max(self.best_diversity, min(diversity, 1.0))
+        settled = step - self.start >= SETTLED
+        gone = min(diversity, nearest) < SAME or diversity < FALLEN * self.best_diversity
+        return self._judge(
+            "collapse",
+            step,
+            settled and gone,
+            2,
+            f"the samples are nearly the same picture (apart by {diversity:.0%} of what real images are, each from its"
+            f" nearest by {nearest:.0%}): the generator has collapsed. Try --spectral-norm, --r1 5, --loss hinge, a"
+            " smaller --lr-g, or --diffaugment",
+        )
+
+    def _judge(self, kind: str, step: int, seen: bool, patience: int, message: str) -> list[Alarm]:
+        """The alarm, at the moment that the sign has been there `patience` times in a row."""
+        if not seen:
+            self.signs[kind], self.sound[kind] = 0, step
+            return []
+        self.signs[kind] = self.signs.get(kind, 0) + 1
+        if self.signs[kind] != patience:
+            return []
+        return [Alarm(kind, step, self.sound.get(kind, self.start), message)]
+
+
+def _entropy(share: float) -> float:
+    """Of a coin, in nats."""
+    return -sum(p * math.log(p) for p in (share, 1 - share) if p > 0)

@@ -1,0 +1,154 @@
+"""How far sets of images are from each other, and how varied one is, without pretrained weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, for five scales
+SMALLEST = 16  # pixels a side of the coarsest level of a pyramid
+PATCH = 7
+BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """uint8 0..255, or floats in -1..1 -> float32 in -1..1."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+
+
+def sliced_wasserstein(
+    a: Tensor, b: Tensor, *, patches: int = 16, repeats: int = 4, directions: int = 128, seed: int = 0
+) -> dict[int, float]:
+    """Sliced Wasserstein distance between two sets of images, for each level of their Laplacian pyramids.
+
+    As in Karras et al. 2018, section 5: patches of 7x7 pixels from each level, every channel normalised over its set,
+    projected on random directions and sorted; the mean absolute difference of the sorted projections. Their figures
+    are 1,000 times these.
+
+    Args:
+        a, b: (N, C, H, W), uint8 or floats in -1..1; of unequal sets the first of the larger are taken.
+        patches: from each image (there: 128, of 16,384 images).
+        repeats: independent draws of `directions` directions.
+
+    Returns:
+        the distance by the level's height in pixels, finest first; coarse levels compare layout, fine ones texture.
+    """
+    count = min(len(a), len(b))
+    random = torch.Generator().manual_seed(seed)
+    distances = {}
+    pyramids = (laplacian_pyramid(unit_range(images[:count])) for images in (a, b))
+    for level_a, level_b in zip(*pyramids, strict=True):
+        described = [_descriptors(level, patches, random) for level in (level_a, level_b)]
+        total = 0.0
+        for _ in range(repeats):
+            axes = F.normalize(torch.randn(described[0].shape[1], directions, generator=random), dim=0)
+            projected = [(each @ axes.to(each.device)).sort(dim=0).values for each in described]
+            total += (projected[0] - projected[1]).abs().mean().item()
+        distances[level_a.shape[2]] = total / repeats
+    return distances
+
+
+def laplacian_pyramid(images: Tensor) -> list[Tensor]:
+    """(N, C, H, W) -> what each level adds to the next coarser one, finest first, down to 16 pixels a side."""
+    levels = []
+    while min(images.shape[2:]) >= 2 * SMALLEST and all(side % 2 == 0 for side in images.shape[2:]):
+        coarse = _blur(images)[:, :, ::2, ::2]
+        finer = torch.zeros_like(images)
+        finer[:, :, ::2, ::2] = coarse
+        levels.append(images - 4 * _blur(finer))
+        images = coarse
+    return [*levels, images]
+
+
+def ms_ssim_diversity(images: Tensor, *, pairs: int = 1000, seed: int = 0) -> float:
+    """How alike a set's pictures are: mean MS-SSIM of random pairs (Odena et al. 2017, section 4.2), at most 1.
+
+    0.3 is varied, 1 is one picture over and over. It only means something beside the same figure for real images.
+
+    Args:
+        images: (N, C, H, W), uint8 or floats in -1..1, N at least 2.
+    """
+    random = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(images), (pairs,), generator=random)
+    second = (first + torch.randint(1, len(images), (pairs,), generator=random)) % len(images)
+    values = [
+        ms_ssim(unit_range(images[i]), unit_range(images[j]))
+        for i, j in zip(first.split(256), second.split(256), strict=True)
+    ]
+    return torch.cat(values).mean().item()
+
+
+def ms_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Multi-scale structural similarity (Wang et al. 2003) of images (N, C, H, W) in -1..1: (N,).
+
+    Small pictures have fewer of the five scales, and the weights of those they have are scaled to a sum of 1.
+    """
+    scales = max(1, min(len(MS_SSIM_WEIGHTS), int(math.log2(min(a.shape[2:]) / 11)) + 1))
+    weights = [weight / sum(MS_SSIM_WEIGHTS[:scales]) for weight in MS_SSIM_WEIGHTS[:scales]]
+    result = torch.ones(len(a), device=a.device)
+    for scale, weight in enumerate(weights):
+        luminance, contrast = _ssim_parts(a, b)
+        part = (luminance * contrast if scale == scales - 1 else contrast).flatten(1).mean(1)
+        result = result * part.clamp(min=0) ** weight
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return result
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of images (N, C, H, W) in -1..1, with an 11x11 Gaussian window: (N,)."""
+    luminance, contrast = _ssim_parts(a, b)
+    return (luminance * contrast).flatten(1).mean(1)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, of images in -1..1."""
+    return 10 * math.log10(4 / max((a - b).square().mean().item(), 1e-12))
+
+
+def _ssim_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The luminance term, and the contrast and structure term, of SSIM at each pixel where the window fits."""
+    down, across = (_gaussian_windows(side).to(a.device) for side in a.shape[2:])
+
+    def mean(x: Tensor) -> Tensor:  # matrix products: small images are filtered faster so than by convolution
+        return down @ x @ across.T
+
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # for a range of 2
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1), (2 * covariance + c2) / (var_a + var_b + c2)
+
+
+def _descriptors(level: Tensor, patches: int, random: torch.Generator) -> Tensor:
+    """`patches` patches of each image (N, C, H, W): (N * patches, C * 49), each channel with mean 0 and deviation 1."""
+    n, _, height, width = level.shape
+    side = min(PATCH, height, width)
+    i = torch.arange(n).repeat_interleave(patches)
+    y = torch.randint(height - side + 1, (n * patches,), generator=random)
+    x = torch.randint(width - side + 1, (n * patches,), generator=random)
+    span = torch.arange(side)
+    rows, columns = (y[:, None] + span)[:, :, None], (x[:, None] + span)[:, None, :]
+    found = level.permute(0, 2, 3, 1)[i[:, None, None], rows, columns]  # (n * patches, side, side, channels)
+    found = (found - found.mean((0, 1, 2))) / found.std((0, 1, 2)).clamp(min=1e-8)
+    return found.flatten(1)
+
+
+def _blur(images: Tensor) -> Tensor:
+    """Burt and Adelson's 5x5 binomial filter."""
+    height, width = images.shape[2:]
+    images = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    images = sum(weight * images[:, :, i : i + height] for i, weight in enumerate(BINOMIAL))  # type: ignore[assignment]
+    return sum(weight * images[..., i : i + width] for i, weight in enumerate(BINOMIAL))  # type: ignore[return-value]
+
+
+def _gaussian_windows(side: int) -> Tensor:
+    """A row for each place where SSIM's window of 11 pixels (or all there are) fits in `side`: its weights."""
+    window = min(11, side)
+    weights = torch.exp(-(torch.arange(window) - (window - 1) / 2).square() / (2 * 1.5**2))
+    rows = torch.zeros(side - window + 1, side)
+    for i, row in enumerate(rows):
+        row[i : i + window] = weights / weights.sum()
+    return rows

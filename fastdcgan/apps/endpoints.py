@@ -1,0 +1,46 @@
+"""Points of the latent space as people name them: seeds, or image files, which are inverted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastdcgan.apps.invert import nearest
+from fastdcgan.apps.latent import latents
+from fastdcgan.apps.pictures import read_pictures
+from fastdcgan.apps.trained import open_both, open_run
+from fastdcgan.console import progress
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyGenerator
+
+STEPS = 300
+
+
+def open_points(run: Path, words: list[str], *, truncation: float | None, fit: bool) -> tuple[AnyGenerator, Tensor]:
+    """The run's generator, and a latent for each of the words: (len(words), latent_dim) on the CPU.
+
+    Args:
+        words: seeds (whole numbers) or paths of images.
+        truncation: of the seeds' latents, as in `latents`.
+        fit: crop, resize and convert images that have another size or other channels.
+
+    Raises:
+        UserError: a word that is neither, or an image or a run that cannot be used.
+    """
+    seeds = {word: int(word) for word in words if word.isdecimal()}
+    images = list(dict.fromkeys(word for word in words if word not in seeds))
+    for word in images:
+        if not Path(word).exists():
+            raise UserError(f"{word} is neither a seed (a whole number from 0) nor an image file")
+    if not images:
+        generator = open_run(run).generator
+        return generator, latents([seeds[word] for word in words], generator.latent_dim, truncation)
+    _, generator, discriminator = open_both(run)
+    target = read_pictures([Path(word) for word in images], generator, fit)
+    with progress("inverting the images", STEPS, "steps") as advance:
+        found = nearest(generator, discriminator, target, steps=STEPS, advance=advance).latent.cpu()
+    point = dict(zip(images, found, strict=True))
+    point |= {word: latents([seed], generator.latent_dim, truncation)[0] for word, seed in seeds.items()}
+    return generator, torch.stack([point[word] for word in words])

@@ -1,0 +1,202 @@
+"""How good a run's pictures are, beside real images measured the same way."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
+from fastdcgan.apps.features import activations, untrained
+from fastdcgan.apps.image_sets import batches, circumstances, open_images, require_whole, shuffled
+from fastdcgan.apps.latent import BATCH, generate, latents
+from fastdcgan.apps.neighbours import prdc
+from fastdcgan.apps.pictures import check_out, save, sheet
+from fastdcgan.apps.trained import device_of, open_both
+from fastdcgan.console import progress, say, spinner
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyDiscriminator
+from fastdcgan.monitor import to_uint8
+
+SHOWN = 6  # pictures a side of the two squares beside each other
+FEWEST = 32
+
+
+def evaluate(
+    run: Path,
+    *,
+    data: str,
+    out: Path,
+    images: int = 2000,
+    features: Path | None = None,
+    fid: bool = False,
+    inception_weights: Path | None = None,
+    seed: int = 0,
+    ema: bool = True,
+) -> None:
+    """Write the measurements as JSON, print them as a table, and draw real and generated pictures side by side.
+
+    Args:
+        data: real images, as in `fastdcgan train`.
+        images: real ones, and as many generated ones.
+        features: a run whose discriminator's features are compared for precision and recall; by default those of an
+            untrained one (Naeem et al. 2020, section 4), always the same one for networks of one shape. A run's own
+            discriminator is partial: it has learned to keep generated pictures apart from real ones.
+        fid: also FID, KID and inception score, with torch-fidelity.
+        inception_weights: file of the Inception network for `fid`; by default torch-fidelity fetches it.
+        seed: of the generated pictures and of which real images are taken.
+
+    Raises:
+        UserError: data, runs or settings that cannot be used; --fid where torch-fidelity is not installed.
+    """
+    require_whole("--images", images, FEWEST)
+    require_whole("--seed", seed, 0)
+    if inception_weights is not None and not inception_weights.is_file():
+        raise UserError(f"--inception-weights {inception_weights} does not exist: leave it out to fetch the usual file")
+    if fid and importlib.util.find_spec("torch_fidelity") is None:
+        raise UserError("--fid needs torch-fidelity: pip install torch-fidelity, or leave --fid out")
+    run_found, generator, discriminator = open_both(run, ema)
+    judge = None if features is None else open_both(features)[2]
+    if judge is not None and (judge.image_size, judge.channels) != (generator.image_size, generator.channels):
+        raise UserError(f"--features {features} was trained at another size or number of channels than {run}")
+    check_out(out, (".json",))
+    set_ = open_images(data, generator)
+    count = min(images, set_.count // 2)
+    if count < FEWEST:
+        raise UserError(f"{data} has {set_.count} usable images: at least {2 * FEWEST} are needed to compare with")
+    order = shuffled(set_.count, seed)
+    real = torch.cat(list(batches(set_, order[:count])))
+    if judge is None:
+        judge = untrained(discriminator, real[:BATCH])
+    other = torch.cat(list(batches(set_, order[count : 2 * count])))
+    parts = []
+    with progress("sampling", count, "images") as advance:
+        for first in range(0, count, BATCH):
+            seeds = range(seed + first, seed + min(first + BATCH, count))
+            parts.append(generate(generator, latents(seeds, generator.latent_dim)).cpu())
+            advance(len(seeds))
+    fake = torch.cat(parts)
+    with spinner(f"comparing {count:,} generated pictures with as many real ones"):
+        results = {
+            "generated": measure(real, fake, judge, seed),
+            "other real images": measure(real, other, judge, seed),
+        }
+    if fid:
+        results["generated"] |= inception_scores(real, fake, inception_weights)
+    print(table(results))
+    report = {
+        "run": str(run),
+        "step": run_found.step,
+        "data": data,
+        "images": count,
+        "features": "untrained" if features is None else str(features),
+        "results": results,
+        **circumstances(device_of(generator)),
+    }
+    save((json.dumps(report, indent=1) + "\n").encode(), out)
+    rows = [
+        [*real[SHOWN * i : SHOWN * (i + 1)], None, *fake[SHOWN * i : SHOWN * (i + 1)]] for i in range(min(SHOWN, 5))
+    ]
+    save(sheet(rows), out.with_suffix(".png"))
+    say(f"{out}; real (left) and generated (right): {out.with_suffix('.png')}")
+
+
+def measure(real: Tensor, fake: Tensor, discriminator: AnyDiscriminator, seed: int = 0) -> dict[str, float]:
+    """Everything that needs no pretrained weights, of images (N, C, H, W) in -1..1 against as many real ones.
+
+    Returns:
+        swd_<height>: sliced Wasserstein distance x 1,000 at that level of the pyramid, and swd, their mean;
+        ms_ssim: mean similarity of random pairs of `fake`;
+        precision, recall, density, coverage: in the discriminator's activations.
+    """
+    levels = {f"swd_{height}": 1000 * value for height, value in sliced_wasserstein(real, fake, seed=seed).items()}
+    return {
+        **levels,
+        "swd": sum(levels.values()) / len(levels),
+        "ms_ssim": ms_ssim_diversity(fake, seed=seed),
+        **prdc(*features_of(discriminator, real, fake)),
+    }
+
+
+@torch.no_grad()
+def described(discriminator: AnyDiscriminator, images: Tensor) -> list[Tensor]:
+    """Every stage's activations, averaged to a grid of 2x2: (N, 4 * width of the stage) each, on the CPU."""
+    device = device_of(discriminator)
+    parts = [
+        [F.adaptive_avg_pool2d(each, 2).flatten(1).cpu() for each in activations(discriminator, part.to(device))]
+        for part in images.split(BATCH)
+    ]
+    return [torch.cat(stage) for stage in zip(*parts, strict=True)]
+
+
+def features_of(discriminator: AnyDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of two sets, in which each of the discriminator's stages counts the same: (N, d) and (M, d)."""
+    stages = zip(described(discriminator, real), described(discriminator, fake), strict=True)
+    scaled = [(a / a.std(0).norm(), b / a.std(0).norm()) for a, b in stages]
+    return torch.cat([a for a, _ in scaled], dim=1), torch.cat([b for _, b in scaled], dim=1)
+
+
+def inception_scores(real: Tensor, fake: Tensor, weights: Path | None) -> dict[str, float]:
+    """FID, KID and inception score through torch-fidelity.
+
+    Raises:
+        UserError: the Inception network's weights cannot be had.
+    """
+    import torch_fidelity
+
+    def as_set(images: Tensor) -> list[Tensor]:
+        colour = images[:, :3].expand(-1, 3, -1, -1) if images.shape[1] != 4 else images[:, :3]
+        return list(to_uint8(colour))
+
+    try:
+        found = torch_fidelity.calculate_metrics(
+            input1=_Listed(as_set(fake)),
+            input2=_Listed(as_set(real)),
+            cuda=torch.cuda.is_available(),
+            isc=True,
+            fid=True,
+            kid=True,
+            kid_subset_size=min(1000, len(fake)),
+            feature_extractor_weights_path=None if weights is None else str(weights),
+            verbose=False,
+        )
+    except Exception as error:  # from a network or a file that is not its weights
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--fid: the Inception network cannot be loaded ({reason}); name it with --inception-weights"
+        ) from error
+    return {
+        "fid": found["frechet_inception_distance"],
+        "kid": found["kernel_inception_distance_mean"],
+        "inception_score": found["inception_score_mean"],
+    }
+
+
+class _Listed(torch.utils.data.Dataset[Tensor]):
+    """Images, as torch-fidelity takes them."""
+
+    def __init__(self, images: list[Tensor]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.images[i]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A row for each measurement, a column for each set."""
+    names = list(results)
+    lines = [f"{'':16s}" + "".join(f"{name:>20s}" for name in names)]
+    for key in results[names[0]]:
+        values = (results[name].get(key) for name in names)
+        lines.append(
+            f"{key:16s}" + "".join(f"{value:20.3f}" if value is not None else f"{'':>20s}" for value in values)
+        )
+    return "\n".join(lines)

@@ -1,0 +1,243 @@
+"""A trained generator as a folder to give away: weights, a model card with samples, and a format for other programs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fastdcgan import reference
+from fastdcgan.apps.latent import generate, latents
+from fastdcgan.apps.trained import open_run
+from fastdcgan.console import say, spinner
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyGenerator, Generator
+from fastdcgan.monitor import save_grid
+from fastdcgan.runs import Run, load_run, versions
+
+WEIGHTS = "generator.safetensors"
+FILES = {"safetensors": WEIGHTS, "onnx": "generator.onnx", "torchscript": "generator.pt", "pth": "netG.pth"}
+AGREEMENT = 1e-4  # largest difference allowed between the exported network's pictures (-1..1) and the original's
+
+
+def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None, ema: bool = True) -> None:
+    """Write the folder; it appears whole or not at all.
+
+    It holds the weights as safetensors (`from_pretrained` reads them), README.md and samples.png, config.json, and for
+    another format its file: ONNX and TorchScript take latents (N, latent_dim) and give images (N, C, H, W) in -1..1;
+    netG.pth is the state_dict that the widely used PyTorch DCGAN example saves.
+
+    Args:
+        format: a key of `FILES`.
+        out: a folder that does not exist, or is empty.
+        evaluation: a file made by `fastdcgan evaluate`, whose numbers go into the model card.
+
+    Raises:
+        UserError: a run that cannot be used, a folder in the way, a missing package, or an exported network that does
+            not compute what the original does.
+    """
+    if format not in FILES:
+        raise UserError(f"--format {format} is not known: use one of {', '.join(FILES)}")
+    missing = [name for name in ("onnx", "onnxscript") if format == "onnx" and importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out} exists already: name a new folder")
+    found = open_run(run, ema)
+    numbers = None if evaluation is None else read_evaluation(evaluation)
+    plain = plain_generator(found.generator)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, unfinished / WEIGHTS)
+        if format == "pth":
+            torch.save(plain.state_dict(), unfinished / FILES["pth"])
+        elif format == "torchscript":
+            write_torchscript(any_batch(plain), unfinished / FILES["torchscript"])
+        elif format == "onnx":
+            with spinner("exporting to ONNX"):
+                write_onnx(any_batch(plain), unfinished / FILES["onnx"])
+        save_grid(generate(found.generator, latents(range(36), found.generator.latent_dim)), unfinished / "samples.png")
+        (unfinished / "config.json").write_text(json.dumps(describe(found), indent=1) + "\n")
+        (unfinished / "README.md").write_text(model_card(found, format, numbers))
+        if out.exists():
+            out.rmdir()
+        unfinished.replace(out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    say(f"exported: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+
+
+def from_pretrained(path: str | Path, device: str | torch.device = "cpu") -> AnyGenerator:
+    """The generator in a folder made by `fastdcgan export`, in evaluation mode.
+
+    It takes latents (N, latent_dim), N(0, 1), and gives images (N, C, H, W) in -1..1.
+
+    Raises:
+        UserError: no such folder, or damaged.
+    """
+    if not (Path(path) / WEIGHTS).is_file():
+        raise UserError(f"{path} holds no {WEIGHTS}: give a folder made by fastdcgan export")
+    return load_run(Path(path) / WEIGHTS, device).generator
+
+
+def plain_generator(generator: AnyGenerator) -> nn.Module:
+    """The same network of PyTorch's own layers alone, on the CPU, in evaluation mode."""
+    plain: nn.Module
+    if isinstance(generator, Generator):
+        plain = reference.Generator(generator.image_size, generator.channels, generator.latent_dim, generator.width)
+    else:
+        plain = reference.TutorialGenerator(generator.channels, generator.latent_dim)
+    plain.load_state_dict({name: value.cpu() for name, value in generator.state_dict().items()})
+    return plain.eval().requires_grad_(False)
+
+
+def any_batch(plain: nn.Module) -> nn.Sequential:
+    """The layers of a plain generator without its Python: a tracer would keep the number of images it saw there."""
+    layers = list(plain.main)  # type: ignore[arg-type]
+    if isinstance(plain, reference.Generator):
+        layers.insert(0, nn.Unflatten(1, (plain.latent_dim, 1, 1)))
+    return nn.Sequential(*layers).eval()
+
+
+def write_torchscript(generator: nn.Sequential, path: Path) -> None:
+    """A file for torch.jit.load, in Python and C++."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        torch.jit.trace(generator, _example(generator)).save(str(path))
+        traced = torch.jit.load(str(path))
+    _agree("TorchScript", traced, generator)
+
+
+def write_onnx(generator: nn.Sequential, path: Path) -> None:
+    """An ONNX file with input "latent" and output "images", any batch size; compared where onnxruntime is installed."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            generator,
+            (_example(generator),),
+            str(path),
+            input_names=["latent"],
+            output_names=["images"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if importlib.util.find_spec("onnxruntime") is None:
+        say("onnxruntime is not installed: the ONNX file has not been compared with the original")
+        return
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    _agree("ONNX", lambda z: torch.from_numpy(session.run(None, {"latent": z.numpy()})[0]), generator)
+
+
+def read_evaluation(path: Path) -> dict[str, dict[str, float]]:
+    """The measurements in a file made by `fastdcgan evaluate`.
+
+    Raises:
+        UserError: not such a file.
+    """
+    try:
+        results: dict[str, dict[str, float]] = json.loads(path.read_text())["results"]
+        return {name: {key: float(value) for key, value in each.items()} for name, each in results.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--evaluation {path} is not a file made by fastdcgan evaluate") from None
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What the folder's config.json says of the generator."""
+    generator = run.generator
+    return {
+        "library": "fastdcgan",
+        "architecture": type(generator).__name__,
+        "image_size": list(generator.image_size),
+        "channels": generator.channels,
+        "latent_dim": generator.latent_dim,
+        "width": getattr(generator, "width", None),
+        "step": run.step,
+        "versions": versions(),
+    }
+
+
+def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]] | None) -> str:
+    """README.md in the form that model hubs read."""
+    generator = run.generator
+    height, width = generator.image_size
+    parameters = sum(value.numel() for value in generator.parameters())
+    rows = [
+        ("image", f"{height} x {width} pixels, {generator.channels} channels, in -1..1"),
+        ("latent", f"{generator.latent_dim} values, N(0, 1)"),
+        ("parameters", f"{parameters:,}"),
+    ]
+    if run.config is not None and run.step is not None:
+        rows += [
+            ("trained on", Path(run.config.data).name),
+            ("steps", f"{run.step:,} of {run.config.batch_size} images"),
+        ]
+    facts = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    other = "" if format == "safetensors" else f" {FILES[format]} is the same network as {format}."
+    text = f"""---
+library_name: fastdcgan
+pipeline_tag: unconditional-image-generation
+tags: [dcgan, gan]
+---
+# DCGAN generator
+
+![Pictures of the first 36 seeds, not selected](samples.png)
+
+| | |
+|---|---|
+{facts}
+
+```python
+import torch
+from fastdcgan import from_pretrained
+
+generator = from_pretrained(".")
+images = generator(torch.randn(16, {generator.latent_dim}))  # (16, {generator.channels}, {height}, {width}) in -1..1
+```
+{other}
+"""
+    if numbers is not None:
+        names = list(numbers)
+        lines = [
+            f"| {key} | " + " | ".join(f"{numbers[n][key]:.3f}" if key in numbers[n] else "" for n in names) + " |"
+            for key in numbers[names[0]]
+        ]
+        head = f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
+        text += "\n## Measured with `fastdcgan evaluate`\n\n" + head + "\n".join(lines) + "\n"
+    return text
+
+
+def _example(generator: nn.Sequential, seeds: range = range(2)) -> torch.Tensor:
+    """Latents that the generator takes."""
+    first = generator[0]
+    latent_dim = first.unflattened_size[0] if isinstance(first, nn.Unflatten) else first.in_features
+    return latents(seeds, int(latent_dim))  # type: ignore[arg-type]
+
+
+def _agree(name: str, exported: Callable[[torch.Tensor], torch.Tensor], generator: nn.Sequential) -> None:
+    """Raises UserError where the exported network computes something else."""
+    z = _example(generator, range(100, 105))
+    difference = (exported(z) - generator(z)).abs().max().item()
+    if not difference <= AGREEMENT:
+        raise UserError(
+            f"the {name} file differs from the run by {difference:.1e}: use --format safetensors, and report it"
+        )

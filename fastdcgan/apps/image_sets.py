@@ -1,0 +1,54 @@
+"""Sets of images at the size a run was trained on, for measurements."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdcgan.data import Dataset, open_dataset
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyDiscriminator, AnyGenerator
+from fastdcgan.runs import describe_device, versions
+
+BATCH = 256
+
+
+def open_images(data: str, network: AnyDiscriminator | AnyGenerator) -> Dataset:
+    """The set `data` names (as in `fastdcgan train`), at the network's size.
+
+    Raises:
+        UserError: no such data, or nothing usable in it.
+    """
+    return open_dataset(
+        data, image_size=network.image_size, channels=network.channels, device=torch.device("cpu"), cache="off"
+    )
+
+
+def batches(data: Dataset, indices: list[int]) -> Iterator[Tensor]:
+    """The images with these numbers, in order, as (n, C, H, W) in -1..1."""
+    for first in range(0, len(indices), BATCH):
+        yield data.take(indices[first : first + BATCH]).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 .. count - 1 in an order of the seed's."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def require_whole(name: str, value: int, least: int) -> None:
+    """Raises UserError where the flag's value is too small."""
+    if value < least:
+        raise UserError(f"{name} {value} is too small: at least {least}")
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """When and on what something was measured, for its JSON."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": describe_device({"device": str(device)}),
+        "versions": versions(),
+    }

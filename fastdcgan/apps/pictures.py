@@ -1,0 +1,145 @@
+"""Pictures in and out: files to tensors of the size a run draws, tensors to files that are whole or not there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyGenerator
+from fastdcgan.monitor import to_uint8
+from fastdcgan.runs import replace_file
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
+CELL = 96  # pixels: smaller pictures are enlarged in sheets made to be looked at
+GAP = 2
+
+
+def open_picture(path: Path) -> Image.Image:
+    """The picture in a file, turned as its camera says, in mode L, RGB or RGBA.
+
+    Raises:
+        UserError: no such file, or not a picture, or a damaged one.
+    """
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: give the path of a picture") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    if picture.has_transparency_data:
+        return picture.convert("RGBA")
+    return picture.convert("L" if picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;") else "RGB")
+
+
+def read_pictures(paths: Sequence[Path], generator: AnyGenerator, fit: bool) -> Tensor:
+    """Pictures from files, as the generator draws them: (N, C, H, W) in -1..1.
+
+    Args:
+        fit: crop, resize and convert what has another size or another number of channels.
+
+    Raises:
+        UserError: no files, one that cannot be read, or one that does not fit without `fit`.
+    """
+    if not paths:
+        raise UserError("there is no picture to work on: name at least one image file after the run")
+    height, width = generator.image_size
+    channels = generator.channels
+    pictures = []
+    for path in paths:
+        picture = open_picture(path)
+        found = len(picture.getbands())
+        if not fit and picture.size != (width, height):
+            raise UserError(
+                f"{path} is {picture.width}x{picture.height}, and this run draws {width}x{height}:"
+                " add --fit to crop and resize it"
+            )
+        if not fit and found != channels:
+            raise UserError(
+                f"{path} is {KINDS[found]}, and this run draws {KINDS[channels]} pictures: add --fit to convert it"
+            )
+        pictures.append(to_tensor(fitted(picture, (width, height), channels)))
+    return torch.stack(pictures)
+
+
+def fitted(picture: Image.Image, size: tuple[int, int], channels: int) -> Image.Image:
+    """The centre of a picture at (width, height), with 1, 3 or 4 channels; transparency goes on white."""
+    if picture.mode == "RGBA" and channels != 4:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    picture = picture.convert(MODES[channels])
+    return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """A picture in mode L, RGB or RGBA -> (C, H, W) in -1..1."""
+    pixels = np.array(picture, dtype=np.float32)
+    return torch.from_numpy(pixels.reshape(picture.height, picture.width, -1)).permute(2, 0, 1) / 127.5 - 1
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(C, H, W) in -1..1 -> a picture in mode L, RGB or RGBA."""
+    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def sheet(rows: Sequence[Sequence[Tensor | None]]) -> Image.Image:
+    """Images (C, H, W) in -1..1 in rows, on white; None leaves a place empty. Small ones are enlarged to be seen."""
+    first = next(image for row in rows for image in row if image is not None)
+    height, width = first.shape[-2:]
+    times = max(1, -(-CELL // min(height, width)))
+    step_x, step_y = width * times + GAP, height * times + GAP
+    columns = max(len(row) for row in rows)
+    page = Image.new(MODES[len(first)], (columns * step_x - GAP, len(rows) * step_y - GAP), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            if image is not None:
+                picture = to_picture(image).resize((width * times, height * times), Image.Resampling.NEAREST)
+                page.paste(picture, (x * step_x, y * step_y))
+    return page
+
+
+def check_out(out: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """See before the work begins that it can be saved: `out` is a folder, or a file with one of the suffixes.
+
+    Raises:
+        UserError: a wrong suffix, or something in the way.
+    """
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise UserError(f"--out {out} is not possible: end it in {' or '.join(suffixes)}")
+    if out.exists() and out.is_dir() == bool(suffixes):
+        raise UserError(f"--out {out} is a {'folder' if suffixes else 'file'} already: choose another name")
+    folder = out.parent if suffixes else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def save(content: Image.Image | bytes, path: Path) -> None:
+    """Write a picture (in the format its suffix names) or bytes, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if isinstance(content, Image.Image):
+        buffer = io.BytesIO()
+        content.save(buffer, Image.registered_extensions()[path.suffix.lower()])
+        content = buffer.getvalue()
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """A name for what comes of each file: its stem, numbered where two have the same."""
+    stems = [path.stem for path in paths]
+    return [f"{stem}-{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]

@@ -1,0 +1,47 @@
+"""Opening a trained run for use: on the fastest device, its weights frozen, its mistakes explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyDiscriminator, AnyGenerator
+from fastdcgan.runs import Run, load_run
+
+
+def open_run(path: Path, ema: bool = True) -> Run:
+    """Load a run on the GPU, if there is one, in evaluation mode, with gradients for inputs only.
+
+    Args:
+        path: what `load_run` takes, or a folder made by `fastdcgan export`.
+        ema: the generator's moving average rather than its latest weights.
+
+    Raises:
+        UserError: nothing there, no checkpoint, damaged or not finite.
+    """
+    exported = path / "generator.safetensors"
+    if exported.is_file() and not (path / "state.json").exists():
+        path = exported
+    run = load_run(path, "cuda" if torch.cuda.is_available() else "cpu", ema)
+    for network in (run.generator, run.discriminator):
+        if network is not None:
+            network.requires_grad_(False)
+    return run
+
+
+def open_both(path: Path, ema: bool = True) -> tuple[Run, AnyGenerator, AnyDiscriminator]:
+    """The run with both of its networks, as `open_run` gives it.
+
+    Raises:
+        UserError: also where there is a generator only.
+    """
+    run = open_run(path, ema)
+    if run.discriminator is None:
+        raise UserError(f"{path} holds a generator alone, and this needs the discriminator too: give a run folder")
+    return run, run.generator, run.discriminator
+
+
+def device_of(network: torch.nn.Module) -> torch.device:
+    return next(network.parameters()).device

@@ -1,0 +1,196 @@
+"""Checkpoints of a run: safetensors and JSON, written whole or not at all, checked when they are read.
+
+checkpoints/step-000500/
+    generator.safetensors        full-precision weights, plain names
+    average.safetensors          the generator's moving average, same names
+    discriminator.safetensors
+    state.safetensors            optimizers, random state, running sums
+    state.json                   step, position in the data, SHA-256 of the other files
+checkpoints/best/                a copy of the one whose pictures were nearest to the data
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastdcgan.errors import UserError
+
+TENSOR_FILES = ("generator", "average", "discriminator", "state")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by file and name (TENSOR_FILES), and what is not a tensor: `progress`, JSON."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    progress: dict[str, Any]
+
+
+def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `checkpoints/step-<step>` and delete all but the newest `keep`.
+
+    It appears under its name complete and on disk, or not at all: a kill or a full disk leaves the older ones.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        digests = {}
+        for kind in TENSOR_FILES:
+            file = unfinished / f"{kind}.safetensors"
+            try:
+                save_file({name: _plain(value) for name, value in checkpoint.tensors[kind].items()}, file)
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error)) from error
+            digests[file.name] = _sha256(file)
+        state = json.dumps({"step": step, **checkpoint.progress, "sha256": digests}, indent=1)
+        (unfinished / "state.json").write_text(state + "\n")
+        for file in [*unfinished.iterdir(), unfinished]:
+            _sync(file)
+        if folder.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+        _sync(folder.parent)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    for old in complete(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read one checkpoint folder.
+
+    Raises:
+        UserError: it is missing, incomplete or damaged, or a link to somewhere else.
+    """
+    try:
+        home = folder.parent.resolve()  # which may itself lie anywhere
+        for path in (folder, *(folder / f"{kind}.safetensors" for kind in TENSOR_FILES), folder / "state.json"):
+            if not path.resolve().is_relative_to(home):
+                raise ValueError(f"{path.name} is a link out of its folder")
+        progress = json.loads((folder / "state.json").read_text())
+        digests = progress["sha256"]
+        if not isinstance(progress["step"], int):
+            raise ValueError("its step is not a whole number")
+        for kind in TENSOR_FILES:
+            if digests[f"{kind}.safetensors"] != _sha256(folder / f"{kind}.safetensors"):
+                raise ValueError(f"{kind}.safetensors is not what was written")
+        return Checkpoint({kind: load_file(folder / f"{kind}.safetensors") for kind in TENSOR_FILES}, progress)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"checkpoint {folder} cannot be read: {_reason(error)}") from error
+
+
+def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole, saying which were not; None where there is none at all.
+
+    Raises:
+        UserError: there are checkpoints and every one is damaged.
+    """
+    folders = complete(run)
+    for folder in reversed(folders):
+        try:
+            return load(folder)
+        except UserError as error:
+            say(f"warning: {error}; trying the one before")
+    if folders:
+        raise UserError(f"every checkpoint in {run / 'checkpoints'} is damaged: start again in another --run-dir")
+    return None
+
+
+def keep_best(run: Path, folder: Path, distance: float) -> bool:
+    """Copy the checkpoint to checkpoints/best if none kept there had a smaller distance; whether it was copied.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    best = run / "checkpoints" / "best"
+    try:
+        if load(best).progress["distance"] <= distance:
+            return False
+    except (UserError, KeyError, TypeError):
+        pass  # there is none, or none that can be used
+    unfinished = best.with_name(".step-best.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        shutil.copytree(folder, unfinished)
+        for file in [*unfinished.iterdir(), unfinished]:
+            _sync(file)
+        shutil.rmtree(best, ignore_errors=True)
+        unfinished.rename(best)
+        _sync(best.parent)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return True
+
+
+def load_sound(run: Path, step: int, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint up to `step`, deleting those after it; None, deleting nothing, if there is none."""
+    folders = complete(run)
+    for folder in reversed([f for f in folders if int(f.name[5:]) <= step]):
+        try:
+            found = load(folder)
+        except UserError as error:
+            say(f"warning: {error}; trying the one before")
+            continue
+        for later in folders[folders.index(folder) + 1 :]:
+            shutil.rmtree(later, ignore_errors=True)
+        return found
+    return None
+
+
+def complete(run: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((f for f in found if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+
+
+def remove_unfinished(run: Path) -> None:
+    """Delete what a killed run left half-written."""
+    for folder in (run / "checkpoints").glob(".step-*.unfinished"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _plain(value: Tensor) -> Tensor:
+    """On the CPU and contiguous: a file has no memory formats."""
+    return value.detach().to("cpu", copy=False).contiguous(memory_format=torch.contiguous_format)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the file's or folder's content on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, OSError) and error.filename:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    return str(error).splitlines()[0]

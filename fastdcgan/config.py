@@ -1,0 +1,276 @@
+"""The configuration of a training run: every field is a flag of `fastdcgan train`, its docstring the flag's help."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from fastdcgan import image_size
+from fastdcgan.errors import UserError
+
+# What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
+PRESETS = {
+    "digits": (32, 32, 1_000),
+    "fake": (32, 32, 1_000),
+    "mnist": (28, 32, 4_000),
+    "fashion-mnist": (28, 32, 4_000),
+    "cifar10": (32, 64, 20_000),
+    "svhn": (32, 64, 20_000),
+}
+DEFAULTS = (64, 64, 20_000)
+
+# A resumed run cannot change these: its networks or its data would be others.
+FIXED = ("data", "image_size", "channels", "latent_dim", "gen_width", "disc_width", "arch", "spectral_norm")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a DCGAN. Without DATA: handwritten digits, about a minute on a laptop."""
+
+    data: Positional[str] = "digits"
+    """A name (digits, fake, mnist, fashion-mnist, cifar10, svhn, celeba) or a path: a folder of images (nested or
+    flat), a .zip of images, WebDataset .tar shards, an LSUN LMDB, a packed .npy."""
+
+    compile: bool = False
+    """Compile the step with torch.compile; on a GPU also record it as one CUDA graph."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """One CUDA graph for the whole step: auto on a GPU with --compile."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """What convolutions compute in; weights, statistics, losses and optimizer stay float32. auto: bf16 on a GPU that
+    has it, else fp32."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+
+    image_size: str | None = None
+    """Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...). Default: 64,
+    for the named sets of small pictures their own size."""
+    channels: Literal[1, 3, 4] | None = None
+    """1 grayscale, 3 colour, 4 colour with transparency. Default: what the data has."""
+    flip: bool | None = None
+    """Mirror each image with probability 1/2 (--flip, --no-flip). Default: for colour pictures, not for digits."""
+    crop: Literal["centre", "random"] = "centre"
+    """Which square of an oblong picture; random is another one every epoch, and cannot be cached."""
+    loader: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes the images; auto takes DALI where it is installed."""
+    cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
+    """Where the resized images are kept after the first epoch; auto by size against free memory."""
+    cache_dir: Path | None = None
+    """Folder of --cache disk and of downloads. Default: ~/.cache/fastdcgan."""
+    strict: bool = False
+    """End at the first image that cannot be used, rather than going on without it."""
+
+    batch_size: int = 64
+    """Images a step, at least 2."""
+    steps: int | None = None
+    """Updates of both networks. Default: 20,000; 1,000 for digits."""
+    epochs: float | None = None
+    """The same in passes over the data; give one of the two."""
+    arch: Literal["dcgan", "tutorial"] = "dcgan"
+    """tutorial: the small 28x28 pair many tutorials print."""
+    latent_dim: int = 100
+    """Length of the latent vector."""
+    gen_width: int | None = None
+    """Channels of the generator's last hidden layer, doubling inwards. Default: 64; 32 for digits and mnist."""
+    disc_width: int | None = None
+    """Channels of the discriminator's first layer, doubling inwards. Default: as --gen-width."""
+
+    loss: Literal["bce", "hinge", "lsgan", "wgan-gp"] = "bce"
+    """The adversarial loss. wgan-gp has a penalty on the discriminator's gradient: a step takes about twice as long."""
+    label_smoothing: float = 0.0
+    """The discriminator's target for real images is 1 less this (0.1 is usual); with bce and lsgan."""
+    r1: float = 0.0
+    """Weight of the R1 penalty on the discriminator's gradient at real images (1 to 10 are usual); 0 is without."""
+    r1_every: int = 16
+    """Steps from one R1 penalty to the next; its weight grows as much."""
+    spectral_norm: bool = False
+    """Divide each of the discriminator's weights by its largest singular value."""
+    diffaugment: bool = False
+    """Show the discriminator images in other colours, shifted and with a hole: for small sets of images."""
+    instance_noise: float = 0.0
+    """Deviation of noise on all the discriminator sees, in pixels from -1 to 1 (0.1 is usual); falls to 0 over the
+    run."""
+    lr: float = 2e-4
+    """Adam's learning rate, of both networks."""
+    lr_g: float | None = None
+    """The generator's learning rate. Default: --lr."""
+    lr_d: float | None = None
+    """The discriminator's learning rate. Default: --lr."""
+    lr_decay: Literal["none", "linear"] = "none"
+    """linear: both learning rates fall to 0 over the run."""
+    beta1: float = 0.5
+    """Adam's first beta."""
+    beta2: float = 0.999
+    """Adam's second beta."""
+    ema_decay: float = 0.999
+    """Decay of the generator's moving average, which draws the samples; less in the first steps."""
+
+    seed: int = 0
+    """Of weights, noise, flips and the order of the images."""
+    run_dir: Path | None = None
+    """Where everything goes. Default: runs/<data>-<time>."""
+    resume: bool = False
+    """Go on with the run in --run-dir from its newest checkpoint (or start it, if there is none)."""
+    log_every: int = 20
+    """Steps between lines of metrics."""
+    sample_every: int = 100
+    """Steps between sample grids."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them."""
+    on_divergence: Literal["warn", "stop", "rollback"] = "warn"
+    """At an alarm (no numbers, steep gradients, a discriminator that always wins, samples all alike): say so, end the
+    run, or go back to the last sound checkpoint with other noise, three times at most."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at the data or the device.
+
+        Raises:
+            UserError: an impossible value.
+        """
+        for name, least in (
+            ("steps", 1),
+            ("latent_dim", 1),
+            ("gen_width", 1),
+            ("disc_width", 1),
+            ("log_every", 1),
+            ("sample_every", 1),
+            ("checkpoint_every", 1),
+            ("keep", 1),
+            ("seed", 0),
+            ("r1_every", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{flag(name)} {value} is too small: at least {least}")
+        if self.batch_size < 2:
+            raise UserError(f"--batch-size {self.batch_size} is too small: BatchNorm needs at least 2 images")
+        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
+            raise UserError(f"--epochs {self.epochs:g} is not possible: a number above 0")
+        if self.steps is not None and self.epochs is not None:
+            raise UserError("--steps and --epochs say the same thing: give one of them")
+        for name in ("lr", "lr_g", "lr_d"):
+            rate = getattr(self, name)
+            if rate is not None and not (rate > 0 and math.isfinite(rate)):
+                raise UserError(f"{flag(name)} {rate:g} is not possible: a number above 0")
+        for name in ("r1", "instance_noise"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise UserError(f"{flag(name)} {getattr(self, name):g} is not possible: 0 (without) or a number above")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{flag(name)} {getattr(self, name):g} is not possible: at least 0 and below 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label-smoothing {self.label_smoothing:g} is not possible: at least 0 and below 1")
+        if self.label_smoothing and self.loss not in ("bce", "lsgan"):
+            raise UserError(f"--label-smoothing needs a loss with targets (bce, lsgan): --loss {self.loss} has none")
+        height, width = self.size
+        try:
+            image_size.stages(height, width)
+        except ValueError as error:
+            raise UserError(f"--image-size: {error}") from None
+        if self.arch == "tutorial" and (height, width) != (28, 28):
+            raise UserError("--arch tutorial has 28x28 pixels only: leave --image-size out or give 28")
+        if self.cache not in ("auto", "off") and self.crop == "random":
+            raise UserError(
+                f"--crop random is another crop every epoch: it cannot be cached, so leave --cache {self.cache} out"
+            )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Image height and width in pixels."""
+        if self.image_size is None:
+            return (28, 28) if self.arch == "tutorial" else (self._preset[0],) * 2
+        try:
+            return image_size.parse(self.image_size)
+        except ValueError as error:
+            raise UserError(f"--image-size: {error}") from None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Widths of generator and discriminator."""
+        gen = self.gen_width or self._preset[1]
+        return gen, self.disc_width or gen
+
+    @property
+    def _preset(self) -> tuple[int, int, int]:
+        return PRESETS.get(self.data, DEFAULTS)
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Learning rates of generator and discriminator."""
+        return self.lr_g or self.lr, self.lr_d or self.lr
+
+    def total_steps(self, images: int) -> int:
+        """Updates in the whole run, over a set of `images` images."""
+        if self.epochs is not None:
+            return max(1, math.ceil(self.epochs * images / self.batch_size))
+        return self.steps or self._preset[2]
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """The reverse of `as_json`.
+
+        Raises:
+            UserError: a field this version does not know, or a value of another type than the field's.
+        """
+        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
+        checked: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in kinds:
+                raise UserError(f"config.json has a field '{name}' that this version does not know: update fastdcgan")
+            if not _fits(value, kinds[name]):
+                raise UserError(f"config.json: {name} is {value!r}, which is not possible there ({kinds[name]})")
+            checked[name] = Path(value) if value is not None and "Path" in kinds[name] else value
+        return cls(**checked)
+
+    def resumed(self, saved: TrainConfig) -> TrainConfig:
+        """The saved run's configuration with what this one sets otherwise than the defaults.
+
+        Raises:
+            UserError: a change that would make it another run.
+        """
+        asked = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        for name in FIXED:
+            if name in asked and asked[name] != getattr(saved, name):
+                raise UserError(
+                    f"{flag(name)} {asked[name]} cannot change in a resumed run, which has {getattr(saved, name)}:"
+                    " leave it out, or train in another --run-dir"
+                )
+        if "steps" in asked or "epochs" in asked:
+            saved = dataclasses.replace(saved, steps=None, epochs=None)
+        return dataclasses.replace(saved, **asked)
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a field."""
+    return "DATA" if field == "data" else "--" + field.replace("_", "-")
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Whether a JSON value can stand in a field annotated with `kind`."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, bool):
+        return "bool" in kind
+    if "Literal" in kind:
+        return repr(value) in kind
+    if isinstance(value, int):
+        return "int" in kind or "float" in kind
+    if isinstance(value, float):
+        return "float" in kind
+    return isinstance(value, str) and ("str" in kind or "Path" in kind)

@@ -1,0 +1,98 @@
+"""What a person sees while they wait: a bar on a terminal, plain lines elsewhere. Everything goes to standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+PLAIN_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def say(message: str) -> None:
+    """One line to the user, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """A progress bar for `total` units of work; yields a function that takes the number of units just done."""
+    done, started = 0, time.monotonic()
+
+    def rate() -> str:
+        return f"{done / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s"
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        with Progress(TextColumn(description), *columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(description, total=total, rate="")
+
+            def advance(count: int = 1) -> None:
+                nonlocal done
+                done += count
+                bar.update(task, completed=done, rate=rate())
+
+            yield advance
+    else:
+        last_line = started
+
+        def advance(count: int = 1) -> None:
+            nonlocal done, last_line
+            done += count
+            if time.monotonic() - last_line >= PLAIN_LINE_EVERY:
+                last_line = time.monotonic()
+                say(f"{description}: {done:,} of {total:,} {unit} ({rate()})")
+
+        yield advance
+        say(f"{description}: {done:,} of {total:,} {unit} ({rate()})")
+
+
+@contextmanager
+def spinner(message: str) -> Iterator[None]:
+    """Something that moves on a terminal, one plain line elsewhere, while a single long thing happens."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status(message):
+            yield
+    else:
+        say(message)
+        yield
+
+
+@contextmanager
+def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Progress of a training run from step `done` to `total`; yields a function that takes the step and a status."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+            task = bar.add_task("", total=total, completed=done, status="")
+
+            def show(step: int, status: str) -> None:
+                bar.update(task, completed=step, status=status)
+
+            yield show
+    else:
+        started = last_line = time.monotonic()
+
+        def show(step: int, status: str) -> None:
+            nonlocal last_line
+            now = time.monotonic()
+            if now - last_line >= PLAIN_LINE_EVERY or step == total:
+                last_line = now
+                left = (now - started) / max(step - done, 1) * (total - step)
+                say(f"step {step:,} of {total:,}  {status}  {_clock(left)} left")
+
+        yield show
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

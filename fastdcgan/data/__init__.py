@@ -1,0 +1,160 @@
+"""Where images come from, whether they are sound, and how they reach the device. `open_dataset` is the only door."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdcgan.data.dataset import Dataset, Stream
+from fastdcgan.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastdcgan.data.source import EncodedSource
+
+__all__ = ["Dataset", "Stream", "open_dataset"]
+
+NAMES = ("digits", "fake", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba")
+LOADERS = ("auto", "dali", "torch")
+CACHES = ("auto", "device", "host", "disk", "off")
+CROPS = ("centre", "random")
+
+
+def open_dataset(
+    source: str,
+    *,
+    image_size: tuple[int, int],
+    channels: int | None = None,
+    device: torch.device,
+    seed: int = 0,
+    loader: str = "auto",
+    cache: str = "auto",
+    cache_dir: Path | None = None,
+    crop: str = "centre",
+    strict: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Dataset:
+    """Open a set of images by name or by path.
+
+    Args:
+        source: "digits", "fake", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", or the path of a folder of
+            images, a .zip of images, WebDataset .tar shards (one file, a folder of them, or a pattern such as
+            "train-{000..099}.tar"), an LSUN LMDB, or a .npy made by `data pack`.
+        image_size: (height, width) that the shorter side is resized to and the rest is cropped to.
+        channels: 1 (grey), 3 (colour, transparency on white) or 4 (with transparency); None for what the data has.
+        device: where batches are delivered.
+        seed: of the order of the images, of the random crop, and of "fake".
+        loader: "dali", "torch", or "auto", DALI where it is installed.
+        cache: where decoded images are kept for later epochs: "device", "host", "disk", "off", or "auto", the first
+            of these in which they take up only part of what is free.
+        cache_dir: for downloads, kept images and verdicts on files; None for ~/.cache/fastdcgan.
+        crop: "centre", or "random", one place an image drawn from the seed.
+        strict: make the first unusable file an error instead of leaving it out.
+        rank, world_size: which share of each batch `stream` delivers.
+
+    Raises:
+        UserError: no such name or path, or nothing usable in it; one line saying what to do.
+    """
+    import torch
+
+    for option, value, known in (("loader", loader, LOADERS), ("cache", cache, CACHES), ("crop", crop, CROPS)):
+        if value not in known:
+            raise UserError(f"--{option} {value} is not known: use one of {', '.join(known)}")
+    if channels not in (None, 1, 3, 4):
+        raise UserError(f"--channels {channels} is not possible: use 1 (grey), 3 (colour) or 4 (with transparency)")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    cache_dir = cache_dir or default_cache_dir()
+    placed = {"device": device, "seed": seed, "cache": cache, "rank": rank, "world_size": world_size}
+    files = {"image_size": image_size, "channels": channels, "loader": loader, "cache_dir": cache_dir, "crop": crop}
+    if source == "celeba":
+        from fastdcgan.data.named import fetch
+        from fastdcgan.data.source import FolderSource
+
+        fetch(source, cache_dir / "datasets")
+        folder = FolderSource(cache_dir / "datasets" / "celeba" / "img_align_celeba")
+        return _files(source, folder, strict=strict, **files, **placed)
+    if source in NAMES:
+        return _named(source, image_size, channels, cache_dir, placed)
+    path = Path(source).expanduser()
+    if path.suffix == ".npy" and path.is_file():
+        from fastdcgan.data.packed import open_packed
+
+        return open_packed(path, image_size, channels, **placed)
+    return _files(
+        path.stem.split("{")[0].strip("-_.") or "images", open_source(source), strict=strict, **files, **placed
+    )
+
+
+def _files(name: str, source: EncodedSource, **options: Any) -> Dataset:
+    from fastdcgan.data.file_dataset import FileDataset
+
+    return FileDataset(name, source, **options)
+
+
+def _named(
+    name: str, image_size: tuple[int, int], channels: int | None, cache_dir: Path, placed: dict[str, Any]
+) -> Dataset:
+    """A set that fits in memory as it is."""
+    from fastdcgan.data import embedded, named
+    from fastdcgan.data.array_dataset import ArrayDataset
+
+    if name == "digits":
+        flip, (array, labels, class_names) = False, embedded.digits(image_size, channels or 1)
+    elif name == "fake":
+        flip, (array, labels, class_names) = True, embedded.fake(image_size, channels or 3, placed["seed"])
+    else:
+        known = named.KNOWN[name]
+        flip = known.flip
+        array, labels, class_names = named.arrays(name, cache_dir / "datasets", image_size, channels or known.channels)
+    return ArrayDataset(name, array, flip=flip, labels=labels, class_names=class_names, **placed)
+
+
+def open_source(data: str) -> EncodedSource:
+    """The encoded images at a path.
+
+    Raises:
+        UserError: nothing there, or nothing that holds images.
+    """
+    from fastdcgan.data.archives import LmdbSource, TarSource, ZipSource, expand_braces
+    from fastdcgan.data.source import FolderSource
+
+    path = Path(data).expanduser()
+    if "{" in data and not path.exists():
+        shards = [Path(shard).expanduser() for shard in expand_braces(data)]
+        absent = next((shard for shard in shards if not shard.is_file()), None)
+        if absent is not None:
+            raise UserError(f"the pattern {data} names {absent}, which does not exist: correct the range in the braces")
+        return TarSource(path, shards)
+    try:
+        if path.is_dir():
+            if (path / "data.mdb").is_file():
+                return LmdbSource(path)
+            shards = sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and entry.name[0] != ".")
+            return TarSource(path, shards) if shards else FolderSource(path)
+        if path.is_file():
+            with open(path, "rb"):
+                pass
+            if path.suffix.lower() == ".zip":
+                return ZipSource(path)
+            if path.suffix.lower() == ".tar":
+                return TarSource(path, [path])
+            if path.suffix.lower() == ".mdb":
+                return LmdbSource(path.parent)
+            raise UserError(
+                f"{path} is not a set of images: give a folder, a .zip, .tar shards, an LMDB or a packed .npy"
+            )
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
+    nearest = difflib.get_close_matches(data, NAMES, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    raise UserError(f"there is no dataset or path named {data}: {hint}Names are {', '.join(NAMES)}; else give a path")
+
+
+def default_cache_dir() -> Path:
+    """~/.cache/fastdcgan, or where XDG_CACHE_HOME says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastdcgan"

@@ -1,0 +1,230 @@
+"""Encoded images inside archives, read in place: .zip, WebDataset .tar shards, LSUN's LMDB."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse
+from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, EncodedSource, is_hidden, printable
+from fastdcgan.errors import UserError
+
+
+class ArchiveFile:
+    """An open file read at given places, from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (stays open as long as the source)
+        self._lock = threading.Lock()
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes from `offset` on; OSError where the file ends before."""
+        if hasattr(os, "pread"):
+            data = os.pread(self._file.fileno(), size, offset)
+        else:
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(size) or b""
+        if len(data) != size:
+            raise OSError("the archive ends in the middle of this file")
+        return data
+
+
+class ZipSource(EncodedSource):
+    """A .zip of images; stored entries are read straight from the file, compressed ones unpacked in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.names, self.unusable = path, [], []
+        try:
+            archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(
+                f"{path} is not a readable zip file ({error}): unpack it yourself, or fetch it again"
+            ) from None
+        self._file, self._entries = ArchiveFile(path), []
+        with archive:
+            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
+                name = entry.filename
+                if entry.is_dir() or is_hidden(name) or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                    continue
+                if entry.flag_bits & 1:
+                    self.unusable.append((printable(name), "encrypted"))
+                elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    self.unusable.append((printable(name), "compressed in a way that cannot be read in place"))
+                elif max(entry.file_size, entry.compress_size) > MOST_ENCODED_BYTES:
+                    self.unusable.append((printable(name), "larger than 1 GiB"))
+                else:
+                    self.names.append(name)
+                    self._entries.append(entry)
+        _require_images(self)
+
+    def read(self, i: int) -> bytes:
+        entry = self._entries[i]
+        data = self._file.read_at(self._start(entry), entry.compress_size)
+        if entry.compress_type == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-15).decompress(data, entry.file_size)
+            except zlib.error as error:
+                raise OSError(f"broken in the zip: {error}") from None
+        if zlib.crc32(data) != entry.CRC:
+            raise OSError("broken in the zip: wrong checksum")
+        return data
+
+    def glimpse(self, i: int) -> Glimpse:
+        entry = self._entries[i]
+        if entry.compress_type == zipfile.ZIP_DEFLATED or entry.file_size <= HEAD_BYTES:
+            data = self.read(i)
+            return Glimpse(data, data[-TAIL_BYTES:], len(data), lambda: data)
+        start = self._start(entry)
+        tail = self._file.read_at(start + entry.file_size - TAIL_BYTES, TAIL_BYTES)
+        return Glimpse(self._file.read_at(start, HEAD_BYTES), tail, entry.file_size, lambda: self.read(i))
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        """Where the entry's data begin: behind its local header, whose length only it knows."""
+        header = self._file.read_at(entry.header_offset, 30)
+        if header[:4] != b"PK\x03\x04":
+            raise OSError("broken in the zip: no header where one should be")
+        name_length, extra_length = struct.unpack_from("<HH", header, 26)
+        return int(entry.header_offset + 30 + name_length + extra_length)
+
+    def fingerprint(self) -> str:
+        return _fingerprint_of_files([self.path])
+
+
+class TarSource(EncodedSource):
+    """WebDataset shards: uncompressed .tar files; a `.cls` file beside an image is its label."""
+
+    def __init__(self, path: Path, shards: Sequence[Path]) -> None:
+        self.path, self.names, self.unusable = path, [], []
+        self._shards, self._files = list(shards), []
+        self._places: list[tuple[int, int, int]] = []  # (shard, offset, size)
+        self._labels: list[str | None] = []
+        for number, shard in enumerate(self._shards):
+            self._files.append(ArchiveFile(shard))
+            self._index(number, shard)
+        _require_images(self)
+
+    def _index(self, number: int, shard: Path) -> None:
+        images: list[tarfile.TarInfo] = []
+        label_of: dict[str, tarfile.TarInfo] = {}
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    suffix = PurePosixPath(member.name).suffix.lower()
+                    if not member.isfile() or is_hidden(member.name.removeprefix("./")):
+                        continue
+                    if suffix == ".cls":
+                        label_of[member.name[:-4]] = member
+                    elif suffix in IMAGE_SUFFIXES:
+                        images.append(member)
+        except (tarfile.TarError, OSError) as error:
+            if not images:
+                what = f"{shard} is not a readable tar file ({error})"
+                raise UserError(f"{what}: shards must be uncompressed .tar files; unpack it into a folder") from None
+            self.unusable.append((printable(shard.name), f"the shard is broken behind {images[-1].name} ({error})"))
+        prefix = f"{shard.name}/" if len(self._shards) > 1 else ""
+        for member in images:
+            if member.size > MOST_ENCODED_BYTES:
+                self.unusable.append((printable(prefix + member.name), "larger than 1 GiB"))
+                continue
+            self.names.append(prefix + member.name)
+            self._places.append((number, member.offset_data, member.size))
+            label = label_of.get(member.name[: -len(PurePosixPath(member.name).suffix)])
+            text = self._files[number].read_at(label.offset_data, label.size) if label and label.size < 1024 else None
+            self._labels.append(None if text is None else text.decode("utf-8", "backslashreplace").strip())
+
+    def classes(self) -> tuple[list[int], list[str]] | None:
+        found = [label for label in self._labels if label is not None]
+        if len(found) < len(self.names):
+            return super().classes() if len(self._shards) == 1 else None
+        numeric = all(label.isdecimal() for label in found)
+        class_names = sorted(set(found), key=int if numeric else str)
+        number = {name: label for label, name in enumerate(class_names)}
+        return [number[label] for label in found], class_names
+
+    def read(self, i: int) -> bytes:
+        shard, offset, size = self._places[i]
+        return self._files[shard].read_at(offset, size)
+
+    def glimpse(self, i: int) -> Glimpse:
+        shard, offset, size = self._places[i]
+        tail = min(size, TAIL_BYTES)
+        head = self._files[shard].read_at(offset, min(size, HEAD_BYTES))
+        return Glimpse(head, self._files[shard].read_at(offset + size - tail, tail), size, lambda: self.read(i))
+
+    def fingerprint(self) -> str:
+        return _fingerprint_of_files(self._shards)
+
+
+class LmdbSource(EncodedSource):
+    """An LSUN database: every value is an encoded image."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.unusable = path, []
+        try:
+            import lmdb
+        except ImportError:
+            raise UserError(f"{path} is an LMDB, which needs one more package: pip install lmdb") from None
+        try:
+            self._env: Any = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+            with self._env.begin() as transaction:
+                self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        except lmdb.Error as error:
+            raise UserError(f"{path} is not a readable LMDB ({error}): fetch it again") from None
+        self.names = [key.decode("utf-8", "backslashreplace") for key in self._keys]
+        _require_images(self)
+
+    def read(self, i: int) -> bytes:
+        with self._env.begin() as transaction:
+            value = transaction.get(self._keys[i])
+        if value is None:
+            raise OSError("vanished from the database")
+        return bytes(value)
+
+    def glimpse(self, i: int) -> Glimpse:
+        data = self.read(i)
+        return Glimpse(data, data[-TAIL_BYTES:], len(data), lambda: data)
+
+    def classes(self) -> None:
+        return None
+
+    def fingerprint(self) -> str:
+        return _fingerprint_of_files([self.path / "data.mdb" if self.path.is_dir() else self.path])
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """'a-{08..10}.tar' -> ['a-08.tar', 'a-09.tar', 'a-10.tar']; '{x,y}.tar' -> ['x.tar', 'y.tar']."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        first, last = numbers[1], numbers[2]
+        choices = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [
+        rest for choice in choices for rest in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def _require_images(source: EncodedSource) -> None:
+    if not source.names:
+        raise UserError(f"no images in {source.path}: give an archive with .jpg or .png files in it")
+
+
+def _fingerprint_of_files(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode() + os.fsencode(path.name) + b"\n")
+    return digest.hexdigest()

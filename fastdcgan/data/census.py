@@ -1,0 +1,159 @@
+"""The facts about every file of a source, gathered in a few seconds before training and remembered in the cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdcgan.console import progress
+from fastdcgan.data.header import UNUSABLE, Facts, examine, unusable
+from fastdcgan.data.pillow_decode import MOST_PIXELS, cover_box, too_many_pixels
+from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, EncodedSource, why_unreadable
+
+FILES_AT_ONCE = 256
+SHOW_PROGRESS_FROM = 20_000  # files; fewer are done before a bar could be read
+FORMAT = 1  # of the remembered verdicts; raise it when `examine` judges differently
+
+
+class Census:
+    """One entry a file of the source, in its order."""
+
+    def __init__(
+        self,
+        kind: NDArray[np.uint8],
+        sizes: NDArray[np.int32],
+        colour: NDArray[np.bool_],
+        encoded_bytes: NDArray[np.int64],
+        reasons: dict[int, str],
+    ) -> None:
+        self.kind = kind  # uint8 (n,): UNUSABLE, JPEG, PNG or OTHER of header.py
+        self.sizes = sizes  # int32 (n, 2): height and width as shown
+        self.colour = colour  # bool (n,)
+        self.encoded_bytes = encoded_bytes  # int64 (n,)
+        self.reasons = reasons  # file number -> why it is unusable
+
+    @classmethod
+    def empty(cls, count: int) -> Census:
+        sizes = np.zeros((count, 2), np.int32)
+        return cls(np.zeros(count, np.uint8), sizes, np.zeros(count, bool), np.zeros(count, np.int64), {})
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """bool (n,)"""
+        return self.kind != UNUSABLE
+
+    def enter(self, i: int, facts: Facts, encoded_bytes: int) -> None:
+        self.kind[i], self.sizes[i], self.colour[i] = facts.kind, (facts.height, facts.width), facts.colour
+        self.encoded_bytes[i] = encoded_bytes
+        self.reasons.pop(i, None)
+        if facts.kind == UNUSABLE:
+            self.reasons[i] = facts.reason
+
+    def drop(self, i: int, reason: str) -> None:
+        self.kind[i] = UNUSABLE
+        self.reasons[i] = reason
+
+    def oversized(self, image_size: tuple[int, int]) -> dict[int, str]:
+        """JPEGs that even scaled decoding would not bring below the limit at this image size: {file number: reason}."""
+        reasons = {}
+        pixels = self.sizes[:, 0].astype(np.int64) * self.sizes[:, 1]
+        for i in np.flatnonzero(self.usable & (pixels > MOST_PIXELS)).tolist():
+            height, width = (int(side) for side in self.sizes[i])
+            _, _, box_height, box_width = cover_box((height, width), image_size)
+            shrink = min(box_height / image_size[0], box_width / image_size[1])
+            scale = next((scale for scale in (8, 4, 2) if shrink >= scale), 1)
+            if pixels[i] > MOST_PIXELS * scale**2:
+                reasons[i] = too_many_pixels(height, width)
+        return reasons
+
+
+def look_at(source: EncodedSource, i: int) -> tuple[Facts, int]:
+    """(facts, encoded bytes) of file i, whatever happens."""
+    try:
+        glimpse = source.glimpse(i)
+        if glimpse.size > MOST_ENCODED_BYTES:
+            return unusable("larger than 1 GiB"), glimpse.size
+        return examine(glimpse), glimpse.size
+    except OSError as error:
+        return unusable(why_unreadable(error)), 0
+
+
+def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Census:
+    """Look at every file, or recall what was found when nothing has changed since.
+
+    Args:
+        threads: how many files are looked at at once.
+        folder: where verdicts are remembered, None to remember nothing.
+    """
+    count = len(source)
+    census = _recall(_memory(source, folder), count) if folder else None
+    if census is not None:
+        waiting = [i for i, reason in census.reasons.items() if reason.startswith(PASSING)]
+    else:
+        census = Census.empty(count)
+        waiting = list(range(count))
+    found = census
+
+    def look(start: int) -> int:
+        numbers = waiting[start : start + FILES_AT_ONCE]
+        for i in numbers:
+            facts, size = look_at(source, i)
+            found.enter(i, facts, size)
+        return len(numbers)
+
+    with ThreadPoolExecutor(threads) as pool:
+        done = pool.map(look, range(0, len(waiting), FILES_AT_ONCE))
+        if len(waiting) < SHOW_PROGRESS_FROM:
+            list(done)
+        else:
+            with progress("looking at the images", count, "files") as advance:
+                for number in done:
+                    advance(number)
+    if folder and waiting:
+        remember(census, source, folder)
+    return census
+
+
+def remember(census: Census, source: EncodedSource, folder: Path) -> None:
+    """Save the verdicts whole or not at all; a cache that cannot be written is no reason to stop."""
+    memory = _memory(source, folder)
+    temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                format=FORMAT,
+                kind=census.kind,
+                sizes=census.sizes,
+                colour=census.colour,
+                encoded_bytes=census.encoded_bytes,
+                reasons=np.frombuffer(json.dumps(census.reasons).encode(), np.uint8),
+            )
+        os.replace(temporary, memory)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _memory(source: EncodedSource, folder: Path) -> Path:
+    return folder / f"{source.fingerprint()[:32]}.npz"
+
+
+def _recall(memory: Path, count: int) -> Census | None:
+    try:
+        with np.load(memory) as saved:
+            if saved["format"] != FORMAT or len(saved["kind"]) != count:
+                return None
+            reasons = {int(i): reason for i, reason in json.loads(saved["reasons"].tobytes()).items()}
+            return Census(saved["kind"], saved["sizes"], saved["colour"], saved["encoded_bytes"], reasons)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None  # none yet, or a damaged one

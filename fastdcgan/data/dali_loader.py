@@ -1,0 +1,212 @@
+"""Decoding with NVIDIA DALI, on the CPU or with the GPU's JPEG decoder.
+
+DALI is fed with encoded bytes in our own order, so the order, the sharding and the position in them are the same for
+every loader, and a pipeline has no state worth keeping. That matters because one broken image kills a pipeline for
+good: it is then replaced by a new one, the images that were in it are decoded again without the culprit, and none is
+lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import nvidia.dali.fn as fn
+import nvidia.dali.types
+import torch
+from nvidia.dali.pipeline import Pipeline
+
+from fastdcgan.data.header import JPEG, PNG
+from fastdcgan.data.loader import Decoded, Loader, ahead, enter_resized, in_pieces
+from fastdcgan.data.order import Ids
+from fastdcgan.data.pillow_decode import UnusableImage
+
+types: Any = nvidia.dali.types  # its names are made at run time, where type checkers do not see them
+BATCHES_AHEAD = 2
+GPU_DECODE_FROM_BYTES = 16_384  # a typical file this large is worth sending to the GPU's decoder
+
+
+@dataclass
+class _Batch:
+    """A request whose files are being read, and whose odd images are being decoded, in the pool."""
+
+    decoded: Decoded
+    work: list[Future[None]]
+    encoded: dict[int, bytes] = field(default_factory=dict)  # row -> file, for the rows that DALI decodes
+
+    def for_dali(self) -> tuple[Ids, list[bytes]]:
+        """(image numbers, files) in the order of `rows`."""
+        return self.decoded.ids[self.rows()], [self.encoded[row] for row in self.rows()]
+
+    def rows(self) -> list[int]:
+        return sorted(self.encoded)
+
+
+class DaliLoader(Loader):
+    """DALI for plain JPEG and PNG, Pillow for the rest."""
+
+    def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
+        """Arguments of `Loader`; on a CUDA `device`, sets of large files are decoded there."""
+        super().__init__(*args, **kwargs)
+        if self.channels == 1:  # DALI's grey of a colour PNG is not Pillow's (that of a JPEG is the file's own)
+            self.fast &= ~((self.census.kind == PNG) & self.census.colour)
+        large = bool(np.median(self.census.encoded_bytes) >= GPU_DECODE_FROM_BYTES)
+        self.device = device if device.type == "cuda" and large else torch.device("cpu")
+        if self.device.type == "cuda":  # the GPU decodes large JPEGs whole faster than the CPU decodes them scaled
+            self.fast |= self.census.kind == JPEG
+            self._copy_stream = torch.cuda.Stream(self.device)
+        self._pipeline: Pipeline | None = None
+        self._max_batch = 0
+
+    def decode(self, requests: Iterable[Ids]) -> Iterator[Decoded]:
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+        def begin(ids: Ids) -> _Batch:
+            images = torch.empty((len(ids), *self.image_size, self.channels), dtype=torch.uint8)
+            batch = _Batch(Decoded(ids, images), [])
+            batch.work = in_pieces(pool, lambda rows: self._prepare_rows(batch, rows), np.arange(len(ids)))
+            return batch
+
+        def start(batch: _Batch) -> _Batch:
+            for piece in batch.work:
+                piece.result()
+            if batch.encoded:
+                self._feed(*batch.for_dali())
+            return batch
+
+        try:
+            running: _Batch | None = None
+            for batch in ahead(begin, requests, BATCHES_AHEAD):
+                if running is None:
+                    running = start(batch)
+                    continue
+                # The next batch is in DALI while this one is resized and used.
+                collected = self._collect(running)
+                done, running = running, start(batch)
+                yield self._finish(done, collected)
+            if running is not None:
+                yield self._finish(running, self._collect(running))
+        finally:
+            # Without waiting: an abandoned generator ends wherever Python collects garbage, also while a thread starts.
+            pool.shutdown(wait=False, cancel_futures=True)
+            self._pipeline = None
+
+    def _prepare_rows(self, batch: _Batch, rows: Ids) -> None:
+        """Read these rows' files; decode those that are not for DALI."""
+        decoded = batch.decoded
+        images = decoded.images.numpy()
+        for row in rows.tolist():
+            i = int(decoded.ids[row])
+            try:
+                data = self.read(i)
+                if self.fast[i]:
+                    batch.encoded[row] = data
+                else:
+                    images[row] = self.pillow(i, data)
+            except UnusableImage as fault:
+                decoded.broken[i] = str(fault)
+
+    def _feed(self, ids: Ids, files: list[bytes]) -> None:
+        """Start decoding in the pipeline; a file it cannot take shows in `_outputs`."""
+        if self._pipeline is None or len(ids) > self._max_batch:
+            self._max_batch = max(len(ids), self._max_batch)
+            self._pipeline = self._build(self._max_batch)
+        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in files])
+        self._pipeline.feed_input("anchor", self.boxes[ids, :2])
+        self._pipeline.feed_input("shape", self.boxes[ids, 2:])
+        self._pipeline.schedule_run()
+
+    def _build(self, max_batch: int) -> Pipeline:
+        device_id = self.device.index or 0 if self.device.type == "cuda" else None
+        pipeline = Pipeline(batch_size=max_batch, num_threads=self.threads, device_id=device_id, prefetch_queue_depth=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=device_id is None)
+            anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)
+            shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
+            image: Any = fn.decoders.image_slice(
+                encoded,
+                anchor,
+                shape,
+                axes=(0, 1),
+                device="cpu" if device_id is None else "mixed",
+                output_type=types.GRAY if self.channels == 1 else types.RGB,
+                jpeg_fancy_upsampling=True,  # as libjpeg does by default, hence Pillow and torchvision
+            )
+            if device_id is not None:
+                image = fn.resize(image, size=self.image_size, interp_type=types.INTERP_LINEAR, antialias=True)
+            pipeline.set_outputs(image)  # on the CPU torch resizes: twice as fast, and the same as the torch loader
+        pipeline.build()
+        return pipeline
+
+    def _collect(self, batch: _Batch) -> list[Any]:
+        """What DALI made of the batch, one picture each of `batch.rows()`; the broken ones are entered as such."""
+        if not batch.encoded:
+            return []
+        pictures = self._outputs()
+        if pictures is None:
+            pictures = self._decode_around_the_broken(batch.decoded, *batch.for_dali())
+        return pictures
+
+    def _outputs(self) -> list[Any] | None:
+        """A copy of what the pipeline made; None where it died of a broken image.
+
+        A list of numpy uint8 (h, w, 1 or 3), not yet resized, from the CPU; of torch uint8 (H, W, 1 or 3) from the GPU.
+        """
+        assert self._pipeline is not None
+        try:
+            (output,) = self._pipeline.share_outputs()
+        except RuntimeError:
+            self._pipeline = None
+            return None
+        if self.device.type == "cpu":
+            dense = output.is_dense_tensor()
+            copied = list(np.array(output.as_tensor())) if dense else [np.array(picture) for picture in output]
+        else:
+            # share_outputs has waited for DALI's stream. The copy runs on a stream of its own, so that waiting for it,
+            # before DALI may reuse the memory, does not wait for the training step.
+            with torch.cuda.device(self.device), torch.cuda.stream(self._copy_stream):
+                pixels = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
+                self._copy_stream.synchronize()
+            pixels.record_stream(torch.cuda.current_stream(self.device))
+            copied = list(pixels)
+        self._pipeline.release_outputs()
+        return copied
+
+    def _decode_around_the_broken(self, decoded: Decoded, ids: Ids, files: list[bytes]) -> list[Any]:
+        """The same images in halves, until every image DALI cannot decode stands alone; those are left to Pillow."""
+        if len(ids) > 1:
+            half = len(ids) // 2
+            pictures = []
+            for part in (slice(None, half), slice(half, None)):
+                self._feed(ids[part], files[part])
+                of_part = self._outputs()
+                if of_part is None:
+                    of_part = self._decode_around_the_broken(decoded, ids[part], files[part])
+                pictures += of_part
+            return pictures
+        i = int(ids[0])
+        self.fast[i] = False
+        try:
+            picture = self.pillow(i, files[0])[..., : min(self.channels, 3)]
+        except UnusableImage as fault:
+            decoded.broken[i] = str(fault)
+            picture = np.zeros((*self.image_size, min(self.channels, 3)), dtype=np.uint8)
+        return [picture] if self.device.type == "cpu" else [torch.from_numpy(picture.copy()).to(self.device)]
+
+    def _finish(self, batch: _Batch, pictures: list[Any]) -> Decoded:
+        """Enter DALI's pictures beside those that Pillow has already entered."""
+        decoded = batch.decoded
+        if not pictures:
+            return decoded
+        if self.device.type == "cpu":
+            enter_resized(decoded.images.numpy(), batch.rows(), pictures)
+            return decoded
+        decoded.images = decoded.images.to(self.device)
+        rows = torch.tensor(batch.rows(), device=self.device)
+        decoded.images[rows, ..., : pictures[0].shape[2]] = torch.stack(pictures)
+        if self.channels == 4:
+            decoded.images[rows, ..., 3] = 255
+        return decoded

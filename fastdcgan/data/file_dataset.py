@@ -1,0 +1,234 @@
+"""Images in files, decoded once where there is room to keep them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdcgan.console import say
+from fastdcgan.data import room
+from fastdcgan.data.census import Census, remember, take_census
+from fastdcgan.data.dataset import PIECE, Dataset, Stream, require_a_batch
+from fastdcgan.data.feed import LEAST_REQUEST, DecodeFeed, Feed, StoreFeed, Usable, select, sound_rows
+from fastdcgan.data.loader import Loader
+from fastdcgan.data.order import Ids, Order, Position
+from fastdcgan.data.source import EncodedSource, printable
+from fastdcgan.data.store import DiskStore, Shape, Store
+from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
+from fastdcgan.errors import UserError
+
+PICTURES = 1  # raise it when the same file would decode to other pixels: kept images are then made anew
+
+
+class FileDataset(Dataset):
+    """The usable files of an `EncodedSource`."""
+
+    def __init__(
+        self,
+        name: str,
+        source: EncodedSource,
+        *,
+        image_size: tuple[int, int],
+        channels: int | None,
+        device: torch.device,
+        seed: int,
+        loader: str,
+        cache: str,
+        cache_dir: Path,
+        crop: str,
+        strict: bool,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.name, self.image_size = name, image_size
+        self._source, self._device, self._seed, self._strict = source, device, seed, strict
+        self._cache, self._cache_dir, self._crop = cache, cache_dir, crop
+        self._loader_name = "dali" if loader == "dali" or (loader == "auto" and dali_is_installed()) else "torch"
+        if loader == "dali" and not dali_is_installed():
+            raise UserError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use --loader torch")
+        self._memory = None if cache == "off" else cache_dir / "verdicts"
+        self._census: Census = take_census(source, room.cores(), self._memory)
+        reasons = self._census.reasons | self._census.oversized(image_size)
+        self.skipped = source.unusable + [(printable(source.names[i]), reasons[i]) for i in sorted(reasons)]
+        if strict and self.skipped:
+            raise UserError(f"{self.skipped[0][0]}: {self.skipped[0][1]} (--strict stops at the first unusable file)")
+        usable = np.ones(len(source), dtype=bool)
+        usable[list(reasons)] = False
+        self._numbers: Ids = np.flatnonzero(usable)  # take(i) is file number _numbers[i]
+        self.count = len(self._numbers)
+        if self.count == 0:
+            first = f"{self.skipped[0][0]}: {self.skipped[0][1]}"
+            raise UserError(f"none of the {len(source)} images in {source.path} can be used; the first: {first}")
+        has_colour = bool(self._census.colour[self._numbers].any())
+        self.channels = channels or (3 if has_colour else 1)
+        self.flip = has_colour
+        classes = source.classes()
+        self.labels = [classes[0][i] for i in self._numbers] if classes else None
+        self.class_names = classes[1] if classes else None
+        self._usable = Usable(usable, self._on_broken)
+        self._order = Order(len(source), seed, rank, world_size)
+        self._needed = 1  # images without which no stream can go on
+        self._store: Store | None = None
+        self._store_chosen = False
+
+    @property
+    def shape(self) -> Shape:
+        """Of the kept images: one row a file, usable or not, so that a file that breaks later moves no other."""
+        return (len(self._source), *self.image_size, self.channels)
+
+    def take(self, indices: Sequence[int]) -> torch.Tensor:
+        """See `Dataset.take`. In the place of a file that breaks only now stands the next usable image of its class."""
+        wanted = self._numbers[np.asarray(indices, dtype=np.int64)]
+        taken = torch.empty((len(wanted), *self.shape[1:]), dtype=torch.uint8)
+        store = self._store
+        missing = np.ones(len(wanted), dtype=bool) if store is None else ~store.present[wanted]
+        if store is not None:
+            taken[torch.from_numpy(~missing)] = store.read(wanted[~missing])
+        rows = np.flatnonzero(missing)
+        requests = (wanted[rows[start : start + PIECE]] for start in range(0, len(rows), PIECE))
+        done = 0
+        for decoded in self.loader().decode(requests):
+            these = rows[done : done + len(decoded.ids)]
+            taken[torch.from_numpy(these)] = decoded.images.cpu()
+            done += len(these)
+            self._usable.drop(decoded.broken)
+            for row, i in zip(these, decoded.ids, strict=True):
+                if int(i) in decoded.broken:
+                    taken[row] = self.take([self._stand_in(int(np.searchsorted(self._numbers, i)))])[0]
+        return taken
+
+    def _stand_in(self, index: int) -> int:
+        """The next index after a broken one with a usable image, of the same class where there is one."""
+        following = [(index + step) % self.count for step in range(1, self.count)]
+        usable = [i for i in following if self._usable.mask[self._numbers[i]]]
+        if not usable:
+            raise UserError(f"none of the {self.count} images in {self._source.path} can be decoded")
+        alike = [i for i in usable if self.labels is None or self.labels[i] == self.labels[index]]
+        return (alike or usable)[0]
+
+    def content(self) -> str:
+        return f"{self._source.fingerprint()} {self._crop} {self._seed * (self._crop == 'random')} {self._loader_name}"
+
+    def pieces(self, start: int) -> Iterator[tuple[int, int, list[int], torch.Tensor]]:
+        requests = (self._numbers[first : first + PIECE] for first in range(start, self.count, PIECE))
+        for decoded in self.loader().decode(requests):
+            self._usable.drop(decoded.broken)
+            rows = sound_rows(decoded)
+            good = (start + rows).tolist()
+            stop = start + len(decoded.ids)
+            yield start, stop, good, select(decoded.images, rows).cpu()
+            start = stop
+
+    def stream(self, batch_size: int, state: dict[str, Any] | None = None) -> Stream:
+        self._leave_out_again(state)
+        require_a_batch(self.name, int(self._usable.mask.sum()), batch_size, self._order.world_size)
+        self._needed = max(self._needed, batch_size * self._order.world_size)
+        position = Position.resume(self._order, state)
+        if not self._store_chosen:
+            self._store, self._store_chosen = self._choose_store(), True
+        request = max(batch_size, LEAST_REQUEST)
+        if self._store is not None:
+            feed: Feed = StoreFeed(self._order, position.taken, self._usable, self._store, self.loader(), request)
+            if isinstance(feed, StoreFeed) and self._store.array.device == self._device:
+                return ResidentStream(feed, batch_size, position)
+        else:
+            feed = DecodeFeed(self._order, position.taken, self._usable, self.loader(), request)
+        shape = (batch_size, *self.shape[1:])
+        if self._device.type == "cuda":
+            return StagedStream(feed, shape, self._device, position)
+        return HostStream(feed, shape, position)
+
+    def _leave_out_again(self, state: dict[str, Any] | None) -> None:
+        """A continued run leaves out what it left out before, so that the order stays the same."""
+        if state and state["count"] == len(self._source):
+            self._usable.drop(dict.fromkeys(state["unusable"], "left out since the run began"))
+
+    def loader(self) -> Loader:
+        """A new loader for these images."""
+        places = None
+        if self._crop == "random":
+            # One place an image for the whole run: what is decoded once can only be cropped once.
+            places = np.random.default_rng([self._seed, 1]).random((len(self._source), 2))
+        options: dict[str, Any] = {
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "places": places,
+            "threads": room.cores(),
+        }
+        if self._loader_name == "dali":
+            from fastdcgan.data.dali_loader import DaliLoader
+
+            return DaliLoader(self._source, self._census, device=self._device, **options)
+        from fastdcgan.data.torch_loader import TorchLoader
+
+        return TorchLoader(self._source, self._census, **options)
+
+    def _on_broken(self, i: int, reason: str) -> None:
+        name = printable(self._source.names[i])
+        self.skipped.append((name, reason))
+        if self._strict:
+            raise UserError(f"{name}: {reason} (--strict stops at the first unusable file)")
+        self._census.drop(i, reason)
+        if self._memory is not None:
+            remember(self._census, self._source, self._memory)
+        left = int(self._usable.mask.sum())
+        if left < self._needed:
+            raise UserError(
+                f"only {left} images of {self.name} can be decoded, too few for one batch: see its skipped files"
+            )
+
+    def _choose_store(self) -> Store | None:
+        """Where decoded images are kept; None for nowhere."""
+        size, mode, on_device = int(np.prod(self.shape, dtype=np.int64)), self._cache, self._device.type == "cuda"
+        on_disk = self._cache_dir / "images" / f"{self.name}-{self._key()}.npy"
+        if mode == "auto" and on_disk.exists():
+            kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
+            fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
+            return Store(kept.array.to(self._device), kept.present.copy()) if fits else kept
+        if mode == "auto":
+            if on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device):
+                mode = "device"
+            elif size <= room.HOST_SHARE * room.free_host_bytes():
+                mode = "host"
+            elif size <= room.DISK_SHARE * room.free_disk_bytes(on_disk.parent):
+                mode = "disk"
+                say(f"keeping {room.in_words(size)} of decoded images in {on_disk}: too much for the memory")
+            else:
+                say(f"decoding every epoch anew: {room.in_words(size)} of decoded images fit neither memory nor disk")
+                mode = "off"
+        if mode == "off":
+            return None
+        if mode == "disk":
+            try:
+                return DiskStore(on_disk, self.shape, self._source.fingerprint())
+            except OSError as error:
+                if self._cache == "auto":
+                    say(f"decoding every epoch anew: cannot keep images in {on_disk.parent} ({error.strerror})")
+                    return None
+                what = f"cannot keep {room.in_words(size)} of decoded images in {on_disk.parent} ({error.strerror})"
+                raise UserError(f"{what}: choose another --cache-dir, or --cache off") from None
+        target = self._device if mode == "device" else torch.device("cpu")
+        free = room.free_device_bytes(target) if target.type == "cuda" else room.free_host_bytes()
+        if size > free:
+            what = f"the decoded images need {room.in_words(size)}, more than the {room.in_words(free)} that are free"
+            raise UserError(f"{what}: use --cache disk, --cache off or a smaller --image-size")
+        return Store.in_memory(self.shape, target)
+
+    def _key(self) -> str:
+        """Names the kept images: one file for each path, size and way of decoding."""
+        crop = f"random {self._seed}" if self._crop == "random" else self._crop
+        parts = (self._source.path.absolute(), self.image_size, self.channels, crop, self._loader_name, PICTURES)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def dali_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,0 +1,176 @@
+"""What the first bytes of a file say about the image in it: cheap enough to ask of every file before training starts.
+
+JPEG and PNG headers are read here, in a few microseconds; everything else is asked of Pillow.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fastdcgan.data import pillow_decode
+from fastdcgan.data.pillow_decode import EMPTY, MOST_PIXELS, UnusableImage, too_many_pixels
+
+UNUSABLE, JPEG, PNG, OTHER = range(
+    4
+)  # kinds; OTHER is left to Pillow: alpha, palettes, CMYK, 16 bits, rotation, WebP...
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".avif",
+        ".jp2",
+        ".heic",
+        ".heif",
+    ]
+)
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+
+
+class Facts(NamedTuple):
+    """One file, as far as its header tells."""
+
+    kind: int
+    height: int = 0  # as shown, that is after an EXIF rotation
+    width: int = 0
+    colour: bool = False  # False: shades of grey only
+    reason: str = ""  # why an UNUSABLE file is that
+
+
+class Glimpse(NamedTuple):
+    """The part of a file that `examine` needs; `whole` reads all of it, for the few files that must be looked at."""
+
+    head: bytes
+    tail: bytes
+    size: int
+    whole: Callable[[], bytes]
+
+
+def unusable(reason: str) -> Facts:
+    return Facts(UNUSABLE, reason=reason)
+
+
+def has_image_magic(head: bytes) -> bool:
+    """Whether a file starts like an image (for files whose name does not say so)."""
+    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
+
+
+def examine(glimpse: Glimpse) -> Facts:
+    """The facts about one file. Never raises for what is in the file; OSError passes through."""
+    head = glimpse.head
+    if glimpse.size == 0:
+        return unusable(EMPTY)
+    facts = None
+    if head.startswith(b"\xff\xd8\xff"):
+        facts = _jpeg(head)
+        if facts is None and glimpse.size > len(head):
+            facts = _jpeg(glimpse.whole())  # long metadata pushed the frame header out of sight
+        complete = b"\xff\xd9" in glimpse.tail
+    elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+        facts = _png(head)
+        complete = b"IEND" in glimpse.tail
+    elif head[:4] == b"RIFF":
+        complete = glimpse.size >= int.from_bytes(head[4:8], "little")
+    elif head.startswith(b"GIF8"):
+        complete = b"\x3b" in glimpse.tail
+    else:
+        complete = True
+    if facts is None:
+        facts = _ask_pillow(glimpse.whole())
+    if facts.kind != UNUSABLE and not complete:  # probably cut short: only decoding tells
+        reason = pillow_decode.fault(glimpse.whole())
+        return unusable(reason) if reason else facts._replace(kind=OTHER)
+    return facts
+
+
+def _jpeg(data: bytes) -> Facts | None:
+    """Facts from a JPEG's segments, None where they do not suffice."""
+    at, orientation, adobe_transform = 2, 1, -1
+    while at + 4 <= len(data):
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        length = (data[at + 2] << 8) | data[at + 3]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            if at + 10 > len(data):
+                return None
+            precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+            baseline, progressive = marker in (0xC0, 0xC1), marker == 0xC2
+            plain = (baseline or progressive) and precision == 8 and components in (1, 3) and height and width
+            if not plain or (components == 3 and adobe_transform == 0):
+                return None
+            # Only a baseline image can be decoded at 1/8 size without holding all of it.
+            if height * width > (MOST_PIXELS * 64 if baseline else MOST_PIXELS):
+                return unusable(too_many_pixels(height, width))
+            if orientation >= 5:
+                height, width = width, height
+            return Facts(JPEG if orientation == 1 else OTHER, height, width, components == 3)
+        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+        elif marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and length >= 14 and at + 16 <= len(data):
+            adobe_transform = data[at + 15]
+        elif marker in (0xD9, 0xDA):
+            return None
+        at += 2 + length
+    return None
+
+
+def _exif_orientation(tiff: bytes) -> int:
+    """1..8; 1, "as it is", where the EXIF block is absent or broken."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 10:
+        return 1
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start + 2 > len(tiff):
+        return 1
+    (entries,) = struct.unpack_from(order + "H", tiff, start)
+    for at in range(start + 2, min(start + 2 + 12 * entries, len(tiff) - 11), 12):
+        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, at)
+        if tag == 0x0112:
+            return int(value) if 1 <= value <= 8 else 1
+    return 1
+
+
+def _png(head: bytes) -> Facts | None:
+    """Facts from a PNG's chunks up to the pixels, None where Pillow should look."""
+    if len(head) < 33 or head[12:16] != b"IHDR":
+        return None
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">IIBBBBB", head, 16)
+    if width * height > MOST_PIXELS:
+        return unusable(too_many_pixels(height, width))
+    if depth != 8 or colour_type not in (0, 2) or interlaced or not width or not height:
+        return None
+    at = 33
+    while at + 8 <= len(head):
+        length, name = struct.unpack_from(">I4s", head, at)
+        if name in (b"tRNS", b"eXIf"):
+            return None
+        if name == b"IDAT":
+            return Facts(PNG, height, width, colour_type == 2)
+        at += 12 + length
+    return None
+
+
+def _ask_pillow(data: bytes) -> Facts:
+    try:
+        height, width, colour = pillow_decode.measure(data)
+    except UnusableImage as fault:
+        return unusable(str(fault))
+    return Facts(OTHER, height, width, colour)

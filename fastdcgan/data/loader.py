@@ -1,0 +1,135 @@
+"""Encoded files to uint8 pixels: what the DALI and the torch loader have in common.
+
+A loader takes the numbers of the images wanted, batch after batch, and gives the pixels back in the same order, working
+a little ahead. A file that cannot be decoded costs that file: it is reported, and its row is to be left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdcgan.data import pillow_decode
+from fastdcgan.data.census import Census
+from fastdcgan.data.header import JPEG, OTHER, UNUSABLE
+from fastdcgan.data.order import Ids
+from fastdcgan.data.pillow_decode import UnusableImage
+from fastdcgan.data.source import EncodedSource, why_unreadable
+
+Pixels = NDArray[np.uint8]
+Item = TypeVar("Item")
+Begun = TypeVar("Begun")
+
+AT_ONCE = 16  # images one thread reads or decodes before the next thread may have the interpreter
+
+
+@dataclass
+class Decoded:
+    """The pixels of one request."""
+
+    ids: Ids  # int64 (n,): the image numbers, as requested
+    images: torch.Tensor  # uint8 (n, H, W, C); the rows of broken files mean nothing
+    broken: dict[int, str] = field(default_factory=dict)  # image number -> reason
+
+
+class Loader(ABC):
+    """Decodes the images of one source to one size."""
+
+    device = torch.device("cpu")  # where the pixels come into being
+
+    def __init__(
+        self,
+        source: EncodedSource,
+        census: Census,
+        *,
+        image_size: tuple[int, int],
+        channels: int,
+        places: NDArray[np.float64] | None,
+        threads: int,
+    ) -> None:
+        """`places`: float64 (n, 2) in 0..1, where each image is cropped (see cover_box); None for the centre."""
+        self.source, self.census, self.image_size, self.channels = source, census, image_size, channels
+        self.places, self.threads = places, threads
+        self.boxes = cover_boxes(census.sizes, image_size, places)  # int32 (n, 4): top, left, height, width
+        # bool (n,): files for the fast decoder. The rest goes to Pillow: what is odd, and the JPEGs at least twice as
+        # large as needed, because libjpeg's scaled decoding, which only Pillow offers, beats any full decoding.
+        scaled = (census.kind == JPEG) & (self.boxes[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
+        self.fast = (census.kind != OTHER) & (census.kind != UNUSABLE) & ~scaled
+
+    @abstractmethod
+    def decode(self, requests: Iterable[Ids]) -> Iterator[Decoded]:
+        """One `Decoded` for each request, in order. Closing the iterator stops the work."""
+
+    def place(self, i: int) -> tuple[float, float]:
+        return (0.5, 0.5) if self.places is None else (float(self.places[i, 0]), float(self.places[i, 1]))
+
+    def read(self, i: int) -> bytes:
+        """The encoded file. Raises UnusableImage."""
+        try:
+            return self.source.read(i)
+        except OSError as error:
+            raise UnusableImage(why_unreadable(error)) from None
+
+    def pillow(self, i: int, data: bytes) -> NDArray[np.uint8]:
+        return pillow_decode.decode(data, self.image_size, self.channels, self.place(i))
+
+
+def cover_boxes(
+    sizes: NDArray[np.int32], target: tuple[int, int], places: NDArray[np.float64] | None
+) -> NDArray[np.int32]:
+    """`pillow_decode.cover_box` of many images: int32 (n, 4) from sizes int32 (n, 2) and places float64 (n, 2)."""
+    height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    wide = width * target[0] >= height * target[1]
+    box_height = np.where(wide, height, np.maximum(1, np.rint(width * target[0] / target[1])))
+    box_width = np.where(wide, np.maximum(1, np.rint(height * target[1] / target[0])), width)
+    place = np.full((len(sizes), 2), 0.5) if places is None else places
+    top, left = (height - box_height) * place[:, 0], (width - box_width) * place[:, 1]
+    return np.stack([top, left, box_height, box_width], axis=1).astype(np.int32)
+
+
+def enter_resized(out: Pixels, rows: Sequence[int], parts: Sequence[Pixels]) -> None:
+    """Resize the parts and put them into these rows of `out`.
+
+    Args:
+        out: uint8 (n, H, W, C).
+        parts: uint8 (h, w, 1 or 3) each. Those of one size are resized together, by torch: several times as fast as
+            one by one, and the same for every loader.
+    """
+    by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for k, part in enumerate(parts):
+        by_size[part.shape].append(k)
+    image_size = out.shape[1:3]
+    for size, numbers in by_size.items():
+        images = np.stack([parts[k] for k in numbers])
+        if size[:2] != image_size:
+            channels_last = torch.from_numpy(images).permute(0, 3, 1, 2)  # three times as fast as channels first
+            resized = torch.nn.functional.interpolate(channels_last, image_size, mode="bilinear", antialias=True)
+            images = resized.permute(0, 2, 3, 1).numpy()
+        these = [rows[k] for k in numbers]
+        out[these, ..., : images.shape[3]] = images
+        if out.shape[3] == 4:
+            out[these, ..., 3] = 255
+
+
+def in_pieces(pool: ThreadPoolExecutor, work: Callable[[Ids], None], ids: Ids) -> list[Future[None]]:
+    """`work` on pieces of `ids`, in the pool."""
+    return [pool.submit(work, ids[start : start + AT_ONCE]) for start in range(0, len(ids), AT_ONCE)]
+
+
+def ahead(begin: Callable[[Item], Begun], items: Iterable[Item], depth: int) -> Iterator[Begun]:
+    """`begin(item)` for each item, called up to `depth` items before its result is handed out."""
+    begun: deque[Begun] = deque()
+    for item in items:
+        begun.append(begin(item))
+        if len(begun) > depth:
+            yield begun.popleft()
+    yield from itertools.chain(begun)

@@ -1,0 +1,95 @@
+"""In which order images are seen: one fresh permutation per epoch, joined end to end, shared out among the ranks.
+
+The order is a pure function of (number of files, seed, rank, world size). No loader and no cache has a say in it, so a
+position in it is one whole number and a run continues exactly where it stopped. Files found unusable keep their places
+and are passed over: whether a file is known to be broken beforehand or breaks later, the others keep their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdcgan.console import say
+
+Ids = NDArray[np.int64]
+
+
+@lru_cache(maxsize=4)
+def permutation(count: int, seed: int, epoch: int) -> Ids:
+    """int64 (count,): the order of epoch number `epoch`.
+
+    Sorted raw generator output rather than `Generator.permutation`: numpy promises that raw bits never change between
+    versions, and a checkpoint may outlive a version.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(bits, kind="stable").astype(np.int64)
+
+
+class Order:
+    """The endless sequence of image numbers that one rank sees; element k is global element rank + world_size * k."""
+
+    def __init__(self, count: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
+
+    def slice(self, start: int, length: int) -> Ids:
+        """int64 (length,): elements start .. start + length - 1 of this rank's sequence."""
+        positions = self.rank + self.world_size * np.arange(start, start + length, dtype=np.int64)
+        epochs, places = np.divmod(positions, self.count)
+        images = np.empty(length, dtype=np.int64)
+        numbers, starts = np.unique(epochs, return_index=True)  # positions increase, so an epoch is one stretch
+        for epoch, first, last in zip(numbers.tolist(), starts, [*starts[1:], length], strict=True):
+            images[first:last] = permutation(self.count, self.seed, epoch)[places[first:last]]
+        return images
+
+    def take(self, start: int, length: int, usable: NDArray[np.bool_]) -> tuple[Ids, Ids]:
+        """The next `length` usable images from element `start` on.
+
+        Args:
+            usable: bool (count,), not all False.
+
+        Returns:
+            (images, after), both int64 (length,): after[j] is the element to continue from once images[j] was used.
+        """
+        images: Ids = np.empty(0, dtype=np.int64)
+        after: Ids = np.empty(0, dtype=np.int64)
+        while len(images) < length:
+            block = self.slice(start, length)
+            kept = np.flatnonzero(usable[block])
+            images = np.concatenate([images, block[kept]])
+            after = np.concatenate([after, start + kept + 1])
+            start += length
+        return images[:length], after[:length]
+
+
+@dataclass
+class Position:
+    """How far a stream has come."""
+
+    taken: int = 0  # elements of this rank's order that are used up
+    images: int = 0  # images delivered, over all ranks
+
+    def state(self, order: Order, usable: NDArray[np.bool_]) -> dict[str, Any]:
+        """JSON-able. `unusable` is part of it, so that a file that has been repaired meanwhile stays left out."""
+        return {
+            "taken": self.taken,
+            "images": self.images,
+            "count": order.count,
+            "world_size": order.world_size,
+            "unusable": np.flatnonzero(~usable).tolist(),
+        }
+
+    @classmethod
+    def resume(cls, order: Order, state: dict[str, Any] | None) -> Position:
+        """The position saved in `state`; the beginning where there is none."""
+        if state is None:
+            return cls()
+        taken_by_all = state["taken"] * state["world_size"]
+        if state["count"] != order.count:
+            say(f"the data changed: {order.count} files where there were {state['count']}; going on with a new epoch")
+            taken_by_all = -(-taken_by_all // state["count"]) * order.count
+        return cls(taken_by_all // order.world_size, state["images"])

@@ -1,0 +1,154 @@
+"""`data pack`: decode a whole set ahead of time into one .npy that training memory-maps."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from fastdcgan.console import progress, say
+from fastdcgan.data import open_dataset
+from fastdcgan.data.dataset import Dataset
+from fastdcgan.data.packed import note_path
+from fastdcgan.data.room import in_words
+from fastdcgan.data.store import read_json, reserve, write_json
+from fastdcgan.errors import UserError
+
+HEADER_BYTES = 128
+SAVE_EVERY = 1.0  # seconds between notes of how far it has come
+
+
+def pack(
+    data: str,
+    *,
+    image_size: tuple[int, int],
+    out: Path,
+    channels: int | None = None,
+    loader: str = "auto",
+    crop: str = "centre",
+    seed: int = 0,
+    strict: bool = False,
+    cache_dir: Path | None = None,
+) -> Path:
+    """Write the usable images of `data` to `out`: uint8 (n, H, W, C) for `numpy.load(out, mmap_mode="r")`.
+
+    Labels, class names and what was left out go to a small JSON beside it (`set.npy.json`). `out` appears whole or not
+    at all. Interrupted, even killed, it goes on where it was when the same command is given again.
+
+    Args:
+        data, image_size, channels, loader, crop, seed, strict, cache_dir: see `fastdcgan.data.open_dataset`.
+
+    Raises:
+        UserError: as `open_dataset`; `out` exists with other content, cannot be written, or does not fit on the disk.
+    """
+    out = out if out.suffix == ".npy" else out.with_name(out.name + ".npy")
+    dataset = open_dataset(
+        data,
+        image_size=image_size,
+        channels=channels,
+        device=torch.device("cpu"),
+        seed=seed,
+        loader=loader,
+        cache="off",  # without remembered verdicts: the numbers of the images must be the same after an interruption
+        cache_dir=cache_dir,
+        crop=crop,
+        strict=strict,
+    )
+    asked = (dataset.content(), dataset.count, image_size, dataset.channels)
+    fingerprint = hashlib.sha256(repr(asked).encode()).hexdigest()
+    if out.exists():
+        if read_json(note_path(out)).get("fingerprint") != fingerprint:
+            raise UserError(f"{out} exists and holds something else: delete it or choose another --out")
+        say(f"{out} is there already and up to date")
+        return out
+    part, journal = out.with_name(out.name + ".part"), out.with_name(out.name + ".part.json")
+    row_bytes = image_size[0] * image_size[1] * dataset.channels
+    try:
+        with _alone(part, out) as file:
+            done = read_json(journal) if file.seek(0, os.SEEK_END) else {}
+            if done.get("fingerprint") != fingerprint:
+                done = {"fingerprint": fingerprint, "next": 0, "broken": []}
+                write_json(journal, done)
+            try:
+                reserve(file, HEADER_BYTES + dataset.count * row_bytes)
+            except OSError:
+                part.unlink()
+                journal.unlink()
+                raise
+            _write_rows(file, journal, done, dataset, row_bytes)
+            count = dataset.count - len(done["broken"])
+            file.truncate(HEADER_BYTES + count * row_bytes)
+            file.seek(0)
+            file.write(_header((count, *image_size, dataset.channels)))
+            file.flush()
+            os.fsync(file.fileno())
+            write_json(note_path(out), _note(dataset, fingerprint, set(done["broken"])))
+            journal.unlink()  # first: a journal without its part would vouch for rows that are not there
+            os.replace(part, out)
+    except OSError as error:
+        need = in_words(HEADER_BYTES + dataset.count * row_bytes)
+        raise UserError(f"cannot write {out} ({error.strerror}), which takes {need}: choose another --out") from None
+    return out
+
+
+def _write_rows(file: BinaryIO, journal: Path, done: dict[str, Any], dataset: Dataset, row_bytes: int) -> None:
+    """Append the images from number done["next"] on; `done` and the journal keep up with what is safely on disk."""
+    file.seek(HEADER_BYTES + (done["next"] - len(done["broken"])) * row_bytes)
+    saved = time.monotonic()
+    with progress("packing", dataset.count) as advance:
+        advance(done["next"])
+        for start, stop, good, images in dataset.pieces(done["next"]):
+            file.write(images.numpy().data)
+            done["broken"] += sorted(set(range(start, stop)) - set(good))
+            done["next"] = stop
+            advance(stop - start)
+            if time.monotonic() - saved > SAVE_EVERY or stop == dataset.count:
+                file.flush()
+                os.fsync(file.fileno())  # first the rows, then the note that says they are there
+                write_json(journal, done)
+                saved = time.monotonic()
+
+
+def _note(dataset: Dataset, fingerprint: str, broken: set[int]) -> dict[str, Any]:
+    labels = dataset.labels and [label for i, label in enumerate(dataset.labels) if i not in broken]
+    return {
+        "fingerprint": fingerprint,
+        "name": dataset.name,
+        "flip": dataset.flip,
+        "labels": labels,
+        "class_names": dataset.class_names,
+        "skipped": dataset.skipped,
+    }
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """The beginning of a .npy file, always HEADER_BYTES long, so that the count can be put right at the end."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    assert header.tell() == HEADER_BYTES
+    return header.getvalue()
+
+
+@contextmanager
+def _alone(part: Path, out: Path) -> Iterator[BinaryIO]:
+    """The unfinished file, open for reading and writing, locked against a second `pack` (where files can be locked)."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    with open(part, "rb+") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise UserError(f"another process is packing into {out}: wait for it, or choose another --out") from None
+        yield file

@@ -1,0 +1,190 @@
+"""One image through Pillow: what every other decoder is measured against, and the judge of what is broken.
+
+It handles what the fast decoders do not: transparency, palettes, CMYK, 16 bits, EXIF rotation, animations (their first
+frame), and JPEGs much larger than needed, which libjpeg decodes at 1/2, 1/4 or 1/8 of their size for a fraction of
+the time.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+
+# Pillow refuses more than this as a decompression bomb; as 8-bit colour it is half a gigabyte.
+MOST_PIXELS = 178_956_970
+LARGE_PIXELS = 16_000_000  # images that unpack to more take turns, so threads do not multiply the memory
+
+EMPTY = "empty file (0 bytes)"
+
+_one_large_image = threading.Lock()
+Image.init()  # registers the formats now: doing it lazily is not safe from several threads
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is kept by measure/decode
+
+
+class UnusableImage(Exception):
+    """The bytes are not an image that can be used; the message says why, in a few words."""
+
+
+def too_many_pixels(height: int, width: int) -> str:
+    return f"too large: {width} x {height} pixels (possibly a decompression bomb)"
+
+
+def cover_box(
+    size: tuple[int, int], target: tuple[int, int], place: tuple[float, float] = (0.5, 0.5)
+) -> tuple[int, int, int, int]:
+    """The largest part of an image that has the target's proportions: (top, left, height, width), in whole pixels.
+
+    Args:
+        size, target: (height, width) of the image and of what it becomes.
+        place: where the part lies, from (0, 0), top left, to (1, 1), bottom right; (0.5, 0.5) is the centre.
+    """
+    height, width = size
+    if width * target[0] >= height * target[1]:
+        box_height, box_width = height, max(1, round(height * target[1] / target[0]))
+    else:
+        box_height, box_width = max(1, round(width * target[0] / target[1])), width
+    return int((height - box_height) * place[0]), int((width - box_width) * place[1]), box_height, box_width
+
+
+def decode(
+    data: bytes, image_size: tuple[int, int], channels: int, place: tuple[float, float] = (0.5, 0.5)
+) -> NDArray[np.uint8]:
+    """The cover box of an image, resized with antialiasing: uint8 (H, W, channels).
+
+    channels 1 converts to luma and 3 to RGB, both on white where the image is transparent; 4 keeps the transparency.
+
+    Raises:
+        UnusableImage: with the reason.
+    """
+    try:
+        image = _open(data)
+        turned = image.getexif().get(0x0112, 1) >= 5
+        shown = image.size if turned else image.size[::-1]
+        _, _, box_height, box_width = cover_box(shown, image_size)
+        shrink = min(box_height / image_size[0], box_width / image_size[1])
+        if isinstance(image, JpegImagePlugin.JpegImageFile) and shrink >= 2:
+            # Pillow picks the smallest of 1/2, 1/4 and 1/8 that is not below the size asked for.
+            least = (math.ceil(image.width / shrink - 1e-6), math.ceil(image.height / shrink - 1e-6))
+            image.draft("L" if channels == 1 else "RGB", least)
+        if image.width * image.height > MOST_PIXELS:
+            raise UnusableImage(too_many_pixels(image.height, image.width))
+        if image.width * image.height > LARGE_PIXELS:
+            with _one_large_image:
+                return _finish(image, image_size, channels, place)
+        return _finish(image, image_size, channels, place)
+    except UnusableImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything on broken files
+        raise UnusableImage(_reason(error, data)) from error
+
+
+def measure(data: bytes) -> tuple[int, int, bool]:
+    """(height, width, whether it has colour) as shown, from the header alone. Raises UnusableImage."""
+    try:
+        image = _open(data)
+        turned = image.getexif().get(0x0112, 1) >= 5
+    except UnusableImage:
+        raise
+    except Exception as error:
+        raise UnusableImage(_reason(error, data)) from error
+    if image.mode == "F":
+        raise UnusableImage("floating-point pixels: convert the file to 8 or 16 bits")
+    large = image.width * image.height > MOST_PIXELS
+    if large and not (image.format == "JPEG" and not image.info.get("progressive")):
+        raise UnusableImage(too_many_pixels(image.height, image.width))
+    size = image.size if turned else image.size[::-1]
+    return size[0], size[1], image.mode not in ("1", "L", "LA", "La", "I") and not image.mode.startswith("I;16")
+
+
+def traits(name: str, data: bytes) -> list[str]:
+    """Decodes a file once and says in a few words what it is: its format, and what about it is out of the ordinary.
+
+    Raises:
+        UnusableImage: with the reason.
+    """
+    decode(data, (8, 8), 3)
+    image = _open(data)
+    found = [image.format or "unknown"]
+    suffix = name[name.rfind(".") :].lower()
+    if Image.registered_extensions().get(suffix, image.format) != image.format and image.format != "MPO":
+        found.append("named as another format")
+    if image.mode in ("1", "L", "LA"):
+        found.append("grey")
+    if image.mode.startswith("I"):
+        found.append("16 bits")
+    if image.mode == "CMYK":
+        found.append("CMYK")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        found.append("transparent")
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        found.append("animated (its first frame is used)")
+    if image.getexif().get(0x0112, 1) in range(2, 9):
+        found.append("rotated by EXIF")
+    return found
+
+
+def fault(data: bytes) -> str:
+    """Why the image cannot be decoded, '' where it can."""
+    try:
+        decode(data, (8, 8), 3)
+    except UnusableImage as error:
+        return str(error)
+    return ""
+
+
+def _open(data: bytes) -> Image.Image:
+    file = io.BytesIO(data)
+    if data.startswith(b"\xff\xd8"):
+        # Not through Image.open, which refuses large images that scaled decoding handles well.
+        return JpegImagePlugin.jpeg_factory(file, None)
+    return Image.open(file)
+
+
+def _finish(
+    image: Image.Image, image_size: tuple[int, int], channels: int, place: tuple[float, float]
+) -> NDArray[np.uint8]:
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    top, left, height, width = cover_box((image.height, image.width), image_size, place)
+    if (height, width) != (image.height, image.width):
+        image = image.crop((left, top, left + width, top + height))
+    image = _with_channels(image, channels)
+    if image.size != image_size[::-1]:
+        image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(*image_size, channels)
+
+
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "F":
+        raise UnusableImage("floating-point pixels: convert the file to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits a pixel, whichever way Pillow names it; keep the upper 8
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if channels == 4:
+        return image.convert("RGBA")
+    if transparent:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    wanted = "L" if channels == 1 else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if not data:
+        return EMPTY
+    if isinstance(error, Image.DecompressionBombError):
+        return "too large (possibly a decompression bomb)"
+    if isinstance(error, MemoryError):
+        return "too large for the memory of this machine"
+    if isinstance(error, UnidentifiedImageError) or (isinstance(error, SyntaxError) and len(data) < 64):
+        start = data[:512]
+        is_text = not any(byte < 9 or 13 < byte < 32 for byte in start)
+        return "not an image (text)" if is_text else "not an image in a known format"
+    message = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "truncated" if "truncated" in message.lower() else f"broken ({message})"

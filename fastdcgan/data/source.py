@@ -1,0 +1,156 @@
+"""Encoded images, wherever they lie, as a numbered list of byte strings. Folders here, archives in archives.py."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse, has_image_magic
+from fastdcgan.errors import UserError
+
+HEAD_BYTES = 65536  # most files are read whole by this; a frame header behind longer metadata costs a second read
+TAIL_BYTES = 64
+MOST_ENCODED_BYTES = 1 << 30
+
+
+class EncodedSource(ABC):
+    """Files that claim to be images, in one fixed order. Methods may be called from several threads."""
+
+    path: Path
+    names: list[str]  # relative, with forward slashes; one a file
+    unusable: list[tuple[str, str]]  # (what, reason): found broken while listing, not among `names`
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, i: int) -> bytes:
+        """The whole file number i. Raises OSError where it cannot be read."""
+
+    @abstractmethod
+    def glimpse(self, i: int) -> Glimpse:
+        """Its beginning, its end and its size. Raises OSError."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when a file is added, removed, renamed or written to."""
+
+    def classes(self) -> tuple[list[int], list[str]] | None:
+        """(label of each file, class names), from the folders the files lie in; None where there is only one.
+
+        The class is the innermost folder's name, so `train/cat` and `test/cat` are one class.
+        """
+        folders = [unicodedata.normalize("NFC", PurePosixPath(name).parent.name) for name in self.names]
+        class_names = sorted(set(folders))
+        if len(class_names) < 2:
+            return None
+        number = {name: label for label, name in enumerate(class_names)}
+        return [number[folder] for folder in folders], class_names
+
+
+def printable(name: str) -> str:
+    """A file name that any terminal and any text file can show: undecodable bytes become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def why_unreadable(error: OSError) -> str:
+    """A few words on a file that cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "vanished after it was listed"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    return f"cannot be read ({error.strerror or error})"
+
+
+# How the reasons begin that may be gone the next time, without the file having changed.
+PASSING = ("vanished", "no permission", "cannot be read")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative path is hidden, or is what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+class FolderSource(EncodedSource):
+    """A folder of images, flat or nested. Links are followed, each folder is visited once, hidden files stay out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.unusable = path, []
+        self._root, self._sizes = str(path), list[int]()
+        digest = hashlib.sha256()
+        self.names, other_suffixes = [], set()
+        for name, size, modified in sorted(self._walk("", set())):
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES or self._starts_like_an_image(name):
+                self.names.append(name)
+                self._sizes.append(size)
+                digest.update(f"{size} {modified} ".encode() + os.fsencode(name) + b"\n")
+            else:
+                other_suffixes.add(PurePosixPath(name).suffix or "no extension")
+        self._fingerprint = digest.hexdigest()
+        if not self.names:
+            unreadable = f" ({self.unusable[0][0]}: {self.unusable[0][1]})" if self.unusable else ""
+            found = f"it holds only {', '.join(sorted(other_suffixes)[:4])} files" if other_suffixes else "it is empty"
+            raise UserError(f"no images in the folder {path}: {found}{unreadable}; give a folder of .jpg or .png files")
+
+    def _walk(self, relative: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+        """(name, size, time of last change) of every file; `visited` breaks loops of links."""
+        folder = self.path / relative
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in visited:
+                return
+            visited.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            self.unusable.append((printable(relative or str(self.path)), f"folder cannot be read ({error.strerror})"))
+            return
+        for entry in entries:
+            name = f"{relative}/{entry.name}" if relative else entry.name
+            if is_hidden(entry.name):
+                continue
+            try:
+                if entry.is_dir():
+                    yield from self._walk(name, visited)
+                    continue
+                status = entry.stat()
+                if entry.is_file():
+                    yield name, status.st_size, status.st_mtime_ns
+            except OSError as error:
+                reason = "broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
+                self.unusable.append((printable(name), reason))
+
+    def _starts_like_an_image(self, name: str) -> bool:
+        try:
+            with open(self.path / name, "rb", buffering=0) as file:
+                return has_image_magic(file.read(16))
+        except OSError:
+            return False
+
+    def read(self, i: int) -> bytes:
+        # Plain system calls: for small files a Python file object costs as much as decoding the header.
+        handle = os.open(f"{self._root}/{self.names[i]}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            data = os.read(handle, self._sizes[i] + 1)
+            if len(data) == self._sizes[i]:
+                return data
+            with open(handle, "rb", closefd=False) as file:  # grown, or a read cut short
+                return data + file.read()
+        finally:
+            os.close(handle)
+
+    def glimpse(self, i: int) -> Glimpse:
+        if self._sizes[i] < HEAD_BYTES:
+            data = self.read(i)
+            return Glimpse(data, data[-TAIL_BYTES:], len(data), lambda: data)
+        with open(f"{self._root}/{self.names[i]}", "rb", buffering=0) as file:
+            head = file.read(HEAD_BYTES)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - TAIL_BYTES, 0))
+            return Glimpse(head, file.readall(), size, lambda: self.read(i))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint

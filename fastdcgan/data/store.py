@@ -1,0 +1,176 @@
+"""Decoded images kept for later epochs: on the device, in host memory, or in one memory-mapped file."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastdcgan.data.order import Ids
+
+Shape = tuple[int, int, int, int]
+
+
+class Store:
+    """uint8 (n, H, W, C) with a note of which rows are there."""
+
+    def __init__(self, array: torch.Tensor, present: NDArray[np.bool_]) -> None:
+        self.array, self.present = array, present
+        self._host = array.numpy() if array.device.type == "cpu" else None
+
+    @classmethod
+    def in_memory(cls, shape: Shape, device: torch.device) -> Store:
+        # On the CPU the pages come into being as rows are written.
+        return cls(torch.empty(shape, dtype=torch.uint8, device=device), np.zeros(shape[0], dtype=bool))
+
+    @classmethod
+    def complete(cls, array: NDArray[np.uint8]) -> Store:
+        """A finished array, possibly a read-only memory map."""
+        return cls(_as_tensor(array), np.ones(len(array), dtype=bool))
+
+    def write(self, ids: Ids, images: torch.Tensor) -> None:
+        """Keep these images, uint8 (n, H, W, C) on any device. On CUDA, ordered with the current stream."""
+        if self._host is not None:
+            self._host[ids] = images.cpu().numpy()
+        else:
+            rows = torch.from_numpy(ids).pin_memory().to(self.array.device, non_blocking=True)
+            if images.device.type == "cpu":
+                images = images.pin_memory()
+            self.array.index_copy_(0, rows, images.to(self.array.device, non_blocking=True))
+        self.present[ids] = True
+
+    def read(self, ids: Ids) -> torch.Tensor:
+        """uint8 (n, H, W, C) on the CPU, a copy."""
+        if self._host is not None:
+            return torch.from_numpy(self._host[ids])
+        return self.array[torch.from_numpy(ids).to(self.array.device)].cpu()
+
+    def finish(self) -> None:
+        """Called once when the last row has been written."""
+
+
+class DiskStore(Store):
+    """A .npy file that fills up while it is used, and is found again, full or not, by the next run.
+
+    Several processes may fill one file: each row has one right content, and `present`, too, is shared between them.
+    """
+
+    def __init__(self, path: Path, shape: Shape, fingerprint: str) -> None:
+        """Open what an earlier run left at `path`, if it was made from the same sources; otherwise begin anew.
+
+        Raises:
+            OSError: no space, or not writable.
+        """
+        self._path, self._part, self._rows = path, path.with_suffix(".part"), path.with_suffix(".rows")
+        self._note = path.with_suffix(".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            note = read_json(self._note)
+            if note.get("fingerprint") != fingerprint:
+                self._path.unlink(missing_ok=True)
+            if path.exists():
+                present = np.ones(shape[0], dtype=bool)
+                present[note["absent"]] = False
+                super().__init__(_as_tensor(np.load(path, mmap_mode="c")), present)
+                return
+            # After a power failure rows may be missing that are noted as present: trust only what this boot wrote.
+            if note != (fresh := {"fingerprint": fingerprint, "boot": _boot_id()}):
+                self._rows.unlink(missing_ok=True)
+                self._part.unlink(missing_ok=True)
+                write_json(self._note, fresh)
+            for file, file_shape in ((self._part, shape), (self._rows, shape[:1])):
+                if not file.exists():
+                    _make(file, file_shape)
+            array = np.load(self._part, mmap_mode="r+")
+            super().__init__(_as_tensor(array), np.load(self._rows, mmap_mode="r+").view(bool))
+
+    def finish(self) -> None:
+        with _locked(self._path.with_suffix(".lock")):
+            if not self._part.exists():
+                return
+            with open(self._part, "rb+") as file:
+                os.fsync(file.fileno())
+            absent = np.flatnonzero(~self.present).tolist()
+            write_json(self._note, read_json(self._note) | {"absent": absent})
+            os.replace(self._part, self._path)
+            self._rows.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time (where the system has file locks)."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def reserve(file: Any, size: int) -> None:
+    """Claim disk space now: writing to a memory map on a full disk would end the process with SIGBUS.
+
+    Raises:
+        OSError: not enough space, or over a limit on file sizes.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
+
+
+def _make(path: Path, shape: tuple[int, ...]) -> None:
+    """A .npy of zeros, made whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            reserve(file, file.tell() + int(np.prod(shape, dtype=np.int64)))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return f"process {os.getpid()}"
+
+
+def _as_tensor(array: NDArray[np.uint8]) -> torch.Tensor:
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    # torch has no read-only tensors and warns about this one; nothing writes to a finished store.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+"""Decoding with torchvision and Pillow in threads: for machines without DALI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdcgan.data.header import JPEG
+from fastdcgan.data.loader import Decoded, Loader, Pixels, ahead, enter_resized, in_pieces
+from fastdcgan.data.order import Ids
+from fastdcgan.data.pillow_decode import UnusableImage
+
+BATCHES_AHEAD = 2
+
+
+class TorchLoader(Loader):
+    """torchvision's decoder for plain JPEG, Pillow for the rest: torchvision's for PNG can crash on a broken file."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Arguments of `Loader`."""
+        super().__init__(*args, **kwargs)
+        self.fast &= self.census.kind == JPEG
+
+    def decode(self, requests: Iterable[Ids]) -> Iterator[Decoded]:
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+
+        def begin(ids: Ids) -> tuple[Decoded, list[Future[None]]]:
+            decoded = Decoded(ids, torch.empty((len(ids), *self.image_size, self.channels), dtype=torch.uint8))
+            work = in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.arange(len(ids)))
+            return decoded, work
+
+        try:
+            for decoded, work in ahead(begin, requests, BATCHES_AHEAD):
+                for piece in work:
+                    piece.result()
+                yield decoded
+        finally:
+            # Without waiting: an abandoned generator ends wherever Python collects garbage, also while a thread starts.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode_rows(self, decoded: Decoded, rows: Ids) -> None:
+        """Decode these rows of the request into `decoded`."""
+        images = decoded.images.numpy()
+        to_resize: dict[int, Pixels] = {}
+        for row in rows.tolist():
+            i = int(decoded.ids[row])
+            try:
+                data = self.read(i)
+                part = self._fast_decode(i, data) if self.fast[i] else None
+                if part is None:
+                    images[row] = self.pillow(i, data)
+                else:
+                    to_resize[row] = part
+            except UnusableImage as fault:
+                decoded.broken[i] = str(fault)
+        enter_resized(images, list(to_resize), list(to_resize.values()))
+
+    def _fast_decode(self, i: int, data: bytes) -> Pixels | None:
+        """uint8 (h, w, 1 or 3): the part of image i that is shown; None where torchvision cannot."""
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        mode = ImageReadMode.GRAY if self.channels == 1 else ImageReadMode.RGB
+        top, left, height, width = self.boxes[i].tolist()
+        try:
+            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
+        except RuntimeError:
+            return None
+        if image.shape[1:] != tuple(self.census.sizes[i]):  # rewritten since it was looked at
+            return None
+        return image[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()

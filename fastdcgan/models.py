@@ -1,0 +1,159 @@
+"""The fast networks: the reference's parameters, names and mathematics, in fewer and wider operations.
+
+Substitutions, layer by layer, on channels-last tensors:
+- BatchNorm and the activation after it become one `batch_norm_act`, with statistics per group of the batch;
+- the generator's projection from a 1x1 grid, and the discriminator's last convolution onto one, become matrix products;
+- on a CPU so do convolutions between the smallest grids.
+Weights lie in channels-last order, so that these products need no copy of them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch import channels_last as CHANNELS_LAST
+
+from fastdcgan import patches, reference
+from fastdcgan.kernels import batch_norm_act
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """BatchNorm2d followed by LeakyReLU (slope 0 is ReLU); its parameters and buffers are BatchNorm2d's."""
+
+    def __init__(self, norm: nn.BatchNorm2d, negative_slope: float) -> None:
+        super().__init__(norm.num_features)
+        self.load_state_dict(norm.state_dict())
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor, groups: int = 1) -> Tensor:
+        """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
+        and the running statistics move as if the slices had come one after another."""
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(groups)
+        return batch_norm_act(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            negative_slope=self.negative_slope,
+            groups=groups,
+        )
+
+
+class Projection(nn.ConvTranspose2d):
+    """A transposed convolution whose input is one pixel: a matrix product from latent to base grid."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x (N, C_in, 1, 1) -> (N, C_out, base height, base width), channels-last."""
+        c_in, c_out, height, width = self.weight.shape
+        grid = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).reshape(c_in, -1)
+        return grid.view(-1, height, width, c_out).permute(0, 3, 1, 2)
+
+
+class Logit(nn.Conv2d):
+    """A convolution whose output is one pixel: a matrix product from base grid to logit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C, base height, base width), channels-last -> (N, 1, 1, 1)."""
+        return (x.permute(0, 2, 3, 1).flatten(1) @ self.weight.permute(0, 2, 3, 1).reshape(-1, 1)).view(-1, 1, 1, 1)
+
+
+class Conv(nn.Conv2d):
+    """k4 s2 p1, by patches where the output grid is small and the device a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, C_in, 2h, 2w) -> (N, C_out, h, w)."""
+        if x.is_cuda or x.shape[-1] > 2 * patches.WIDEST_GRID:
+            return super().forward(x)
+        return patches.conv2d(x, self.weight)
+
+
+class ConvTranspose(nn.ConvTranspose2d):
+    """Transposed k4 s2 p1, by patches where the input grid is small and the device a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x (N, C_in, h, w) -> (N, C_out, 2h, 2w)."""
+        if x.is_cuda or x.shape[-1] > patches.WIDEST_GRID:
+            return super().forward(x)
+        return patches.conv_transpose2d(x, self.weight)
+
+
+class Generator(reference.Generator):
+    __doc__ = reference.Generator.__doc__
+
+    def __init__(
+        self, image_size: int | tuple[int, int] = 64, channels: int = 3, latent_dim: int = 100, width: int = 64
+    ) -> None:
+        super().__init__(image_size, channels, latent_dim, width)
+        _fuse(self.main)
+        self.main[0].__class__ = Projection
+        self.to(memory_format=CHANNELS_LAST)
+
+
+class Discriminator(reference.Discriminator):
+    __doc__ = reference.Discriminator.__doc__
+
+    def __init__(self, image_size: int | tuple[int, int] = 64, channels: int = 3, width: int = 64) -> None:
+        super().__init__(image_size, channels, width)
+        _fuse(self.main)
+        self.main[-1].__class__ = Logit
+        self.to(memory_format=CHANNELS_LAST)
+
+    def forward(self, images: Tensor, groups: int = 1) -> Tensor:
+        """Images (N, channels, height, width) in -1..1 -> logits (N,); `groups` as in `BatchNormAct2d`."""
+        x = images
+        for layer in self.main:
+            x = layer(x, groups) if isinstance(layer, BatchNormAct2d) else layer(x)
+        return x.view(-1)
+
+
+class TutorialGenerator(reference.TutorialGenerator):
+    __doc__ = reference.TutorialGenerator.__doc__
+
+
+class TutorialDiscriminator(reference.TutorialDiscriminator):
+    __doc__ = reference.TutorialDiscriminator.__doc__
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__(channels)
+        self.to(memory_format=CHANNELS_LAST)
+
+    def forward(self, images: Tensor, groups: int = 1) -> Tensor:
+        """Images (N, channels, 28, 28) in -1..1 -> logits (N,); without BatchNorm `groups` changes nothing."""
+        return super().forward(images)
+
+
+AnyGenerator = Generator | TutorialGenerator
+AnyDiscriminator = Discriminator | TutorialDiscriminator
+
+
+def build_generator(arch: str, image_size: tuple[int, int], channels: int, latent_dim: int, width: int) -> AnyGenerator:
+    """The generator of architecture "dcgan" or "tutorial" (which has one size and no width)."""
+    if arch == "tutorial":
+        return TutorialGenerator(channels, latent_dim)
+    return Generator(image_size, channels, latent_dim, width)
+
+
+def build_discriminator(arch: str, image_size: tuple[int, int], channels: int, width: int) -> AnyDiscriminator:
+    """The discriminator of architecture "dcgan" or "tutorial"."""
+    if arch == "tutorial":
+        return TutorialDiscriminator(channels)
+    return Discriminator(image_size, channels, width)
+
+
+def _fuse(main: nn.Sequential) -> None:
+    """Replace the reference's layers by the fast ones, keeping their numbers and their parameters."""
+    for i, layer in enumerate(main):
+        if isinstance(layer, nn.BatchNorm2d):
+            main[i] = BatchNormAct2d(layer, getattr(main[i + 1], "negative_slope", 0.0))
+            main[i + 1] = nn.Identity()
+        elif isinstance(layer, nn.LeakyReLU):
+            layer.inplace = True  # its gradient then needs the output alone, which the next layer keeps anyway
+        elif isinstance(layer, nn.Conv2d):
+            layer.__class__ = Conv  # only what it computes with changes
+        elif isinstance(layer, nn.ConvTranspose2d):
+            layer.__class__ = ConvTranspose

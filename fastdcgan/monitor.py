@@ -1,0 +1,90 @@
+"""What a run writes for people to look at: metrics, quality and alarms as JSON lines, TensorBoard, sample grids."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdcgan.alarms import Alarm
+from fastdcgan.runs import replace_file
+
+GRID = 64  # pictures in a grid
+
+
+class Monitor:
+    """Writes the metrics and pictures of one run; a resumed run first drops what came after its checkpoint."""
+
+    def __init__(self, run: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run = run
+        for name in ("metrics", "quality"):
+            if (run / f"{name}.jsonl").exists():
+                _drop_after(run / f"{name}.jsonl", resumed_step)
+        self.board = SummaryWriter(str(run), purge_step=resumed_step + 1)
+
+    def log(self, values: dict[str, float], name: str = "metrics") -> None:
+        """A line of <name>.jsonl, metrics or quality, and a point of each curve; `values` has at least `step`."""
+        self._write(name, values)
+        for key, value in values.items():
+            if key != "step":
+                self.board.add_scalar(key, value, int(values["step"]))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """A line of alarms.jsonl."""
+        self._write("alarms", dataclasses.asdict(alarm))
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        # JSON has no number for what is not finite.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        with open(self.run / f"{name}.jsonl", "a") as file:
+            file.write(json.dumps(known) + "\n")
+
+    def picture(self, name: str, images: Tensor, step: int) -> Path:
+        """Save images (N, C, H, W) in -1..1 as the grid samples/<name>.png, and show it in TensorBoard."""
+        path = self.run / "samples" / f"{name}.png"
+        grid = save_grid(images, path)
+        self.board.add_image(name.split("-")[0], grid, step)
+        return path
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def save_grid(images: Tensor, path: Path) -> Tensor:
+    """Save images (N, C, H, W) in -1..1 as one PNG, about as wide as high; returns it, uint8 (C, height, width)."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    columns = max(1, round((len(images) * images.shape[2] / images.shape[3]) ** 0.5))
+    grid = to_uint8(make_grid(images.detach().float().cpu(), nrow=columns, padding=2, pad_value=1.0))
+    if images.shape[1] == 1:  # make_grid triples a single channel
+        grid = grid[:1]
+    buffer = io.BytesIO()
+    to_pil_image(grid).save(buffer, "PNG")
+    replace_file(path, buffer.getvalue())
+    return grid
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """-1..1 to 0..255, rounded."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def _drop_after(metrics: Path, step: int) -> None:
+    """Keep the whole lines up to `step`: the run will write the later ones again."""
+    kept = []
+    for line in metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # torn by a kill
+    replace_file(metrics, "".join(kept).encode())

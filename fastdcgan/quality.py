@@ -1,0 +1,53 @@
+"""How varied a generator's pictures are and how near they come to the data, on fixed latents, now and then in a run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastdcgan.apps.distances import sliced_wasserstein
+
+COMPARED = 256  # pictures in the sliced Wasserstein distance; a quarter of them in the diversity
+CHUNK = 64  # pictures drawn at once
+
+
+class Quality:
+    """Measures on the run's device against a fixed choice of real images.
+
+    Args:
+        real: uint8 (N, H, W, C), N at least 2; up to COMPARED are used.
+        latent_dim, seed: of the fixed latents.
+    """
+
+    def __init__(self, real: Tensor, latent_dim: int, seed: int, device: torch.device) -> None:
+        self.real = (real[:COMPARED].permute(0, 3, 1, 2).float() / 127.5 - 1).to(device)
+        random = torch.Generator().manual_seed(seed)
+        self.latents = torch.randn(len(self.real), latent_dim, generator=random).to(device)
+        self.apart, self.nearest = (max(value, 1e-12) for value in distances_apart(self.real[:CHUNK]))
+
+    def diversity(self, pictures: Tensor) -> dict[str, float]:
+        """How far apart pictures (N, C, H, W) are, as a share of what as many real images are.
+
+        Returns:
+            diversity: the mean distance of two; 0 is one picture over and over, 1 as varied as the data.
+            nearest: the mean distance to the nearest other; near 0 with a handful of pictures, each many times.
+        """
+        apart, nearest = distances_apart(pictures.float())
+        return {"diversity": apart / self.apart, "nearest": nearest / self.nearest}
+
+    @torch.no_grad()
+    def distance(self, generator: nn.Module) -> float:
+        """Sliced Wasserstein distance to the real images, the mean over the levels of the pyramid; 0 at best."""
+        drawn = torch.cat([generator(latents).float() for latents in self.latents.split(CHUNK)])
+        levels = sliced_wasserstein(drawn, self.real, repeats=1)
+        return sum(levels.values()) / len(levels)
+
+
+@torch.no_grad()
+def distances_apart(pictures: Tensor) -> tuple[float, float]:
+    """Mean distance of two of the pictures (N, C, H, W), and of each to its nearest: Euclidean, in all pixels."""
+    rows = pictures.flatten(1)
+    apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")  # exactly 0 for equal pictures
+    mean = apart.sum() / (len(rows) * (len(rows) - 1))
+    nearest = apart.fill_diagonal_(torch.inf).min(1).values.mean()
+    return mean.item(), nearest.item()

@@ -1,0 +1,293 @@
+"""A run, or several over one another, as one HTML file that needs nothing else: curves, samples, alarms, settings."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from fastdcgan.errors import UserError
+from fastdcgan.plot import Series, chart
+
+FRAMES = 60  # sample grids in the timeline, evenly chosen
+TIMELINES = {"step": "moving average", "raw-step": "latest weights"}  # samples/<prefix>-<number>.png
+COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
+
+# Chart title -> the lines in it: (file, key, label).
+CHARTS: dict[str, list[tuple[str, str, str]]] = {
+    "Loss": [("metrics", "loss_d", "discriminator"), ("metrics", "loss_g", "generator")],
+    "Discriminator's output": [("metrics", "d_real", "D(x), real"), ("metrics", "d_fake", "D(G(z)), generated")],
+    "Gradient norm": [("metrics", "grad_norm_d", "discriminator"), ("metrics", "grad_norm_g", "generator")],
+    "Diversity of the samples, 1 is the data's": [
+        ("quality", "diversity", "two samples"),
+        ("quality", "nearest", "nearest other"),
+    ],
+    "Images a second": [("metrics", "images_per_second", "")],
+}
+
+# Nothing may be loaded from anywhere: the file shows what is in it.
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{title}</title><link rel="icon" href="data:,"><style>
+:root {{ color-scheme: light dark; --faint: color-mix(in srgb, currentColor 18%, transparent) }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.5rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.05rem; margin: 0 0 .3rem }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.5rem }}
+section {{ margin: 1.5rem 0 }} svg {{ width: 100%; height: auto; font: 11px system-ui, sans-serif }}
+svg text {{ fill: currentColor }} svg .rule {{ stroke: var(--faint) }}
+svg .alarm {{ stroke: #d97706; stroke-dasharray: 4 3 }} img {{ max-width: 100%; image-rendering: pixelated }}
+figure {{ margin: 0 }} input[type=range] {{ width: 100% }} .samples img {{ width: 100% }}
+.samples {{ grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)) }}
+table {{ border-collapse: collapse; width: 100% }} td, th {{ text-align: left; padding: .15rem .7rem .15rem 0;
+ border-bottom: 1px solid var(--faint); vertical-align: top; overflow-wrap: anywhere }}
+.key {{ display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin: 0 .35em 0 .9em }}
+.warn {{ border-left: 4px solid #d97706; padding: .2rem .8rem; margin: .5rem 0 }} .faint {{ opacity: .7 }}
+</style></head><body>
+"""
+
+SLIDER = """<script>
+for (const box of document.querySelectorAll("[data-frames]")) {
+  const frames = JSON.parse(box.dataset.frames), slider = box.querySelector("input");
+  const show = () => {
+    const frame = frames[slider.value];
+    box.querySelector("output").value = "step " + frame.step;
+    box.querySelectorAll("img.frame").forEach((img, i) => { img.src = frame.images[i] || "data:,"; });
+  };
+  slider.addEventListener("input", show);
+  show();
+}
+</script>
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder says of itself: the lines of its .jsonl files and the content of config.json."""
+
+    path: Path
+    lines: dict[str, list[dict[str, Any]]]
+    about: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def series(self, file: str, key: str) -> tuple[list[float], list[float]]:
+        """Steps and values of one figure, where it is a finite number."""
+        points = [
+            (line["step"], line[key])
+            for line in self.lines[file]
+            if _number(line.get("step")) and _number(line.get(key))
+        ]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def report(run: Path, out: Path | None, say: Callable[[str], None] = print) -> Path:
+    """Write the report of a run; returns its path, `report.html` in the run folder if `out` is None.
+
+    Raises:
+        UserError: not a run folder, or the file cannot be written.
+    """
+    record = read(run)
+    out = out or run / "report.html"
+    alarms = [alarm for alarm in record.lines["alarms"] if _number(alarm.get("step"))]
+    marks = [alarm["step"] for alarm in alarms]
+    parts = [f"<h1>{html.escape(record.name)}</h1>", _summary(record)]
+    parts += [
+        f'<div class="warn"><b>Step {alarm["step"]:,}, {html.escape(str(alarm.get("kind")))}.</b>'
+        f" {html.escape(str(alarm.get('message')))}</div>"
+        for alarm in alarms
+    ]
+    charts = []
+    for title, lines in CHARTS.items():
+        drawn = [Series(label, COLOURS[i], *record.series(file, key)) for i, (file, key, label) in enumerate(lines)]
+        charts.append(chart(title, drawn, marks))
+    parts += [f'<section class="grid">{"".join(charts)}</section>', _timeline(record, say)]
+    settings = {f"{kind}: {key}" if kind != "config" else key: value for kind, key, value in _settings(record)}
+    parts.append("<h2>Configuration</h2>" + _table([[key, value] for key, value in settings.items()], ["", ""]))
+    return _write(out, record.name, parts, say)
+
+
+def compare(runs: list[Path], out: Path, say: Callable[[str], None] = print) -> Path:
+    """Write a page with the same curves of several runs over one another and what is set differently in them.
+
+    Raises:
+        UserError: fewer than two runs, something that is not a run folder, or the file cannot be written.
+    """
+    if not 2 <= len(runs) <= len(COLOURS):
+        raise UserError(f"compare takes 2 to {len(COLOURS)} run folders, not {len(runs)}")
+    records = [read(run) for run in runs]
+    names = [record.name for record in records]
+    if len(set(names)) < len(names):
+        names = [str(record.path) for record in records]
+    keys = "".join(
+        f'<span class="key" style="background:{colour}"></span>{html.escape(name)}'
+        for name, colour in zip(names, COLOURS, strict=False)
+    )
+    parts = [f"<h1>{len(runs)} runs</h1>", f"<p>{keys}</p>"]
+    charts = []
+    for title, lines in CHARTS.items():
+        for file, key, label in lines:
+            drawn = [
+                Series(name, colour, *record.series(file, key))
+                for name, colour, record in zip(names, COLOURS, records, strict=False)
+            ]
+            charts.append(chart(f"{title}: {label}" if label else title, drawn, [], legend=False))
+    parts.append(f'<section class="grid">{"".join(charts)}</section>')
+    settings = [{(kind, key): value for kind, key, value in _settings(record)} for record in records]
+    rows = []
+    for kind, key in dict.fromkeys(entry for each in settings for entry in each):
+        values = [each.get((kind, key), "") for each in settings]
+        if len(set(values)) > 1 and key != "run_dir":
+            rows.append([key if kind == "config" else f"{kind}: {key}", *values])
+    parts.append("<h2>What differs</h2>" + _table(rows, ["", *names]))
+    figures = []
+    for name, record in zip(names, records, strict=True):
+        newest = _grids(record, "step", say)[-1:]
+        images = "".join(f'<img alt="" src="{_embedded(path)}">' for _, path in newest)
+        step = f", step {newest[0][0]:,}" if newest else ""
+        figures.append(f"<figure><figcaption>{html.escape(name)}{step}</figcaption>{images}</figure>")
+    parts.append(f'<section class="grid samples">{"".join(figures)}</section>')
+    return _write(out, " and ".join(names), parts, say)
+
+
+def read(run: Path) -> Record:
+    """A run folder's figures and configuration; damaged lines are left out.
+
+    Raises:
+        UserError: it is not a run folder, or has no figures yet.
+    """
+    lines = {name: _lines(run / f"{name}.jsonl") for name in ("metrics", "quality", "alarms")}
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.json")
+    if not lines["metrics"]:
+        raise UserError(f"{run} has no figures yet: metrics.jsonl is missing or empty")
+    try:
+        about = json.loads((run / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'config.json'} cannot be read: {error}") from error
+    return Record(run, lines, about if isinstance(about, dict) else {})
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _settings(record: Record) -> list[tuple[str, str, str]]:
+    """(part of config.json, key, value as text)."""
+    return [
+        (kind, str(key), "" if value is None else str(value))
+        for kind, part in record.about.items()
+        if isinstance(part, dict)
+        for key, value in part.items()
+    ]
+
+
+def _summary(record: Record) -> str:
+    last = record.lines["metrics"][-1]
+    rates = sorted(record.series("metrics", "images_per_second")[1])
+    words = [f"{label} {last[key]:,.{digits}f}" for label, key, digits in LAST if _number(last.get(key))]
+    if rates:
+        words.append(f"{rates[len(rates) // 2]:,.0f} images/s (median)")
+    count = len(record.lines["alarms"])
+    words.append("no alarms" if count == 0 else "1 alarm" if count == 1 else f"{count} alarms")
+    return f"<p>{', '.join(words)}</p>"
+
+
+LAST = (("step", "step", 0), ("images", "images", 0), ("epoch", "epoch", 1))
+
+
+def _grids(record: Record, prefix: str, say: Callable[[str], None]) -> list[tuple[int, Path]]:
+    """The steps and files of samples/<prefix>-<number>.png, in order; what points out of the run folder is left out."""
+    found = []
+    for path in (record.path / "samples").glob(f"{prefix}-*.png"):
+        number = path.stem.removeprefix(f"{prefix}-")
+        if not number.isdigit():
+            continue
+        if not path.resolve().is_relative_to(record.path.resolve()):
+            say(f"warning: {path} points out of the run folder: it is left out")
+            continue
+        found.append((int(number), path))
+    return sorted(found)
+
+
+def _timeline(record: Record, say: Callable[[str], None]) -> str:
+    grids = {prefix: dict(_grids(record, prefix, say)) for prefix in TIMELINES}
+    steps = sorted(grids["step"])
+    if not steps:
+        return ""
+    count = min(FRAMES, len(steps))
+    chosen = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
+    shown = [prefix for prefix in TIMELINES if grids[prefix]]
+    frames = [
+        {"step": step, "images": [_embedded(grids[p][step]) if step in grids[p] else "" for p in shown]}
+        for step in chosen
+    ]
+    figures = "".join(
+        f'<figure><figcaption>{TIMELINES[p]}</figcaption><img class="frame" alt=""></figure>' for p in shown
+    )
+    real = record.path / "samples" / "real.png"
+    if real.is_file() and real.resolve().is_relative_to(record.path.resolve()):
+        figures += f'<figure><figcaption>real</figcaption><img alt="" src="{_embedded(real)}"></figure>'
+    last = len(frames) - 1
+    return (
+        f'<section data-frames="{html.escape(json.dumps(frames))}"><h2>Samples: <output></output></h2>'
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step">'
+        f'<div class="grid samples">{figures}</div></section>'
+    )
+
+
+def _embedded(path: Path) -> str:
+    """A picture as a data: address; nothing for a file that is none."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.save(buffer, "WEBP", quality=90)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return "data:,"
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _table(rows: list[list[str]], head: list[str]) -> str:
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(row(cells, "td") for cells in rows)
+    return f"<table>{row(head, 'th') if any(head) else ''}{body}</table>"
+
+
+def _write(out: Path, title: str, parts: list[str], say: Callable[[str], None]) -> Path:
+    page = HEAD.format(title=html.escape(title)) + "\n".join(parts) + "\n" + SLIDER + "</body></html>\n"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
+    return out

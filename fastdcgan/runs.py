@@ -1,0 +1,241 @@
+"""Run folders: starting one, going on with one, and loading what was trained."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastdcgan import checkpoint
+from fastdcgan.config import TrainConfig
+from fastdcgan.errors import UserError
+from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
+
+VERSIONS_OF = ("fastdcgan", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow")
+
+
+class RunFolder:
+    """One run's folder, locked against a second process for as long as this object lives."""
+
+    def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+        """Make the folder (or take one that exists, for a resumed run) and write its config.json.
+
+        Args:
+            config: of the run.
+            facts: what the data turned out to be; kept in config.json beside versions and device.
+
+        Raises:
+            UserError: it cannot be written, or another process is training in it.
+        """
+        try:
+            (path / "samples").mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held until the process ends
+        except OSError as error:
+            raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--run-dir {path}: another process is training there; choose another folder") from None
+        self.path, self.config = path, config
+        checkpoint.remove_unfinished(path)
+        content = {"config": config.as_json(), "data": facts, "versions": versions(), "device": describe_device(facts)}
+        replace_file(path / "config.json", (json.dumps(content, indent=1) + "\n").encode())
+
+
+def choose_folder(config: TrainConfig, name: str) -> Path:
+    """The folder of a new run over data called `name`: --run-dir, or runs/<name>-<time>."""
+    if config.run_dir is not None:
+        return config.run_dir
+    path = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return path if not path.exists() else path.with_name(f"{path.name}-{os.getpid()}")
+
+
+def saved_config(config: TrainConfig) -> TrainConfig | None:
+    """The configuration of the run to go on with, or None to start a new one.
+
+    Raises:
+        UserError: --run-dir holds something that is not a run, or a run and --resume was not given; --resume without
+            --run-dir; a config.json that cannot be read.
+    """
+    path = config.run_dir
+    if path is None:
+        if config.resume:
+            newest = max((p.parent for p in Path("runs").glob("*/config.json")), key=os.path.getmtime, default=None)
+            hint = f"the newest is {newest}" if newest else "there is none under runs/"
+            raise UserError(f"--resume needs --run-dir with the run to go on with; {hint}")
+        return None
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise UserError(f"--run-dir {path} is a file: name a folder")
+    if not (path / "config.json").exists():
+        if any(item.name not in (".lock", "samples", "checkpoints") for item in path.iterdir()):
+            raise UserError(f"--run-dir {path} exists and is not a run: name another folder")
+        return None
+    if not config.resume:
+        raise UserError(f"--run-dir {path} already holds a run: add --resume to go on with it, or name another folder")
+    return read_config(path)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """The configuration in a run folder.
+
+    Raises:
+        UserError: config.json is missing or damaged.
+    """
+    try:
+        values = json.loads((path / "config.json").read_text())["config"]
+        return TrainConfig.from_json(dict(values))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was trained, in evaluation mode on one device.
+
+    `generator` is the moving average unless it was loaded with ema=False; `discriminator` and `config` are None when
+    only a generator's file was given. `step` is the number of updates behind it, None where the file does not say.
+    """
+
+    folder: Path
+    generator: AnyGenerator
+    discriminator: AnyDiscriminator | None
+    config: TrainConfig | None
+    step: int | None
+
+
+def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = True) -> Run:
+    """Load a trained generator, and its discriminator where there is one.
+
+    Args:
+        path: a run folder (its newest checkpoint), one checkpoint folder, or a .pth or .safetensors file with a
+            generator's weights, also one saved by the widely used PyTorch example.
+        device: where the networks go.
+        ema: the generator's moving average rather than its latest weights.
+
+    Raises:
+        UserError: nothing there, or not a generator, or damaged; never runs code from a file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
+    if path.is_file():
+        return Run(path.parent, _generator(read_weights(path), path).to(device).eval(), None, None, None)
+    if (path / "state.json").exists():
+        saved, folder = checkpoint.load(path), path.parent.parent
+    else:
+        newest = checkpoint.load_newest(path, print)
+        if newest is None:
+            raise UserError(f"{path} has no checkpoint: train with fastdcgan train --run-dir {path}")
+        saved, folder = newest, path
+    config = read_config(folder) if (folder / "config.json").exists() else None
+    generator = _generator(saved.tensors["average" if ema else "generator"], path)
+    discriminator = _discriminator(saved.tensors["discriminator"], path)
+    return Run(folder, generator.to(device).eval(), discriminator.to(device).eval(), config, saved.progress["step"])
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """A network's weights by name from a .safetensors or .pth file, without the prefixes that wrappers add.
+
+    Raises:
+        UserError: not such a file, damaged, or a pickle with more than tensors in it.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            weights: Any = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        raise UserError(f"{file} is not a file of weights alone, and nothing else is loaded from a pickle") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{file} does not hold a network's weights by name (a state_dict)")
+    return {str(name).removeprefix("_orig_mod.").removeprefix("module."): value for name, value in weights.items()}
+
+
+def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:
+    """Build the generator that these weights fit and load them."""
+    layers = _layers(weights)
+    if not layers:
+        raise UserError(f"{path} does not hold a generator: it has no layers")
+    first, last = layers[0], layers[-1]
+    if first.ndim == 2:
+        generator = build_generator("tutorial", (28, 28), last.shape[0] // (28 * 28), first.shape[1], 0)
+    else:
+        k = len(layers) - 1
+        size = first.shape[2] << k, first.shape[3] << k
+        try:
+            generator = build_generator("dcgan", size, last.shape[1], first.shape[0], last.shape[0])
+        except ValueError:
+            raise UserError(f"{path} does not hold a DCGAN's generator: its layers make {size[0]}x{size[1]}") from None
+    _fill(generator, weights, f"{path} does not hold a DCGAN's generator")
+    return generator
+
+
+def _discriminator(weights: dict[str, Tensor], path: Path) -> AnyDiscriminator:
+    """Build the discriminator that these weights fit and load them."""
+    layers = _layers(weights)
+    first, last = layers[0], layers[-1]
+    if last.ndim == 2:
+        discriminator = build_discriminator("tutorial", (28, 28), first.shape[1], 0)
+    else:
+        k = len(layers) - 1
+        size = last.shape[2] << k, last.shape[3] << k
+        discriminator = build_discriminator("dcgan", size, first.shape[1], first.shape[0])
+    _fill(discriminator, weights, f"{path} does not hold a DCGAN's discriminator")
+    return discriminator
+
+
+def _layers(weights: dict[str, Tensor]) -> list[Tensor]:
+    """The weights of convolutions and linear layers, first layer first: files list main.10 before main.3."""
+    numbered = sorted(
+        weights.items(), key=lambda item: [int(part) if part.isdigit() else 0 for part in item[0].split(".")]
+    )
+    return [value for _, value in numbered if value.ndim in (2, 4)]
+
+
+def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{complaint}: {str(error).splitlines()[-1].strip()}") from error
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{complaint} that can be used: some of its weights are not finite; take an older checkpoint")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONS_OF:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_device(facts: dict[str, Any]) -> str:
+    """In words, for config.json."""
+    if str(facts.get("device", "cpu")).startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

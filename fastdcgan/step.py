@@ -1,0 +1,404 @@
+"""One training step on static buffers, and the three ways to run it: eager, compiled, captured.
+
+`TrainStep.update` is the whole update of a GAN. It computes what `reference.reference_step` computes, with less work:
+- on a GPU real and fake images go through the discriminator as one batch, with BatchNorm statistics for each half;
+- the generator's update computes no weight gradients of the discriminator;
+- nothing waits for the host: images are gathered, flipped and scaled, noise drawn and losses summed on the device.
+What it does beyond that, if asked, is in `stabilisers`.
+
+`Eager` runs it as it stands; after `TrainStep.compile` its three forward functions (and so their backward ones) are
+compiled; `Captured` records all of it, both optimizers included, as one CUDA graph and replays that. Penalties on D's
+gradient are captured but not compiled: torch.compile does not differentiate twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fastdcgan.errors import UserError
+from fastdcgan.kernels import uint8_to_float
+from fastdcgan.models import AnyDiscriminator, AnyGenerator
+from fastdcgan.objectives import make_objective
+from fastdcgan.optimizer import Adam
+from fastdcgan.spans import span
+from fastdcgan.stabilisers import (
+    FAKE,
+    FAKE_AGAIN,
+    GP_WEIGHT,
+    REAL,
+    SpectralNorm,
+    Views,
+    gradient_penalty,
+    r1_penalty,
+)
+
+log = logging.getLogger("fastdcgan")
+
+METRICS = ("loss_d", "loss_g", "d_real", "d_fake")
+
+
+class TrainStep:
+    """Both networks, both optimizers, the generator's moving average and every buffer one update touches.
+
+    Args:
+        generator, discriminator: freshly built or loaded, float32 (or float64), on the device; with precision "bf16"
+            their convolutions and linear layers are cast to bfloat16 here and float32 masters kept.
+        source, index: uint8 (M, H, W, C) and int64 (B,), on the device: the next batch is always `source[index]`.
+        flip: mirror each real image with probability 1/2.
+        precision: "fp32", "tf32" or "bf16": what convolutions and matrix products compute in.
+        loss: a key of `OBJECTIVES`; label_smoothing as in `make_objective`.
+        ema_decay: of the generator's moving average once the run is long; (1 + t) / (10 + t) after t steps until then.
+        seed: of the noise and the flips.
+        merge_halves: real and fake as one batch; by default where it is faster, on a GPU.
+        r1: weight of `r1_penalty`, added every `r1_every` updates with `r1_every` times the weight (Karras et al. 2020,
+            section 3.1).
+        spectral_norm, diffaugment: as in `SpectralNorm` and `diff_augment`.
+        instance_noise: deviation of the noise on what D sees at the start of the run, falling to 0 at its end.
+        lr_decay: both learning rates fall linearly to 0 at the end of the run.
+    """
+
+    def __init__(
+        self,
+        generator: AnyGenerator,
+        discriminator: AnyDiscriminator,
+        source: Tensor,
+        index: Tensor,
+        *,
+        flip: bool = False,
+        precision: str = "fp32",
+        loss: str = "bce",
+        lr_g: float = 2e-4,
+        lr_d: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        ema_decay: float = 0.999,
+        seed: int = 0,
+        merge_halves: bool | None = None,
+        label_smoothing: float = 0.0,
+        r1: float = 0.0,
+        r1_every: int = 16,
+        spectral_norm: bool = False,
+        diffaugment: bool = False,
+        instance_noise: float = 0.0,
+        lr_decay: bool = False,
+    ) -> None:
+        device = source.device
+        self.generator, self.discriminator = generator.train(), discriminator.train()
+        self.source, self.index = source, index
+        self.merge_halves = device.type == "cuda" if merge_halves is None else merge_halves
+        self.objective = make_objective(loss, label_smoothing)
+        self.average = copy.deepcopy(generator).eval().requires_grad_(False)
+        self.ema_decay = ema_decay
+        self.average_decay = torch.zeros((), device=device)
+        masters_g, masters_d = set_precision(generator, precision), set_precision(discriminator, precision)
+        self.adam_g = Adam(generator, lr_g, betas, masters_g, self.average, self.average_decay)
+        self.adam_d = Adam(discriminator, lr_d, betas, masters_d)
+        self.dtype = next(generator.parameters()).dtype
+        self.rng = torch.Generator(device).manual_seed(seed)
+        self.noise = torch.zeros(len(index), generator.latent_dim, device=device, dtype=self.dtype)
+        self.flips = torch.zeros(len(index), device=device, dtype=torch.uint8) if flip else None
+        self.sums = torch.zeros(len(METRICS) + 1, device=device)  # of METRICS, and the number of steps in them
+
+        self.rates = (lr_g, lr_d)
+        self.lr_decay, self.instance_noise = lr_decay, instance_noise
+        self.r1, self.r1_every, self.updates = r1, r1_every, 0
+        batch = torch.empty(len(index), *source.shape[1:], device=device, dtype=self.dtype).permute(0, 3, 1, 2)
+        self.views = Views(batch, augment=diffaugment, noise=instance_noise > 0)
+        self.spectral = SpectralNorm(self.adam_d.parameters, self.rng) if spectral_norm else None
+        self.mixture = batch.new_zeros(len(index), 1, 1, 1) if loss == "wgan-gp" else None
+        self.at(0.0)
+
+    def at(self, progress: float) -> None:
+        """Set what falls over the run, `progress` of which (0..1) is over: device scalars, which a graph reads."""
+        if self.lr_decay:
+            for adam, rate in zip((self.adam_g, self.adam_d), self.rates, strict=True):
+                adam.lr.fill_(rate * (1 - progress))
+        if self.instance_noise > 0:
+            self.views.level.fill_(self.instance_noise * (1 - progress))
+
+    def draw(self) -> Tensor:
+        """Draw the step's random numbers and return the real batch, (B, C, H, W) in -1..1, channels-last."""
+        self.noise.normal_(generator=self.rng)
+        if self.flips is not None:
+            self.flips.random_(0, 2, generator=self.rng)
+        self.views.draw(self.rng)
+        if self.mixture is not None:
+            self.mixture.uniform_(generator=self.rng)
+        return uint8_to_float(self.source, self.index, self.flips, dtype=self.dtype)
+
+    def generate(self, noise: Tensor) -> Tensor:
+        return self.generator(noise)
+
+    def discriminate(self, images: Tensor, groups: int = 1) -> Tensor:
+        """Logits (N,) of images as they are, float32 at least."""
+        if self.spectral is None:
+            return _exact(self.discriminator(images, groups=groups))
+        return _exact(
+            functional_call(self.discriminator, self.spectral.normalised(), (images,), kwargs={"groups": groups})
+        )
+
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        real, fake = self.views.see(real, REAL), self.views.see(fake, FAKE)
+        if self.merge_halves:
+            logits_real, logits_fake = self.discriminate(torch.cat((real, fake)), groups=2).chunk(2)
+        else:
+            logits_real, logits_fake = self.discriminate(real), self.discriminate(fake)
+        loss = self.objective.discriminator(logits_real, logits_fake)
+        outputs = [self.objective.output(logits).mean() for logits in (logits_real, logits_fake)]
+        return loss, torch.stack(outputs).detach()
+
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        return self.objective.generator(self.discriminate(self.views.see(fake, FAKE_AGAIN)))
+
+    def penalised(self) -> bool:
+        """Whether the next update has a penalty on D's gradient."""
+        return self.mixture is not None or (self.r1 > 0 and self.updates % self.r1_every == 0)
+
+    def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
+        """What D's update adds to its loss for the steepness of D, at the images as D sees them."""
+        real = self.views.see(real, REAL)
+        total = torch.zeros((), device=real.device)
+        if self.mixture is not None:
+            between = torch.lerp(self.views.see(fake, FAKE), real, self.mixture).detach().requires_grad_()
+            total = total + GP_WEIGHT * gradient_penalty(self.discriminate_aside(between), between)
+        if self.r1 > 0 and self.updates % self.r1_every == 0:
+            real = real.detach().requires_grad_()
+            total = total + self.r1 * self.r1_every * r1_penalty(self.discriminate_aside(real), real)
+        return total
+
+    def discriminate_aside(self, images: Tensor) -> Tensor:
+        """As `discriminate`, once more for the same update: BatchNorm's running statistics stay where they are."""
+        weights = {name: buffer.clone() for name, buffer in self.discriminator.named_buffers()}
+        if self.spectral is not None:
+            weights |= self.spectral.normalised()
+        return _exact(functional_call(self.discriminator, weights, (images,)))
+
+    def update(self) -> None:
+        """One update of the discriminator, then one of the generator."""
+        with span("data"):
+            real = self.draw()
+        with span("generator"):
+            fake = self.generate(self.noise)
+
+        with span("discriminator"):
+            if self.spectral is not None:
+                self.spectral.advance()
+            loss_d, outputs = self.discriminator_loss(real, fake.detach())
+            penalised = self.penalised()
+            self.adam_d.update(loss_d + self.penalty(real, fake.detach()) if penalised else loss_d)
+
+        self.discriminator.requires_grad_(False)  # only the images need a gradient now
+        with span("generator"):
+            loss_g = self.generator_loss(fake)
+            self.discriminator.requires_grad_(True)
+            self.advance_average()
+            self.adam_g.update(loss_g)
+
+        self.sums += torch.cat((torch.stack((loss_d.detach(), loss_g.detach())), outputs, outputs.new_ones(1)))
+        self.updates += 1
+
+    @torch.no_grad()
+    def advance_average(self) -> None:
+        """Set the moving average's decay for this step, and let the BatchNorm statistics follow as the weights do."""
+        steps = self.adam_g.steps
+        torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay, out=self.average_decay)
+        for mean, value in zip(self.average.buffers(), self.generator.buffers(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, (1 - self.average_decay).to(mean.dtype))
+            else:
+                mean.copy_(value)
+
+    def compile(self) -> None:
+        """Compile the forward functions, and with them their gradients; done at the next update, not here."""
+        for name in ("generate", "discriminator_loss", "generator_loss"):
+            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
+        if self.mixture is not None or self.r1 > 0:
+            log.warning("the penalty on the discriminator's gradient runs uncompiled: it is differentiated twice")
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means of METRICS since the last call: the one place that waits for the device."""
+        *sums, steps = self.sums.tolist()
+        self.sums.zero_()
+        return {name: total / max(steps, 1) for name, total in zip(METRICS, sums, strict=True)}
+
+    @torch.no_grad()
+    def latest_pictures(self, latents: Tensor) -> Tensor:
+        """What the generator's latest weights draw in evaluation mode, beside which `average` draws its own."""
+        return functional_call(self.average, self.learned_weights()["generator"], (latents,))
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norms of both networks' gradients, from Adam's first moments: means over about 1 / (1 - beta1) updates."""
+        norms = [
+            torch.stack(torch._foreach_norm(list(adam.exp_avg.values()))).norm() for adam in (self.adam_d, self.adam_g)
+        ]
+        return dict(zip(("grad_norm_d", "grad_norm_g"), torch.stack(norms).tolist(), strict=True))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything beyond the networks that the next step depends on, by name: the very tensors, except `rng`."""
+        state = {f"adam_g.{name}": value for name, value in self.adam_g.state().items()}
+        state |= {f"adam_d.{name}": value for name, value in self.adam_d.state().items()}
+        if self.spectral is not None:  # `weights` gives the discriminator as it computes: here are those it learns
+            state |= {f"spectral.weight.{name}": self.adam_d.masters[name] for name in self.spectral.parameters}
+            state |= {f"spectral.{name}": value for name, value in self.spectral.state().items()}
+        return state | {"sums": self.sums, "rng": self.rng.get_state()}
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from what `state` returned, after `load_weights`; the learning rates stay this step's own.
+
+        Raises:
+            ValueError: other names or shapes than this step's.
+        """
+        own = self.state()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ValueError("the saved state belongs to other networks")
+        for name, value in own.items():
+            value.copy_(state[name])
+        self.rng.set_state(state["rng"])
+        self.refresh_copies()
+        self.updates = int(self.adam_d.steps)
+        for adam, rate in zip((self.adam_g, self.adam_d), self.rates, strict=True):
+            adam.lr.fill_(rate)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """Full-precision `state_dict`s by network, as it computes: generator, discriminator, average."""
+        weights = self.learned_weights()
+        if self.spectral is not None:
+            with torch.no_grad():
+                weights["discriminator"] |= self.spectral.normalised(self.adam_d.masters)
+        return weights
+
+    def learned_weights(self) -> dict[str, dict[str, Tensor]]:
+        """As `weights`, but the very tensors that the optimizers move."""
+        return {
+            "generator": self.generator.state_dict() | self.adam_g.masters,
+            "discriminator": self.discriminator.state_dict() | self.adam_d.masters,
+            "average": self.average.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, dict[str, Tensor]]) -> None:
+        """Continue from what `weights` returned; the networks' low-precision weights follow their masters."""
+        for kind, own in self.learned_weights().items():
+            for name, value in own.items():
+                value.copy_(weights[kind][name])
+        self.refresh_copies()
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Have the networks compute with their masters' values."""
+        for adam in (self.adam_g, self.adam_d):
+            for low, master in zip(adam.copies, adam.masters.values(), strict=True):
+                if low is not None:
+                    low.copy_(master)
+
+
+class Executor(Protocol):
+    """Runs one update a call; what a step computes does not depend on which one runs it."""
+
+    name: str
+
+    def run(self) -> None: ...
+
+
+class Eager:
+    """The update, operation by operation; with a compiled step, three compiled calls each way."""
+
+    def __init__(self, step: TrainStep, name: str) -> None:
+        self.step, self.name = step, name
+
+    def run(self) -> None:
+        self.step.update()
+
+
+class Captured:
+    """The whole update as one CUDA graph, or as two where only some updates have a penalty.
+
+    The first `WARM_UP` runs of each are ordinary updates on a side stream, so that compilation, autotuning and the
+    allocator's first requests are over; the next one is recorded, which runs nothing, and replayed from then on.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: TrainStep, require: bool) -> None:
+        self.step, self.name, self.require = step, "captured", require
+        self.runs = {True: 0, False: 0}  # by whether there is a penalty
+        self.stream = torch.cuda.Stream()
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def run(self) -> None:
+        penalised = self.step.penalised()
+        if self.name == "captured" and penalised not in self.graphs and self.runs[penalised] >= self.WARM_UP:
+            self.capture()
+        if penalised in self.graphs:
+            self.graphs[penalised].replay()
+            self.step.updates += 1
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.step.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self.runs[penalised] += 1
+
+    def capture(self) -> None:
+        """Record one update; where that fails, say why once and stay with ordinary updates (or raise, if required)."""
+        graph, penalised, updates = torch.cuda.CUDAGraph(), self.step.penalised(), self.step.updates
+        graph.register_generator_state(self.step.rng)  # so that every replay draws new numbers
+        try:
+            # thread_local: the data loader's threads may call CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.step.update()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if self.require:
+                raise UserError(
+                    f"--cuda-graph on: the step cannot be captured ({reason}); try --cuda-graph auto"
+                ) from error
+            log.warning("the step cannot be captured as a CUDA graph (%s); going on without", reason)
+            self.name = "compiled"
+        else:
+            self.graphs[penalised] = graph
+        self.step.updates = updates  # recording runs nothing
+
+
+def make_executor(step: TrainStep, *, compile: bool, cuda_graph: str) -> Executor:
+    """The executor for a step: cuda_graph "auto" captures on a GPU when compiling, "on" always, "off" never.
+
+    Raises:
+        UserError: cuda_graph "on" without a GPU.
+    """
+    on_gpu = step.source.is_cuda
+    if cuda_graph == "on" and not on_gpu:
+        raise UserError("--cuda-graph on needs a GPU; leave it at auto to train on the CPU")
+    if compile:
+        step.compile()
+    if cuda_graph == "on" or (cuda_graph == "auto" and compile and on_gpu):
+        return Captured(step, require=cuda_graph == "on")
+    return Eager(step, "compiled" if compile else "eager")
+
+
+def set_precision(network: nn.Module, precision: str) -> dict[str, Tensor]:
+    """Make the network compute in "fp32", "tf32" or "bf16"; returns float32 copies of the weights that this casts.
+
+    BatchNorm keeps its float32 parameters. TF32 is a switch of the whole process, not of one network.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = True  # sizes never change: let cuDNN try its algorithms in the first step
+    masters: dict[str, Tensor] = {}
+    if precision == "bf16":
+        for layer_name, layer in network.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                for name, parameter in layer.named_parameters():
+                    masters[f"{layer_name}.{name}"] = parameter.detach().clone()
+                    parameter.data = parameter.data.bfloat16()
+    return masters
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Losses are computed in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

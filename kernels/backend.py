@@ -1,0 +1,58 @@
+"""Which implementation runs: decided in this one place, for every operation of the package."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+
+    INTERPRETING: bool = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1 when the process started
+    TRITON_MISSING: str | None = None
+except Exception as error:  # a broken installation raises more than ImportError, and the reference must still work
+    INTERPRETING = False
+    TRITON_MISSING = f"{type(error).__name__}: {error}"
+
+Backend = Literal["auto", "triton", "reference"]
+
+_log = logging.getLogger("fastdcgan.kernels")
+_logged: set[tuple[str, str, str]] = set()
+
+
+def use_triton(operation: str, tensor: Tensor, backend: Backend) -> bool:
+    """Whether `operation` on `tensor` runs its Triton kernels (otherwise its reference).
+
+    "auto" takes Triton for CUDA tensors and the reference elsewhere. In a process started with TRITON_INTERPRET=1
+    "triton" also runs on CPU tensors, interpreted: slow, and how the kernels are tested without a GPU.
+    The choice is logged once for each operation and device, at level INFO of the logger `fastdcgan.kernels`.
+
+    Raises:
+        RuntimeError: backend="triton" where Triton cannot run; it never falls back silently.
+        ValueError: an unknown backend.
+    """
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f'{operation}: backend is "auto", "triton" or "reference", not {backend!r}')
+    device = tensor.device.type
+    if backend == "triton":
+        if TRITON_MISSING is not None:
+            raise RuntimeError(f'{operation}: backend="triton", but Triton cannot be imported ({TRITON_MISSING})')
+        if device != "cuda" and not (device == "cpu" and INTERPRETING):
+            raise RuntimeError(
+                f'{operation}: backend="triton" needs a CUDA tensor and this one is on {device}; '
+                "on a CPU start Python with TRITON_INTERPRET=1 (slow, for tests)"
+            )
+    chosen = backend == "triton" or (backend == "auto" and device == "cuda" and TRITON_MISSING is None)
+    if not torch.compiler.is_compiling():
+        _log_once(operation, device, "triton" if chosen else "reference")
+    return chosen
+
+
+def _log_once(operation: str, device: str, chosen: str) -> None:
+    if (operation, device, chosen) not in _logged:
+        _logged.add((operation, device, chosen))
+        without = f" (no Triton: {TRITON_MISSING})" if device == "cuda" and TRITON_MISSING else ""
+        _log.info("%s on %s runs its %s implementation%s", operation, device, chosen, without)

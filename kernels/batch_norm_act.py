@@ -1,0 +1,122 @@
+"""BatchNorm followed by ReLU, LeakyReLU or nothing, as one operation, with statistics per group of samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastdcgan.kernels.backend import Backend, use_triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.0,
+    groups: int = 1,
+    backend: Backend = "auto",
+) -> Tensor:
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias), act(z) = z for z > 0 and negative_slope * z elsewhere.
+
+    In training mode mean and (biased) variance are those of the batch, separately for each of `groups` equal slices
+    of N, and the running statistics move in place: running = (1 - momentum) * running + momentum * batch, with the
+    unbiased variance, slice after slice in order, as `groups` separate calls would. In evaluation mode the running
+    statistics normalise every sample and `groups` changes nothing.
+
+    Both implementations are differentiable twice in x, weight and bias. The Triton one saves x and two numbers for
+    each channel and group for the backward pass, gives the same bits every time, and falls back to plain torch
+    operations when a gradient is itself to be differentiated (`create_graph=True`).
+
+    Args:
+        x: (N, C, H, W) or (N, C); float32, bfloat16, float16 or float64. The Triton implementation works on
+            channels_last (N, C, H, W) and contiguous (N, C) and copies any other layout to that first.
+        weight, bias, running_mean, running_var: (C,), contiguous, float32 (float64 with a float64 x).
+        momentum: share of the new statistics, in 0..1.
+        eps: added to the variance, > 0.
+        negative_slope: 0 is ReLU, 1 no activation, 0.2 the DCGAN discriminator's LeakyReLU; not negative.
+        groups: slices of N with statistics of their own; divides N.
+        backend: "auto" (Triton on CUDA tensors, the reference elsewhere), "triton" or "reference".
+
+    Returns:
+        y of x's shape and dtype: channels_last from a channels_last x (from the Triton implementation, always).
+
+    Raises:
+        ValueError: shapes, dtypes, groups or a slope that do not fit; one value a channel and group in training mode.
+        RuntimeError: backend="triton" where Triton cannot run.
+
+    Source: Ioffe and Szegedy, "Batch normalization", 2015, algorithm 1 and the gradients of its section 3. Statistics
+    are combined with the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
+    1983.
+    """
+    _check(x, (weight, bias, running_mean, running_var), training, groups, negative_slope)
+    if use_triton("batch_norm_act", x, backend):
+        from fastdcgan.kernels.batch_norm_act_op import BatchNormAct, as_rows
+
+        y: Tensor = BatchNormAct.apply(
+            as_rows(x), weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups
+        )
+        return y
+    return reference(x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    negative_slope: float,
+    groups: int,
+) -> Tensor:
+    """The same in torch's own operations, which torch.compile sees through and fuses."""
+
+    def norm(part: Tensor) -> Tensor:
+        return F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    z = torch.cat([norm(part) for part in x.chunk(groups)]) if training and groups > 1 else norm(x)
+    if negative_slope == 1:
+        return z
+    # In place: the gradient then needs y alone, which the next layer keeps anyway. Inductor would otherwise store the
+    # sign of z as bytes, and on a CPU that one store costs more than the rest of the kernel.
+    return F.relu(z, inplace=True) if negative_slope == 0 else F.leaky_relu(z, negative_slope, inplace=True)
+
+
+def _check(x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, negative_slope: float) -> None:
+    if not negative_slope >= 0:
+        raise ValueError(f"batch_norm_act: negative_slope is 0 or more, not {negative_slope}")
+    if x.dim() not in (2, 4):
+        raise ValueError(f"batch_norm_act: x is (N, C, H, W) or (N, C), not of shape {tuple(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"batch_norm_act: x is float32, bfloat16, float16 or float64, not {x.dtype}")
+    samples, channels = x.shape[0], x.shape[1]
+    statistics_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, tensor in zip(("weight", "bias", "running_mean", "running_var"), channel_tensors, strict=True):
+        if (
+            tensor.shape != (channels,)
+            or tensor.dtype != statistics_dtype
+            or tensor.device != x.device
+            or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"batch_norm_act: {name} is ({channels},), contiguous, {statistics_dtype}, on {x.device}, "
+                f"not {tuple(tensor.shape)}, strides {tensor.stride()}, {tensor.dtype}, on {tensor.device}"
+            )
+    if groups < 1 or samples % groups:
+        raise ValueError(f"batch_norm_act: groups={groups} does not divide N={samples}")
+    if training and x.numel() <= channels * groups:
+        raise ValueError(
+            f"batch_norm_act: training needs more than one value a channel and group; x is {tuple(x.shape)}, "
+            f"groups={groups}"
+        )

@@ -1,0 +1,324 @@
+# mypy: disable-error-code="misc,no-untyped-def,no-untyped-call,untyped-decorator"
+"""The Triton kernels of `batch_norm_act`: two launches forward, two backward, no atomics, the same bits every time.
+
+A channels_last tensor is a matrix of rows (sample, height, width) and C columns, and a group is a run of rows. The
+matrix is cut into tiles of BLOCK_ROWS x BLOCK_COLS; a program walks down TURNS tiles, and SPLITS programs share the
+rows of one group:
+
+    statistics   reads x; each program writes the mean and the squared deviations of its rows (partials)
+    normalize    combines the partials of its channels, reads x, writes y; one program a channel block also writes
+                 mean and inverse deviation, and moves the running statistics
+    sums         reads x and dy; each program writes the two sums of the backward pass over its rows (partials)
+    gradient     combines the partials, reads x and dy, writes dx; one program a channel block writes dweight and dbias
+
+Sums are in float32 (float64 for a float64 x). The backward pass computes z again instead of reading a mask. It does so
+from the same saved numbers, with the same explicit fused multiply-add, so its sign is the forward pass's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Plan(NamedTuple):
+    """How a matrix is cut. The bits of the result depend on it, so it is a function of the shape alone."""
+
+    block_rows: int
+    block_cols: int
+    turns: int
+    splits: int
+    num_warps: int
+
+
+PROGRAMS = 256  # about two for each multiprocessor of an H200, and few enough partials to read again
+
+
+def plan(rows: int, channels: int, groups: int) -> Plan:
+    """The cut for `groups` groups of `rows` rows each.
+
+    Every program of the second launch reads SPLITS x BLOCK_COLS partials, so few channels mean narrow tiles: 32
+    columns are 64 bytes of a bfloat16 row, the least that memory delivers whole.
+    """
+    block_cols = 64 if channels >= 256 else 32 if channels > 16 else 16
+    column_blocks = triton.cdiv(channels, block_cols)
+    splits = max(1, PROGRAMS // (column_blocks * groups))
+    block_rows = 128 * 32 // block_cols
+    while block_rows > 16 and block_rows // 2 * splits >= rows:  # small tensors: more programs before larger tiles
+        block_rows //= 2
+    turns = triton.cdiv(rows, block_rows * splits)
+    splits = triton.cdiv(rows, block_rows * turns)  # no split without a row
+    return Plan(block_rows, block_cols, turns, splits, num_warps=8 if block_rows * block_cols >= 4096 else 4)
+
+
+@triton.jit
+def _act_input(x, mean, inverse, weight, bias):
+    """The activation's input z: one expression, so that every kernel sees the same sign."""
+    return tl.fma(x - mean, tl.broadcast_to(inverse * weight, x.shape), tl.broadcast_to(bias, x.shape))
+
+
+@triton.jit
+def _combine(
+    partial_mean_ptr,  # [GROUPS, SPLITS, C]
+    partial_m2_ptr,  # [GROUPS, SPLITS, C]
+    group,
+    cols,  # [BLOCK_COLS]
+    rows,  # of a group
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
+    ROWS_PER_SPLIT: tl.constexpr,
+):
+    """Mean and squared deviations of a group's channels from those of its splits (Chan, Golub and LeVeque 1983)."""
+    split = tl.arange(0, SPLITS_POW2)[:, None]
+    offsets = (group * SPLITS + split) * C + cols[None, :]
+    mask = (split < SPLITS) & (cols[None, :] < C)
+    first = tl.load(partial_mean_ptr + group * SPLITS * C + cols, mask=cols < C, other=0.0)[None, :]
+    partial_mean = tl.load(partial_mean_ptr + offsets, mask=mask, other=0.0)
+    partial_m2 = tl.load(partial_m2_ptr + offsets, mask=mask, other=0.0)
+    count = tl.minimum(tl.maximum(rows - split * ROWS_PER_SPLIT, 0), ROWS_PER_SPLIT).to(partial_mean.dtype)
+    # Means are taken relative to the first one: a sum of large near-equal numbers would lose what tells them apart.
+    shift = tl.sum(tl.where(mask, (partial_mean - first) * count, 0.0), axis=0)[None, :] / rows
+    away = partial_mean - first - shift
+    m2 = tl.sum(tl.where(mask, partial_m2 + away * away * count, 0.0), axis=0)
+    return tl.reshape(first + shift, cols.shape), m2
+
+
+@triton.jit
+def statistics(
+    x_ptr,  # [GROUPS, rows, C]
+    partial_mean_ptr,  # [GROUPS, SPLITS, C]
+    partial_m2_ptr,  # [GROUPS, SPLITS, C]
+    rows,  # of a group
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
+    start = split * (TURNS * BLOCK_ROWS)
+    x_ptr += (group.to(tl.int64) * rows + start) * C
+    row = tl.arange(0, BLOCK_ROWS)
+    # Welford's update for each place in the tile on its own: no exchange between threads inside the loop.
+    mean = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
+    m2 = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
+    count = tl.zeros([BLOCK_ROWS], ACCUMULATOR)
+    for turn in range(TURNS):
+        inside = row < rows - start - turn * BLOCK_ROWS
+        mask = inside[:, None] & (cols < C)[None, :]
+        x = tl.load(x_ptr + row[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACCUMULATOR)
+        count += inside.to(ACCUMULATOR)
+        away = tl.where(mask, x - mean, 0.0)
+        mean += away * (1.0 / tl.maximum(count, 1.0))[:, None]
+        m2 += tl.where(mask, away * (x - mean), 0.0)
+        x_ptr += BLOCK_ROWS * C
+    # Then the places are combined as the splits will be; the first row of a split always exists.
+    total = tl.sum(count, axis=0)
+    first = tl.sum(tl.where((row == 0)[:, None], mean, 0.0), axis=0)[None, :]
+    valid = (count > 0)[:, None]
+    shift = tl.sum(tl.where(valid, (mean - first) * count[:, None], 0.0), axis=0)[None, :] / total
+    away = mean - first - shift
+    all_m2 = tl.sum(tl.where(valid, m2 + away * away * count[:, None], 0.0), axis=0)
+    out = (group * SPLITS + split) * C + cols
+    tl.store(partial_mean_ptr + out, tl.reshape(first + shift, cols.shape), mask=cols < C)
+    tl.store(partial_m2_ptr + out, all_m2, mask=cols < C)
+
+
+@triton.jit
+def normalize(
+    x_ptr,  # [GROUPS, rows, C]
+    y_ptr,  # [GROUPS, rows, C]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    running_mean_ptr,  # [C]
+    running_var_ptr,  # [C]
+    partial_mean_ptr,  # [GROUPS, SPLITS, C]; not read in evaluation mode
+    partial_m2_ptr,  # [GROUPS, SPLITS, C]; not read in evaluation mode
+    mean_ptr,  # [GROUPS, C]
+    inverse_ptr,  # [GROUPS, C]
+    rows,  # of a group
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    TRAINING: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    EPS: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
+    start = split * (TURNS * BLOCK_ROWS)
+    in_c = cols < C
+    weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)
+    bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)
+    if TRAINING:
+        mean, m2 = _combine(
+            partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
+        )
+        var = m2 / rows
+        if (split == 0) & (group == 0):  # alone with its channels' running statistics, which take the groups in order
+            running_mean = tl.load(running_mean_ptr + cols, mask=in_c, other=0.0)
+            running_var = tl.load(running_var_ptr + cols, mask=in_c, other=0.0)
+            for each in range(GROUPS):
+                batch_mean, batch_m2 = _combine(
+                    partial_mean_ptr, partial_m2_ptr, each, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
+                )
+                running_mean = running_mean * (1 - MOMENTUM) + batch_mean * MOMENTUM
+                running_var = running_var * (1 - MOMENTUM) + batch_m2 / (rows - 1) * MOMENTUM
+            tl.store(running_mean_ptr + cols, running_mean, mask=in_c)
+            tl.store(running_var_ptr + cols, running_var, mask=in_c)
+    else:
+        mean = tl.load(running_mean_ptr + cols, mask=in_c, other=0.0)
+        var = tl.load(running_var_ptr + cols, mask=in_c, other=1.0)
+    inverse = 1.0 / tl.sqrt(var + EPS)
+    if split == 0:
+        tl.store(mean_ptr + group * C + cols, mean, mask=in_c)
+        tl.store(inverse_ptr + group * C + cols, inverse, mask=in_c)
+    first_row = group.to(tl.int64) * rows + start
+    x_ptr += first_row * C
+    y_ptr += first_row * C
+    row = tl.arange(0, BLOCK_ROWS)
+    for turn in range(TURNS):
+        mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
+        offsets = row[:, None] * C + cols[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
+        z = _act_input(x, mean[None, :], inverse[None, :], weight[None, :], bias[None, :])
+        # ReLU written so that NaN stays NaN and minus infinity becomes 0.
+        y = tl.where(z <= 0.0, 0.0, z) if SLOPE == 0.0 else tl.where(z > 0.0, z, z * SLOPE)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        x_ptr += BLOCK_ROWS * C
+        y_ptr += BLOCK_ROWS * C
+
+
+@triton.jit
+def sums(
+    x_ptr,  # [GROUPS, rows, C]
+    dy_ptr,  # [GROUPS, rows, C]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    mean_ptr,  # [GROUPS, C]
+    inverse_ptr,  # [GROUPS, C]
+    partial_dz_ptr,  # [GROUPS, SPLITS, C]
+    partial_dzx_ptr,  # [GROUPS, SPLITS, C]
+    rows,  # of a group
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
+    start = split * (TURNS * BLOCK_ROWS)
+    in_c = cols < C
+    weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)[None, :]
+    mean = tl.load(mean_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
+    inverse = tl.load(inverse_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
+    first_row = group.to(tl.int64) * rows + start
+    x_ptr += first_row * C
+    dy_ptr += first_row * C
+    row = tl.arange(0, BLOCK_ROWS)
+    sum_dz = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
+    sum_dzx = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
+    for turn in range(TURNS):
+        mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
+        offsets = row[:, None] * C + cols[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
+        z = _act_input(x, mean, inverse, weight, bias)
+        dz = tl.where(z > 0.0, dy, dy * SLOPE)  # 0 outside the mask, where dy is 0
+        sum_dz += dz
+        sum_dzx += dz * ((x - mean) * inverse)
+        x_ptr += BLOCK_ROWS * C
+        dy_ptr += BLOCK_ROWS * C
+    out = (group * SPLITS + split) * C + cols
+    tl.store(partial_dz_ptr + out, tl.sum(sum_dz, axis=0), mask=in_c)
+    tl.store(partial_dzx_ptr + out, tl.sum(sum_dzx, axis=0), mask=in_c)
+
+
+@triton.jit
+def _total(
+    partial_ptr,  # [GROUPS, SPLITS, C]
+    group,
+    cols,  # [BLOCK_COLS]
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
+):
+    split = tl.arange(0, SPLITS_POW2)[:, None]
+    mask = (split < SPLITS) & (cols[None, :] < C)
+    return tl.sum(tl.load(partial_ptr + (group * SPLITS + split) * C + cols[None, :], mask=mask, other=0.0), axis=0)
+
+
+@triton.jit
+def gradient(
+    x_ptr,  # [GROUPS, rows, C]
+    dy_ptr,  # [GROUPS, rows, C]
+    dx_ptr,  # [GROUPS, rows, C]
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    mean_ptr,  # [GROUPS, C]
+    inverse_ptr,  # [GROUPS, C]
+    partial_dz_ptr,  # [GROUPS, SPLITS, C]
+    partial_dzx_ptr,  # [GROUPS, SPLITS, C]
+    dweight_ptr,  # [C]
+    dbias_ptr,  # [C]
+    rows,  # of a group
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
+    TURNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    TRAINING: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
+    start = split * (TURNS * BLOCK_ROWS)
+    in_c = cols < C
+    if (split == 0) & (group == 0):
+        dbias = tl.zeros([BLOCK_COLS], ACCUMULATOR)
+        dweight = tl.zeros([BLOCK_COLS], ACCUMULATOR)
+        for each in range(GROUPS):
+            dbias += _total(partial_dz_ptr, each, cols, C, SPLITS, SPLITS_POW2)
+            dweight += _total(partial_dzx_ptr, each, cols, C, SPLITS, SPLITS_POW2)
+        tl.store(dbias_ptr + cols, dbias, mask=in_c)
+        tl.store(dweight_ptr + cols, dweight, mask=in_c)
+    weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)[None, :]
+    mean = tl.load(mean_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
+    inverse = tl.load(inverse_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
+    if TRAINING:
+        mean_dz = _total(partial_dz_ptr, group, cols, C, SPLITS, SPLITS_POW2)[None, :] / rows
+        mean_dzx = _total(partial_dzx_ptr, group, cols, C, SPLITS, SPLITS_POW2)[None, :] / rows
+    first_row = group.to(tl.int64) * rows + start
+    x_ptr += first_row * C
+    dy_ptr += first_row * C
+    dx_ptr += first_row * C
+    row = tl.arange(0, BLOCK_ROWS)
+    for turn in range(TURNS):
+        mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
+        offsets = row[:, None] * C + cols[None, :]
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
+        dx = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
+        z = _act_input(x, mean, inverse, weight, bias)
+        dx = tl.where(z > 0.0, dx, dx * SLOPE)
+        if TRAINING:  # the statistics depend on x too
+            dx -= mean_dz + (x - mean) * inverse * mean_dzx
+        dx *= inverse * weight
+        tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        x_ptr += BLOCK_ROWS * C
+        dy_ptr += BLOCK_ROWS * C
+        dx_ptr += BLOCK_ROWS * C

@@ -1,0 +1,132 @@
+"""`evaluate`: a trained generator ranks above an untrained one; each distance does what its name says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d
+
+from fastdcgan.apps.distances import (
+    _ssim_parts,
+    laplacian_pyramid,
+    ms_ssim,
+    ms_ssim_diversity,
+    psnr,
+    sliced_wasserstein,
+    ssim,
+)
+from fastdcgan.apps.evaluate import evaluate, measure
+from fastdcgan.apps.features import untrained as fresh_discriminator
+from fastdcgan.apps.latent import generate, latents
+from fastdcgan.apps.neighbours import prdc
+from fastdcgan.data import open_dataset
+from fastdcgan.errors import UserError
+from fastdcgan.models import Generator
+
+
+def test_trained_ranks_above_untrained(networks):
+    generator, discriminator = networks
+    data = open_dataset("digits", image_size=(16, 16), device=torch.device("cpu"))
+    real = data.take(range(300)).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.manual_seed(0)
+    untrained = Generator(16, 1, 100, 16).eval()
+    judge = fresh_discriminator(discriminator, real)
+    good, bad = (measure(real, generate(g, latents(range(300), 100)), judge) for g in (generator, untrained))
+    print(good, bad, sep="\n")
+    assert good["swd"] < 0.6 * bad["swd"]
+    assert good["ms_ssim"] < bad["ms_ssim"] - 0.1
+    for name in ("precision", "density", "coverage"):
+        assert good[name] > bad[name], name
+
+
+def test_outputs(run, tmp_path):
+    evaluate(run, data="digits", images=64, out=tmp_path / "e.json")
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert report["images"] == 64 and report["step"] == 400
+    assert report["results"]["other real images"]["precision"] > 0.3
+    assert Image.open(tmp_path / "e.png").size == (13 * 98 - 2, 5 * 98 - 2)
+
+
+def images(count, size, seed=0, channels=3):
+    noise = torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 4 - 2
+
+
+def test_sliced_wasserstein_is_small_for_one_distribution_and_finds_blur_at_the_fine_level():
+    a, b = images(200, 32), images(200, 32, seed=1)
+    same = sliced_wasserstein(a, b)
+    assert list(same) == [32, 16]
+    blurred = sliced_wasserstein(a, torch.nn.functional.avg_pool2d(b, 5, 1, 2))
+    assert blurred[32] > 2 * same[32]
+    assert sliced_wasserstein(a, b) == same  # the seed decides
+    as_bytes = sliced_wasserstein(((a.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), b.clamp(-1, 1))
+    assert as_bytes[16] == pytest.approx(sliced_wasserstein(a.clamp(-1, 1), b.clamp(-1, 1))[16], rel=0.05)
+
+
+def test_sliced_wasserstein_in_one_dimension_is_exact():
+    """Two values a pixel: after normalisation both sets are the same, so a scale and an offset do not count."""
+    a = images(50, 16, channels=1)
+    assert sliced_wasserstein(a, 0.5 * a + 0.1)[16] < sliced_wasserstein(a, images(50, 16, 5, 1))[16]
+
+
+def test_a_laplacian_pyramid_adds_up_and_ends_at_16():
+    x = images(2, 64)
+    levels = laplacian_pyramid(x)
+    assert [level.shape[2] for level in levels] == [64, 32, 16]
+    flat = laplacian_pyramid(torch.full((1, 1, 64, 64), 0.5))
+    assert flat[0][..., 4:-4, 4:-4].abs().max() < 1e-6 and torch.allclose(flat[-1], torch.tensor(0.5))
+
+
+def test_similarities():
+    a, b = images(8, 64).clamp(-1, 1), images(8, 64, seed=1).clamp(-1, 1)
+    assert torch.allclose(ms_ssim(a, a), torch.ones(8), atol=1e-5) and torch.allclose(
+        ssim(a, a), torch.ones(8), atol=1e-5
+    )
+    assert ssim(a, b).max() < 0.3
+    slightly = a + 0.05 * b
+    assert (ssim(a, slightly) > ssim(a, a + 0.3 * b)).all()
+    assert ms_ssim_diversity(a[:1].expand(8, -1, -1, -1)) == pytest.approx(1, abs=1e-4)
+    assert ms_ssim_diversity(torch.cat([a, b])) < 0.4
+    assert psnr(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20)
+
+
+def test_ssim_agrees_with_its_formula_on_constants():
+    a, b = torch.full((1, 1, 16, 16), 0.5), torch.full((1, 1, 16, 16), -0.25)
+    assert ssim(a, b).item() == pytest.approx((2 * 0.5 * -0.25 + 0.0004) / (0.25 + 0.0625 + 0.0004), abs=1e-4)
+
+
+def test_precision_and_recall_tell_collapse_from_noise():
+    random = torch.Generator().manual_seed(0)
+    real = torch.randn(400, 4, generator=random)
+    same = prdc(real, torch.randn(400, 4, generator=random))
+    assert min(same.values()) > 0.7 and same["density"] == pytest.approx(1, abs=0.2)
+    collapsed = prdc(real, 0.01 * torch.randn(400, 4, generator=random))
+    assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.2
+    far = prdc(real, 3 * torch.randn(400, 4, generator=random))
+    assert far["precision"] < 0.5 and far["recall"] > 0.8
+
+
+def test_impossible_settings_are_explained(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cases = [
+        ({"images": 5}, "--images 5"),
+        ({"fid": True}, "pip install torch-fidelity"),
+        ({"fid": True, "inception_weights": tmp_path / "absent.pth"}, "--inception-weights"),
+    ]
+    for setting, complaint in cases:
+        with pytest.raises(UserError, match=complaint):
+            evaluate(run, data="digits", out=tmp_path / "e.json", **setting)
+    assert not list(tmp_path.iterdir())
+
+
+def test_multi_scale_similarity_weighs_its_scales():
+    """Two scales at 32 pixels: contrast and structure of the fine one, all of SSIM of the coarse one (Wang et al.)."""
+    a, b = images(4, 32).clamp(-1, 1), images(4, 32, seed=1).clamp(-1, 1)
+    b = (a + 0.3 * b).clamp(-1, 1)
+    fine, coarse = _ssim_parts(a, b)[1].flatten(1).mean(1), ssim(avg_pool2d(a, 2), avg_pool2d(b, 2))
+    first, second = 0.0448 / (0.0448 + 0.2856), 0.2856 / (0.0448 + 0.2856)
+    assert torch.allclose(ms_ssim(a, b), fine**first * coarse**second, atol=1e-6)
+    assert torch.allclose(ms_ssim(a[..., :16, :16], b[..., :16, :16]), ssim(a[..., :16, :16], b[..., :16, :16]))

@@ -1,0 +1,120 @@
+"""`export`: every format computes what the run does, and the folder is whole or not there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fastdcgan
+from fastdcgan.apps import export as export_module
+from fastdcgan.apps.export import export
+from fastdcgan.apps.latent import generate, latents
+from fastdcgan.errors import UserError
+from fastdcgan.models import TutorialGenerator
+
+
+@pytest.fixture
+def expected(networks):
+    return generate(networks[0], latents(range(7), 100))
+
+
+def test_from_pretrained_reads_every_export(run, tmp_path, expected):
+    export(run, format="safetensors", out=tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "generator.safetensors",
+        "samples.png",
+    ]
+    generator = fastdcgan.from_pretrained(tmp_path / "model")
+    assert not generator.training
+    assert (generate(generator, latents(range(7), 100)) - expected).abs().max() < 1e-5
+    export(tmp_path / "model", format="pth", out=tmp_path / "again")  # and an exported folder can be exported
+
+
+class ExampleGenerator(nn.Module):
+    """The generator of PyTorch's DCGAN example, for pictures of 16 pixels."""
+
+    def __init__(self, nz=100, ngf=16, nc=1):
+        super().__init__()
+        self.main = nn.Sequential(
+            nn.ConvTranspose2d(nz, ngf * 2, 4, 1, 0, bias=False),
+            nn.BatchNorm2d(ngf * 2),
+            nn.ReLU(True),
+            nn.ConvTranspose2d(ngf * 2, ngf, 4, 2, 1, bias=False),
+            nn.BatchNorm2d(ngf),
+            nn.ReLU(True),
+            nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False),
+            nn.Tanh(),
+        )
+
+    def forward(self, latent):
+        return self.main(latent)
+
+
+def test_pth_loads_in_the_pytorch_example(run, tmp_path, expected):
+    export(run, format="pth", out=tmp_path / "model")
+    example = ExampleGenerator()
+    example.load_state_dict(torch.load(tmp_path / "model" / "netG.pth"))
+    with torch.no_grad():
+        images = example.eval()(latents(range(7), 100).view(7, 100, 1, 1))
+    assert (images - expected).abs().max() < 1e-5
+
+
+def test_torchscript_agrees(run, tmp_path, expected):
+    export(run, format="torchscript", out=tmp_path / "model")
+    script = torch.jit.load(tmp_path / "model" / "generator.pt")
+    assert (script(latents(range(7), 100)) - expected).abs().max() < 1e-4
+
+
+def test_onnx_agrees_at_any_batch_size(run, tmp_path, expected):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export(run, format="onnx", out=tmp_path / "model")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model" / "generator.onnx"))
+    for count in (1, 7):
+        (images,) = session.run(["images"], {"latent": latents(range(count), 100).numpy()})
+        assert (torch.from_numpy(images) - expected[:count]).abs().max() < 1e-4
+
+
+def test_the_tutorial_network_is_exported_too(tmp_path):
+    pytest.importorskip("onnxscript")
+    generator = TutorialGenerator().eval()
+    save_file(generator.state_dict(), tmp_path / "g.safetensors")
+    export(tmp_path / "g.safetensors", format="onnx", out=tmp_path / "onnx")
+    export(tmp_path / "g.safetensors", format="torchscript", out=tmp_path / "script")
+    script = torch.jit.load(tmp_path / "script" / "generator.pt")
+    assert (script(latents(range(3), 100)) - generate(generator, latents(range(3), 100))).abs().max() < 1e-4
+
+
+def test_the_card_has_the_numbers(run, tmp_path):
+    results = {"generated": {"swd": 12.5}, "other real images": {"swd": 3.25}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"results": results}))
+    export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
+    card = (tmp_path / "model" / "README.md").read_text()
+    for words in ("16 x 16 pixels", "| trained on | digits |", "400 of 64", "| swd | 12.500 | 3.250 |", "samples.png"):
+        assert words in card
+    assert str(tmp_path) not in card and str(run) not in card
+
+
+def test_what_differs_from_the_run_is_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "AGREEMENT", -1.0)
+    with pytest.raises(UserError, match="differs"):
+        export(run, format="torchscript", out=tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        export(run, format="pth", out=tmp_path / "full")
+    with pytest.raises(UserError, match="--evaluation"):
+        export(run, format="pth", out=tmp_path / "new", evaluation=tmp_path / "full" / "mine.txt")
+    with pytest.raises(UserError, match="made by fastdcgan export"):
+        fastdcgan.from_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]

@@ -1,0 +1,98 @@
+"""`inpaint`: what it fills in is nearer to the truth than a plain colour, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdcgan.apps.inpaint import box_mask, context_weight, inpaint, inpaint_images, poisson, random_mask
+from fastdcgan.apps.pictures import open_picture, to_tensor
+from fastdcgan.errors import UserError
+
+
+@pytest.mark.parametrize("kind", ["box", "random"])
+def test_it_beats_the_mean_in_the_hole_over_32_images(networks, digits, kind):
+    truth = digits[:32]
+    if kind == "box":
+        hole = box_mask((4, 4, 8, 8), truth.shape[-2:]).expand(32, 16, 16)
+    else:
+        hole = random_mask(0.5, 32, (16, 16), seed=1)
+    completed = inpaint(*networks, truth.masked_fill(hole[:, None], float("nan")), hole, restarts=4, steps=160)
+    inside, outside = hole[:, None], ~hole[:, None]
+    mean = (truth * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3))
+    error = (completed - truth)[inside].square().mean()
+    plain = (mean[:, None, None, None] - truth)[inside].square().mean()
+    print(f"{kind}: mean squared error {error:.3f}, of the mean colour {plain:.3f}")
+    assert error < 0.8 * plain
+    assert torch.equal(completed[outside], truth[outside])
+
+
+def test_poisson_blending_takes_an_offset_away():
+    """A source that is the target plus a constant blends into the target itself, whatever the hole's shape."""
+    random = torch.Generator().manual_seed(0)
+    target = torch.rand(3, 20, 24, generator=random) - 0.5
+    holes = {
+        "box": box_mask((5, 6, 9, 8), (20, 24)),
+        "at the edge": box_mask((0, 0, 12, 20), (20, 24)),
+        "one pixel": box_mask((3, 3, 1, 1), (20, 24)),
+        "scattered": torch.rand(20, 24, generator=random) < 0.7,
+    }
+    for name, hole in holes.items():
+        blended = poisson(target + 0.3, target.masked_fill(hole, 0.9), hole)
+        assert torch.allclose(blended, target, atol=1e-5), name
+
+
+def test_context_weight_is_the_missing_share_of_the_window():
+    hole = torch.zeros(1, 21, 21, dtype=torch.bool)
+    hole[0, 10, 10] = True
+    weight = context_weight(hole)[0]
+    assert weight[10, 10] == 0 and weight[10, 14] == 0
+    assert weight[10, 13] == pytest.approx(1 / 49) and weight[9, 9] == pytest.approx(1 / 49)
+
+
+def test_outputs_and_a_mask_from_a_file(run, digit_files, tmp_path):
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (4, 4, 12, 10))
+    mask.save(tmp_path / "mask.png")
+    inpaint_images(run, digit_files, mask=tmp_path / "mask.png", out=tmp_path / "out", restarts=2, steps=20)
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (3 * 96 + 4, 4 * 96 + 6)
+    before, after = (to_tensor(open_picture(p)) for p in (digit_files[3], tmp_path / "out" / "digit3.png"))
+    changed = (before != after)[0]
+    assert changed[4:10, 4:12].any()
+    changed[4:10, 4:12] = False
+    assert not changed.any()
+
+
+def hole_file(path, size, colour):
+    Image.new("L", size, colour).save(path)
+    return path
+
+
+def test_impossible_holes_are_explained_and_nothing_is_written(run, digit_files, tmp_path):
+    impossible = [
+        ({}, "give one of --mask"),
+        ({"box": (1, 1, 4, 4), "random_fraction": 0.5}, "give one of --mask"),
+        ({"mask": hole_file(tmp_path / "small.png", (8, 8), 255)}, "8x8"),
+        ({"mask": hole_file(tmp_path / "black.png", (16, 16), 0)}, "nothing to fill"),
+        ({"mask": hole_file(tmp_path / "white.png", (16, 16), 255)}, "whole picture"),
+        ({"mask": tmp_path / "absent.png"}, "does not exist"),
+        ({"box": (10, 10, 8, 4)}, "not inside"),
+        ({"box": (0, 0, 16, 16)}, "whole picture"),
+        ({"random_fraction": 1.0}, "--random-fraction"),
+    ]
+    for hole, complaint in impossible:
+        with pytest.raises(UserError, match="(?i)" + complaint):
+            inpaint_images(run, digit_files, out=tmp_path / "out", **hole)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_kind_are_explained_and_fitted_on_demand(run, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "colour.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    for name, complaint in (("photo", "30x20.*16x16.*--fit"), ("colour", "colour.*--fit"), ("text", "not a picture")):
+        with pytest.raises(UserError, match=complaint):
+            inpaint_images(run, [tmp_path / f"{name}.png"], box=(2, 2, 4, 4), out=tmp_path / "out")
+    inpaint_images(run, [tmp_path / "photo.png"], box=(2, 2, 4, 4), out=tmp_path / "out", fit=True, restarts=1, steps=4)
+    assert open_picture(tmp_path / "out" / "photo.png").size == (16, 16)

@@ -1,0 +1,87 @@
+"""What all commands say about a run that cannot be used: one line, exit code 2, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastdcgan.apps.trained import open_both, open_run
+from fastdcgan.cli import main
+from fastdcgan.errors import UserError
+
+COMMANDS = {
+    "sample": [],
+    "interpolate": [],
+    "arithmetic": ["--plus", "1,2"],
+    "invert": ["photo.png"],
+    "inpaint": ["photo.png", "--box", "1,1,2,2"],
+    "denoise": ["photo.png"],
+    "stylize": ["photo.png"],
+    "probe": ["--data", "digits"],
+    "evaluate": ["--data", "digits"],
+    "export": [],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_without_a_checkpoint(command, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([command, "empty", *COMMANDS[command]])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "no checkpoint" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_run_without_images_to_work_on(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in ("invert", "denoise"):
+        with pytest.raises(SystemExit) as end:
+            main([command, str(run)])
+        assert end.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_weights_that_are_not_finite(run, tmp_path):
+    from fastdcgan.apps.sample import sample
+
+    weights = load_file(next(run.glob("checkpoints/*/average.safetensors")))
+    weights["main.0.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, tmp_path / "broken.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        sample(tmp_path / "broken.safetensors", out=tmp_path / "grid.png")
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_generator_alone_is_enough_to_sample_and_not_to_invert(run, tmp_path):
+    shutil.copy(next(run.glob("checkpoints/*/average.safetensors")), tmp_path / "g.safetensors")
+    assert open_run(tmp_path / "g.safetensors").generator.image_size == (16, 16)
+    with pytest.raises(UserError, match="discriminator"):
+        open_both(tmp_path / "g.safetensors")
+
+
+def test_networks_are_frozen(networks):
+    assert not any(value.requires_grad for network in networks for value in network.parameters())
+    z = torch.zeros(1, 100, requires_grad=True)
+    networks[1](networks[0](z)).sum().backward()
+    assert z.grad is not None
+
+
+def test_the_help_needs_no_torch():
+    code = """
+import sys
+from fastdcgan.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("False")

@@ -1,0 +1,91 @@
+"""`probe`: the classifier is scikit-learn's, the baselines are fair, the interval is right."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.svm import LinearSVC
+
+from fastdcgan.apps.linear_svm import LinearSVM
+from fastdcgan.apps.probe import choose, classify, pooled_features, probe, wilson
+from fastdcgan.data import open_dataset
+from fastdcgan.errors import UserError
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Digits at 16x16 pixels, moved about by up to three of them: pixels alone tell less than shapes."""
+    data = open_dataset("digits", image_size=(16, 16), device=torch.device("cpu"))
+    folder, random = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    for i, (digit, label) in enumerate(zip(data.take(range(900))[..., 0].numpy(), data.labels, strict=False)):
+        (folder / str(label)).mkdir(exist_ok=True)
+        page = np.roll(digit, random.integers(-3, 4, 2), (0, 1))
+        Image.fromarray(page).save(folder / str(label) / f"{i}.png")
+    return folder
+
+
+def test_the_features_beat_raw_pixels(run, labelled, tmp_path):
+    probe(run, data=str(labelled), out=tmp_path / "probe.json")
+    report = json.loads((tmp_path / "probe.json").read_text())
+    accuracy = {kind: result["accuracy"] for kind, result in report["results"].items()}
+    print(accuracy)
+    assert accuracy["discriminator"] > accuracy["raw pixels"] + 0.05
+    assert accuracy["raw pixels"] > 2 * report["chance"]
+    assert (report["chance"], report["train_images"], report["test_images"]) == (0.1, 720, 180)
+    assert Image.open(tmp_path / "probe.png").size == (640, 150)
+
+
+@pytest.mark.parametrize("c", [1e-3, 1e-1])
+def test_the_solver_agrees_with_scikit_learn(c):
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 50, generator=random)
+    labels = (features @ torch.randn(50, 4, generator=random) + 3 * torch.randn(600, 4, generator=random)).argmax(1)
+    ours = LinearSVM(features, labels, c, tolerance=1e-5)
+    theirs = LinearSVC(C=c, dual=False, tol=1e-8, max_iter=10_000).fit(features.numpy(), labels.numpy())
+    assert np.allclose(ours.weight[:-1].T.numpy(), theirs.coef_, atol=2e-3 * abs(theirs.coef_).max())
+    assert np.allclose(ours.weight[-1].numpy(), theirs.intercept_, atol=2e-3)
+
+
+def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelled):
+    train, train_numbers, test, test_numbers = choose(str(labelled), None, networks[1], 10_000, seed=0)
+    assert train is test and not set(train_numbers) & set(test_numbers)
+    assert {train.labels[i] for i in test_numbers} == set(range(10))
+
+
+def test_features_are_every_layer_at_4x4(networks, digits):
+    assert pooled_features(networks[1])(digits[:3]).shape == (3, (16 + 32) * 16)
+
+
+def test_separable_classes_are_separated_and_noise_is_not():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 2
+    noise = torch.randn(400, 10, generator=random)
+    told = noise.clone()
+    told[:, 0] += 8 * labels
+
+    def accuracy(features):
+        return classify(features[:200].clone(), labels[:200], features[200:].clone(), labels[200:])["accuracy"]
+
+    assert accuracy(told) > 0.98
+    assert 0.35 < accuracy(noise) < 0.65
+
+
+def test_wilson_interval():
+    low, high = wilson(0.8, 100)
+    assert (low, high) == (pytest.approx(0.7112, abs=1e-3), pytest.approx(0.8666, abs=1e-3))
+
+
+def test_data_without_classes_is_explained(run, digit_files, labelled, tmp_path):
+    with pytest.raises(UserError, match="no classes"):
+        probe(run, data=str(digit_files[0].parent), out=tmp_path / "out" / "probe.json")
+    with pytest.raises(UserError, match="other classes"):
+        other = tmp_path / "other"
+        for name in ("a", "b"):
+            (other / name).mkdir(parents=True)
+            Image.new("L", (16, 16)).save(other / name / "1.png")
+        probe(run, data=str(labelled), test_data=str(other), out=tmp_path / "out" / "probe.json")
+    assert not (tmp_path / "out" / "probe.json").exists()

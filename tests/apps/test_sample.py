@@ -1,0 +1,53 @@
+"""`sample`: the right pictures, of the right size, each from its own seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdcgan.apps.latent import latents
+from fastdcgan.apps.pictures import open_picture, to_tensor
+from fastdcgan.apps.sample import sample
+from fastdcgan.errors import UserError
+
+
+def test_a_grid_has_room_for_every_picture(run, tmp_path):
+    sample(run, out=tmp_path / "grid.png", count=10)
+    assert Image.open(tmp_path / "grid.png").size == (3 * 18 + 2, 4 * 18 + 2)
+
+
+def test_a_folder_has_one_picture_a_seed_across_batches(run, tmp_path):
+    sample(run, out=tmp_path / "many", count=70, seed=5)
+    sample(run, out=tmp_path / "one", count=1, seed=74)
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [f"seed-{i:06d}.png" for i in range(5, 75)]
+    many, one = (to_tensor(open_picture(tmp_path / folder / "seed-000074.png")) for folder in ("many", "one"))
+    assert (many - one).abs().max() <= 2 / 127.5  # a matrix product rounds otherwise in another batch
+
+
+def test_the_average_is_not_the_latest_weights(run, tmp_path):
+    sample(run, out=tmp_path / "average.png", count=4)
+    sample(run, out=tmp_path / "latest.png", count=4, ema=False)
+    assert (tmp_path / "average.png").read_bytes() != (tmp_path / "latest.png").read_bytes()
+
+
+def test_truncated_latents_keep_their_order_within_the_bounds():
+    free, cut = latents(range(200), 20), latents(range(200), 20, truncation=0.7)
+    assert cut.abs().max() < 0.7 < free.abs().max()
+    assert torch.equal(free[:, 0].argsort(), cut[:, 0].argsort())
+    # the variance of a normal distribution cut at +-a is 1 - 2 a phi(a) / (2 Phi(a) - 1)
+    density, inside = math.exp(-(0.7**2) / 2) / math.sqrt(2 * math.pi), math.erf(0.7 / math.sqrt(2))
+    assert cut.var() == pytest.approx(1 - 2 * 0.7 * density / inside, rel=0.05)
+    assert torch.allclose(latents(range(5), 20, truncation=8.0), latents(range(5), 20), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [({"count": 0}, "--count"), ({"seed": -1}, "--seed"), ({"truncation": 0.0}, "--truncation")],
+)
+def test_impossible_settings_are_named_and_nothing_is_written(run, tmp_path, setting, complaint):
+    with pytest.raises(UserError, match=complaint):
+        sample(run, out=tmp_path / "new" / "grid.png", **setting)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastdcgan.bench import report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def throughput(kind: str = "cpu", **changes):
+    rows = [
+        {"contender": name, "precision": precision, "batch_size": 64, "images_per_second": speed, "spread": 1.0,
+         "ratio": speed / 50, "cpu_ratio": 1.25, "floor": 100.0, "rounds": [speed], "remark": ""}
+        for name, precision, speed in (
+            ("example", "fp32", 50.0), ("skilled", "fp32", 55.0), ("fast-eager", "fp32", 60.0),
+            ("fast-compiled", "fp32", 65.0), ("fast-compiled", "bf16", 120.0),
+        )
+    ]  # fmt: skip
+    device = {"kind": kind, "name": "Some Processor", "threads": 2}
+    return {
+        "measured": "throughput", "device": device, "date": "2026-01-02", "command": "fastdcgan bench",
+        "network": {"image_size": [64, 64]}, "rows": rows,
+    } | changes  # fmt: skip
+
+
+def test_a_device_without_a_file_is_not_yet_measured():
+    lines = report.table({"cpu-64": throughput()}).splitlines()
+    assert lines[2].startswith("| GPU") and lines[2].count(report.MISSING) == 4
+    assert "Some Processor, 2 threads" in lines[3]
+
+
+def test_the_row_shows_the_best_of_ours_per_precision_and_its_file():
+    text = report.table({"cpu-64": throughput()})
+    assert "65.0 ± 1.0 (compiled, fp32) | 100 | x1.30 | x1.25 | [2026-01-02](bench/results/cpu-64.json)" in text
+    assert "120.0 ± 1.0 (compiled, bf16)" in text
+    assert "`fastdcgan bench`" in text
+
+
+def test_example_fp32_does_not_stand_in_for_the_example():
+    content = throughput("cuda")
+    content["rows"][0]["contender"] = "example-fp32"
+    assert "Some Processor" not in report.table({"gpu": content})
+
+
+def test_a_failed_contender_is_not_in_the_table():
+    content = throughput()
+    content["rows"][1] |= {"rounds": [], "images_per_second": 0.0}
+    assert f"| {report.MISSING} | 65.0" in report.table({"cpu-64": content})
+
+
+def test_insert_replaces_what_is_between_the_markers():
+    readme = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
+    assert report.insert("new", readme) == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
+    assert report.insert("new", report.insert("other", readme)) == report.insert("new", readme)
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.insert("new", "no markers")
+
+
+def test_every_published_result_says_where_it_comes_from():
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        content = json.loads(path.read_text())
+        if "measured" in content:
+            assert {"device", "versions", "date", "commit", "command"} <= content.keys(), path.name
+
+
+def test_the_readmes_table_is_the_one_made_from_the_results():
+    readme = (ROOT / "README.md").read_text()
+    if report.BEGIN in readme:
+        assert report.insert(report.table(report.results(report.RESULTS)), readme) == readme, (
+            "run python -m fastdcgan.bench.report"
+        )

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdcgan import reference
+from fastdcgan.bench.roofline import Pass, Rates, floor_seconds, layer_table, measure_rates, step_passes
+
+
+def flops(*, batch: int, size: int, width: int, **which: str) -> int:
+    passes = step_passes(batch, (size, size), 3, 100, width, "fp32")
+    return sum(row.flops for row in passes if all(getattr(row, name) == value for name, value in which.items()))
+
+
+@pytest.mark.parametrize("size", [16, 28, 32, 64])
+def test_forward_flops_are_those_torch_counts(size):
+    generator, discriminator = reference.Generator(size, 3, 100, 8), reference.Discriminator(size, 3, 8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        discriminator(generator(torch.zeros(4, 100)))
+    counted = counter.get_total_flops()
+    discriminator_alone = flops(batch=4, size=size, width=8, phase="G update", direction="forward")
+    d_update = flops(batch=4, size=size, width=8, phase="D update", direction="forward")
+    generator_alone = d_update - 2 * discriminator_alone  # real and fake
+    assert generator_alone + discriminator_alone == counted
+
+
+def test_the_exact_step_needs_less_than_the_step_as_usually_written():
+    """At 64x64: what is left out is the discriminator's weight gradients in the generator's update."""
+    passes = step_passes(1, (64, 64), 3, 100, 64, "fp32")
+    needed = sum(row.flops for row in passes)
+    unused = sum(row.flops for row in passes if row.phase == "D update" and row.direction == "weight gradient") // 2
+    assert needed == pytest.approx(2.27e9, rel=0.01)
+    assert needed + unused == pytest.approx(2.48e9, rel=0.01)
+
+
+def test_no_gradients_nobody_uses():
+    passes = step_passes(8, (32, 32), 3, 100, 16, "fp32")
+    gradients = {(row.phase, row.layer, row.direction) for row in passes}
+    assert ("D update", "D 0 Conv2d", "input gradient") not in gradients
+    assert ("G update", "G 0 ConvTranspose2d", "input gradient") not in gradients
+    assert not [g for g in gradients if g[0] == "G update" and g[1].startswith("D") and g[2] == "weight gradient"]
+    assert ("G update", "D 0 Conv2d", "input gradient") in gradients
+
+
+def test_a_pass_takes_the_longer_of_arithmetic_and_memory():
+    rates = Rates(matrix=100.0, copy=10.0)
+    assert rates.seconds(Pass("", "", "", flops=200, bytes=10)) == 2
+    assert rates.seconds(Pass("", "", "", flops=200, bytes=50)) == 5
+    assert floor_seconds([Pass("", "", "", 200, 10), Pass("", "", "", 0, 50)], rates) == 7
+
+
+def test_low_precision_moves_fewer_bytes_but_the_same_flops():
+    full, low = (step_passes(8, (32, 32), 1, 100, 16, precision) for precision in ("fp32", "bf16"))
+    assert sum(row.flops for row in full) == sum(row.flops for row in low)
+    assert sum(row.bytes for row in low) < 0.7 * sum(row.bytes for row in full)
+
+
+def test_rates_are_measured_and_the_table_adds_up(monkeypatch):
+    rates = measure_rates(torch.device("cpu"), "fp32")
+    assert rates.matrix > 1e9 and rates.copy > 1e8
+    passes = step_passes(2, (16, 16), 3, 10, 4, "fp32")
+    assert f"{floor_seconds(passes, rates) * 1e6:.1f}" in layer_table(passes, rates).splitlines()[-1]

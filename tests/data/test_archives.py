@@ -1,0 +1,187 @@
+"""Zip files, WebDataset shards and LMDBs give the same pictures as the folder they were made from."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdcgan.data import Dataset
+from fastdcgan.data.archives import ZipSource, expand_braces
+from fastdcgan.errors import UserError
+
+FILES = 7
+
+
+@pytest.fixture
+def files(encoded: Callable[..., bytes]) -> dict[str, bytes]:
+    """Good files of two classes; one longer than what is looked at first."""
+    found = {f"{'ab'[k % 2]}/{k}.jpg": encoded(k) for k in range(FILES - 1)}
+    found["b/long.jpg"] = encoded(9, size=(900, 700), quality=100, subsampling=0)
+    assert len(found["b/long.jpg"]) > 65536
+    return found
+
+
+@pytest.fixture
+def from_folder(
+    files: dict[str, bytes], make_folder: Callable[..., Path], opened: Callable[..., Dataset]
+) -> Callable[[str], torch.Tensor]:
+    folder = make_folder(0, files, "as-folder")
+    return lambda loader: opened(folder, loader=loader).take(range(FILES))
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip(
+    compression: int,
+    loader: str,
+    files: dict[str, bytes],
+    from_folder: Callable[[str], torch.Tensor],
+    opened: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+        archive.writestr("__MACOSX/a/._0.jpg", b"x")
+        archive.writestr("notes.txt", b"hello")
+        archive.writestr("a/bad.jpg", b"text, not a picture")
+    data = opened(path, loader=loader)
+    assert (data.name, data.count, data.class_names) == ("set", FILES, ["a", "b"])
+    assert data.skipped == [("a/bad.jpg", "not an image (text)")]
+    assert torch.equal(data.take(range(FILES)), from_folder(loader))
+    stream = data.stream(FILES)
+    stream.advance()
+    stream.close()
+
+
+def test_a_zip_with_damaged_entries_costs_those_entries(
+    opened: Callable[..., Dataset], files: dict[str, bytes], tmp_path: Path, loader: str
+) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+        places = [entry.header_offset for entry in archive.infolist()]
+    content = bytearray(path.read_bytes())
+    content[places[1] + 60 : places[1] + 90] = bytes(30)  # inside the compressed data
+    content[places[2]] = 0  # the local header
+    path.write_bytes(content)
+    data = opened(path, loader=loader)
+    assert data.count == FILES - 2
+    assert all("cannot be read (broken in the zip" in reason for _, reason in data.skipped)
+
+
+def test_encrypted_entries_are_named(files: dict[str, bytes], tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag in the first entry of the directory
+    path.write_bytes(content)
+    source = ZipSource(path)
+    assert len(source) == FILES - 1
+    assert source.unusable == [(next(iter(files)), "encrypted")]
+
+
+def test_one_tar_has_classes_from_its_folders(
+    loader: str,
+    files: dict[str, bytes],
+    from_folder: Callable[[str], torch.Tensor],
+    opened: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in sorted(files.items()):
+            add(archive, name, data)
+    data = opened(path, loader=loader)
+    assert data.class_names == ["a", "b"]
+    assert torch.equal(data.take(range(FILES)), from_folder(loader))
+
+
+def test_webdataset_shards_as_written_by_webdataset(
+    files: dict[str, bytes],
+    from_folder: Callable[[str], torch.Tensor],
+    opened: Callable[..., Dataset],
+    tmp_path: Path,
+    loader: str,
+) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/s-%03d.tar", maxcount=3, verbose=0) as writer:
+        for k, (_, data) in enumerate(sorted(files.items())):
+            writer.write({"__key__": f"{k:05}", "jpg": data, "cls": 10 - k})
+    for source in (folder, f"{folder}/s-{{000..002}}.tar"):
+        data = opened(source, loader=loader)
+        assert data.count == FILES
+        assert data.class_names == ["4", "5", "6", "7", "8", "9", "10"]
+        assert data.labels == [6, 5, 4, 3, 2, 1, 0]
+        assert torch.equal(data.take(range(FILES)), from_folder(loader))
+    assert opened(f"{folder}/s-{{000..001}}.tar").count == 6
+
+
+def test_a_shard_cut_short_gives_what_is_whole(
+    files: dict[str, bytes], opened: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            add(archive, name, data)
+    path.write_bytes(path.read_bytes()[:-60_000])
+    data = opened(path)
+    assert data.count == FILES - 1
+    assert any("the archive ends in the middle" in reason or "broken" in reason for _, reason in data.skipped)
+
+
+def test_compressed_tars_are_refused_with_advice(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive, "a.jpg", b"x")
+    with pytest.raises(UserError, match=r"must be uncompressed \.tar files"):
+        opened(path)
+
+
+def test_lsun_lmdb(
+    loader: str,
+    files: dict[str, bytes],
+    from_folder: Callable[[str], torch.Tensor],
+    opened: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    lmdb = pytest.importorskip("lmdb")
+    path = tmp_path / "church_lmdb"
+    with lmdb.open(str(path), map_size=10 << 20) as env, env.begin(write=True) as transaction:
+        for name, data in files.items():
+            transaction.put(name.encode(), data)
+    data = opened(path, loader=loader)
+    assert (data.name, data.count, data.labels) == ("church_lmdb", FILES, None)
+    assert torch.equal(data.take(range(FILES)), from_folder(loader))
+
+
+def test_lmdb_missing_package_says_what_to_install(
+    tmp_path: Path, opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data.mdb").write_bytes(b"x")
+    monkeypatch.setitem(__import__("sys").modules, "lmdb", None)
+    with pytest.raises(UserError, match="pip install lmdb"):
+        opened(tmp_path)
+
+
+def test_braces() -> None:
+    assert expand_braces("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand_braces("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
+    assert expand_braces("plain.tar") == ["plain.tar"]

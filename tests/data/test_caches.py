@@ -1,0 +1,284 @@
+"""Decoded images kept on disk: used again, rebuilt when their sources change, never half right."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastdcgan.data import Dataset, default_cache_dir, room
+from fastdcgan.data.loader import Loader
+from fastdcgan.data.store import DiskStore
+from fastdcgan.errors import UserError
+
+Batches = Callable[..., list[torch.Tensor]]
+COUNT = 12
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the files that are read for decoding, from here on."""
+    found: list[int] = []
+    as_ever = Loader.read
+
+    def read(self: Loader, i: int) -> bytes:
+        found.append(i)
+        return as_ever(self, i)
+
+    monkeypatch.setattr(Loader, "read", read)
+    return found
+
+
+def kept_files() -> list[str]:
+    return sorted(path.suffix for path in (default_cache_dir() / "images").glob("*") if path.suffix != ".lock")
+
+
+@pytest.mark.parametrize("cache", ["host", "disk", "auto"])
+def test_every_image_is_decoded_once(
+    cache: str,
+    loader: str,
+    reads: list[int],
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    batches: Batches,
+) -> None:
+    data = opened(make_folder(COUNT), loader=loader, cache=cache)
+    stream = data.stream(5)
+    batches(stream, 12)
+    data.take(range(COUNT))
+    batches(data.stream(3), 12)
+    assert sorted(reads) == list(range(COUNT))
+
+
+def test_the_next_run_decodes_nothing(
+    loader: str, reads: list[int], make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    folder = make_folder(COUNT)
+    first = batches(opened(folder, loader=loader, cache="disk").stream(4), 6)
+    assert kept_files() == [".json", ".npy"]
+    assert sorted(reads) == list(range(COUNT))
+    for cache in ("disk", "auto"):
+        again = batches(opened(folder, loader=loader, cache=cache).stream(4), 6)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len(reads) == COUNT
+
+
+def test_a_changed_source_is_noticed(
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    batches: Batches,
+) -> None:
+    folder = make_folder(COUNT)
+    batches(opened(folder, loader=loader, cache="disk").stream(4), 3)
+    (folder / "good-0004.jpg").write_bytes(encoded(77))
+    data = opened(folder, loader=loader, cache="disk")
+    batches(data.stream(4), 3)
+    fresh = opened(folder, loader=loader, cache="off").take(range(COUNT))
+    assert torch.equal(data.take(range(COUNT)), fresh)
+    assert kept_files() == [".json", ".npy"]  # in the place of the old one
+    (folder / "more.jpg").write_bytes(encoded(78))
+    more = opened(folder, loader=loader, cache="disk")
+    batches(more.stream(4), 4)
+    assert more.count == COUNT + 1
+    assert torch.equal(more.take(range(COUNT)), fresh)
+
+
+def test_other_sizes_channels_and_crops_are_kept_apart(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    folder = make_folder(COUNT)
+    ways = [{}, {"image_size": (8, 8)}, {"channels": 1}, {"crop": "random"}, {"crop": "random", "seed": 1}]
+    for number, way in enumerate(ways, start=1):
+        batches(opened(folder, cache="disk", **way).stream(4), 3)
+        assert kept_files().count(".npy") == number
+
+
+def test_verdicts_are_remembered(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastdcgan.data import census
+
+    breaks = encoded(1).replace(b"\xff\xdb", b"\xff\xfe")
+    folder = make_folder(3, {"bad.jpg": b"", "breaks.jpg": breaks})
+    first = opened(folder)
+    first.take(range(4))
+    monkeypatch.setattr(census, "look_at", lambda source, i: pytest.fail("looked at again"))
+    again = opened(folder)
+    assert sorted(again.skipped) == sorted(first.skipped)
+    assert again.count == 3
+    memory = next((default_cache_dir() / "verdicts").glob("*.npz"))
+    monkeypatch.undo()
+    memory.write_bytes(memory.read_bytes()[:100])
+    assert opened(folder).count >= 3  # a damaged memory is as good as none
+
+
+def test_a_file_that_breaks_is_not_taken_for_a_black_picture_next_time(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes], batches: Batches
+) -> None:
+    folder = make_folder(COUNT, {"breaks.jpg": encoded(1).replace(b"\xff\xdb", b"\xff\xfe")})
+    batches(opened(folder, cache="disk").stream(4), 6)
+    for memory in (default_cache_dir() / "verdicts").glob("*"):
+        memory.unlink()
+    data = opened(folder, cache="disk")
+    assert all((image > 0).any() for found in batches(data.stream(4), 6) for image in found)
+    assert [name for name, _ in data.skipped] == ["breaks.jpg"]
+
+
+SLOW_RUN = """
+import sys, time, torch
+from pathlib import Path
+from fastdcgan.data import open_dataset
+from fastdcgan.data.loader import Loader
+as_ever = Loader.read
+Loader.read = lambda self, i: (time.sleep(0.02), as_ever(self, i))[1]
+stream = open_dataset(sys.argv[1], image_size=(16, 16), device=torch.device("cpu"), cache="disk").stream(4)
+while True:
+    stream.advance()
+    print(stream.images, flush=True)
+"""
+
+
+def test_a_killed_run_leaves_what_it_decoded_to_the_next(
+    reads: list[int], make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    count = 300
+    folder = make_folder(count)
+    run = subprocess.Popen([sys.executable, "-c", SLOW_RUN, str(folder)], stdout=subprocess.PIPE, env=environment())
+    assert run.stdout is not None
+    while int(run.stdout.readline()) < 80:
+        pass
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert kept_files() == [".json", ".part", ".rows"]
+    data = opened(folder, cache="disk")
+    found = torch.cat(batches(data.stream(4), count // 4))
+    assert len(set(reads)) == len(reads) <= count - 80
+    number = {image.numpy().tobytes(): i for i, image in enumerate(opened(folder, cache="off").take(range(count)))}
+    assert sorted(number[image.numpy().tobytes()] for image in found) == list(range(count))
+    assert kept_files() == [".json", ".npy"]
+
+
+def test_what_another_boot_left_unfinished_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdcgan.data import store
+
+    shape, path = (5, 4, 4, 1), tmp_path / "set.npy"
+    half = DiskStore(path, shape, "print")
+    half.write(np.array([1, 2]), torch.ones((2, 4, 4, 1), dtype=torch.uint8))
+    assert DiskStore(path, shape, "print").present.tolist() == [False, True, True, False, False]
+    monkeypatch.setattr(store, "_boot_id", lambda: "after the power came back")
+    assert not DiskStore(path, shape, "print").present.any()
+
+
+LIMITED = """
+import resource, sys, torch
+from pathlib import Path
+from fastdcgan.data import open_dataset
+from fastdcgan.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+data = open_dataset(sys.argv[1], image_size=(64, 64), device=torch.device("cpu"), cache="disk")
+try:
+    data.stream(4)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_no_room_on_the_disk_is_said_before_anything_is_written(make_folder: Callable[..., Path]) -> None:
+    pytest.importorskip("resource")
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(make_folder(COUNT))],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+    )
+    assert "cannot keep 0 MB of decoded images" in run.stdout
+    assert "choose another --cache-dir, or --cache off" in run.stdout
+    assert kept_files() == [".json"]
+
+
+def test_auto_takes_the_first_place_with_room(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    monkeypatch: pytest.MonkeyPatch,
+    batches: Batches,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = make_folder(COUNT)
+    size = COUNT * 16 * 16 * 3
+    monkeypatch.setattr(room, "free_host_bytes", lambda: size)  # but only half of it may be used
+    monkeypatch.setattr(room, "free_disk_bytes", lambda folder: size)
+    stream = opened(folder).stream(4)
+    assert len(stream.source) == 4  # decoded anew each time
+    assert "decoding every epoch anew" in capsys.readouterr().err
+    monkeypatch.setattr(room, "free_disk_bytes", lambda folder: 2 * size)
+    batches(opened(folder).stream(4), 3)
+    assert "too much for the memory" in capsys.readouterr().err
+    assert kept_files() == [".json", ".npy"]
+    monkeypatch.setattr(room, "free_host_bytes", lambda: size - 1)
+    with pytest.raises(UserError, match="the decoded images need 0 MB, more than"):
+        opened(folder, cache="host").stream(4)
+
+
+def test_auto_decodes_anew_where_the_disk_refuses(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdcgan.data import file_dataset
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "free_host_bytes", lambda: 0)
+    monkeypatch.setattr(file_dataset, "DiskStore", refuse)
+    assert len(opened(make_folder(COUNT)).stream(4).source) == 4
+
+
+def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_run(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], tmp_path: Path, batches: Batches
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    data = opened(make_folder(COUNT), cache_dir=tmp_path / "file" / "cache")
+    batches(data.stream(4), 3)
+    with pytest.raises(UserError, match="choose another --cache-dir"):
+        opened(tmp_path / "pictures", cache="disk", cache_dir=tmp_path / "file" / "cache").stream(4)
+
+
+def test_free_memory_is_a_sensible_number() -> None:
+    assert 1 << 20 < room.free_host_bytes() < 1 << 50
+    assert 0 < room.free_disk_bytes(Path("/nowhere/at/all")) < 1 << 60
+    assert 1 <= room.cores() <= (os.cpu_count() or 1)
+
+
+def environment() -> dict[str, str]:
+    """For a Python process that imports the package from where this one does."""
+    import fastdcgan
+
+    assert fastdcgan.__file__ is not None
+    return os.environ | {"PYTHONPATH": str(Path(fastdcgan.__file__).parent.parent)}
+
+
+def test_two_processes_can_fill_one_file(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    folder = make_folder(COUNT)
+    shares = [opened(folder, cache="disk", rank=rank, world_size=2).stream(3) for rank in range(2)]
+    deadline = time.monotonic() + 60
+    while ".part" in kept_files() and time.monotonic() < deadline:
+        for stream in shares:
+            stream.advance()
+    whole = opened(folder, cache="off").take(range(COUNT))
+    assert torch.equal(opened(folder, cache="disk").take(range(COUNT)), whole)
+    for stream in shares:
+        stream.advance()
+        assert torch.equal(stream.source[stream.index], whole[stream.index])

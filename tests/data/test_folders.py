@@ -1,0 +1,177 @@
+"""Folders of every shape, and what a person is told when there is nothing to train on."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdcgan.data import Dataset, open_source
+from fastdcgan.data.header import IMAGE_SUFFIXES
+from fastdcgan.data.source import FolderSource, printable
+from fastdcgan.errors import UserError
+
+
+def test_class_names_come_from_the_innermost_folder_and_duplicates_are_one(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    data = opened(
+        make_folder(0, {"train/cat/1.jpg": encoded(1), "train/dog/1.jpg": encoded(2), "test/cat/1.jpg": encoded(3)})
+    )
+    assert data.class_names == ["cat", "dog"]
+    assert data.labels == [0, 0, 1]  # test/cat, train/cat, train/dog
+    assert data.name == "pictures"
+
+
+def test_a_flat_folder_has_no_labels(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    data = opened(make_folder(3))
+    assert data.labels is None
+    assert data.class_names is None
+
+
+def test_labels_skip_what_is_skipped(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    files = {"a/1.jpg": encoded(1), "a/2.jpg": b"", "b/1.jpg": encoded(2), "b/2.jpg": encoded(3)}
+    assert opened(make_folder(0, files)).labels == [0, 1, 1]
+
+
+def test_hidden_files_are_left_out_without_a_word(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    extra = {".hidden.jpg": b"x", "._good.jpg": b"x", ".thumbs/1.jpg": encoded(1), "__MACOSX/1.jpg": b"x"}
+    data = opened(make_folder(3, extra | {"notes.txt": b"hello", "labels.csv": b"1,2"}))
+    assert (data.count, data.skipped) == (3, [])
+
+
+def test_links_are_followed_and_loops_end(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    folder, elsewhere = make_folder(3), make_folder(2, name="elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "up").symlink_to(folder.parent)  # leads back to `folder`, and to `elsewhere`
+    (folder / "self.jpg").symlink_to("self.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    data = opened(folder)
+    assert data.count == 5
+    assert elsewhere.exists()
+    assert sorted(data.skipped) == [("gone.jpg", "broken link"), ("self.jpg", "broken link")]
+
+
+names = st.text(
+    st.characters(exclude_characters="/\0", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12
+).filter(lambda name: name not in (".", "..") and len(name.encode()) < 100)
+paths = st.lists(names, min_size=1, max_size=4).map("/".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(paths, st.sampled_from([".jpg", ".JPEG", ".png", ".txt", ""])), max_size=12))
+def test_a_folder_of_any_shape_lists_each_visible_image_once(files: list[tuple[str, str]]) -> None:
+    png = b"\x89PNG\r\n\x1a\n"
+    with tempfile.TemporaryDirectory() as name:
+        root, wanted = Path(name), set()
+        for stem, suffix in files:
+            relative = stem + suffix
+            try:
+                (root / relative).parent.mkdir(parents=True, exist_ok=True)
+                if (root / relative).is_dir():
+                    continue
+                (root / relative).write_bytes(b"just text" if suffix == ".txt" else png)
+            except (FileExistsError, NotADirectoryError):
+                continue  # one name is a file here and a folder there
+            hidden = any(part.startswith(".") or part == "__MACOSX" for part in relative.split("/"))
+            is_image = suffix != ".txt" or PurePosixPath(relative).suffix.lower() in IMAGE_SUFFIXES
+            if not hidden and is_image:
+                wanted.add(relative)
+        wanted = {path for path in wanted if (root / path).is_file()}
+        if not wanted:
+            with pytest.raises(UserError, match="no images in the folder"):
+                FolderSource(root)
+            return
+        source = FolderSource(root)
+        assert source.names == sorted(wanted)
+        assert source.unusable == []
+        assert [source.read(i) for i in range(len(source))] == [(root / path).read_bytes() for path in source.names]
+
+
+def test_the_fingerprint_changes_with_every_change(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(3)
+    prints = [FolderSource(folder).fingerprint(), FolderSource(folder).fingerprint()]
+    assert prints[0] == prints[1]
+    (folder / "good-0000.jpg").rename(folder / "other.jpg")
+    prints.append(FolderSource(folder).fingerprint())
+    os.utime(folder / "other.jpg", ns=(1, 1))
+    prints.append(FolderSource(folder).fingerprint())
+    (folder / "other.jpg").unlink()
+    prints.append(FolderSource(folder).fingerprint())
+    assert len(set(prints)) == 4
+
+
+def test_names_can_always_be_printed() -> None:
+    assert printable(os.fsdecode(b"caf\xe9.jpg")) == "caf\\xe9.jpg"
+    assert printable("фото.jpg") == "фото.jpg"
+
+
+def test_mistakes_are_answered_in_one_line(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    empty = make_folder(0, name="empty")
+    texts = make_folder(0, {"a.txt": b"hello", "b.csv": b"1"}, "texts")
+    broken = make_folder(0, {"a.jpg": b"", "b.jpg": b""}, "broken")
+    single = tmp_path / "single.jpg"
+    single.write_bytes(b"x")
+    not_zip = tmp_path / "not.zip"
+    not_zip.write_bytes(b"x")
+    cases = {
+        "digit": "did you mean digits",
+        str(tmp_path / "absent"): "no dataset or path named",
+        str(empty): "it is empty",
+        str(texts): "only .csv, .txt files",
+        str(broken): "none of the 2 images .* a.jpg: empty file",
+        str(single): "give a folder",
+        str(not_zip): "not a readable zip",
+        str(tmp_path / "shard-{0..2}.tar"): "shard-0.tar, which does not exist",
+    }
+    for source, message in cases.items():
+        with pytest.raises(UserError, match=message) as raised:
+            opened(source)
+        assert "\n" not in str(raised.value)
+    for option in ("loader", "cache", "crop"):
+        with pytest.raises(UserError, match=f"--{option} nonsense is not known"):
+            opened("digits", **{option: "nonsense"})
+    with pytest.raises(UserError, match="--channels 2"):
+        opened("digits", channels=2)
+
+
+def test_too_few_images_for_a_batch(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    data = opened(make_folder(5))
+    with pytest.raises(UserError, match="5 usable images, fewer than one batch of 6: use --batch-size 5 or less"):
+        data.stream(6)
+    with pytest.raises(UserError, match="one batch of 3 on each of 2 ranks: use --batch-size 2 or less"):
+        opened(data_path(data), world_size=2).stream(3)
+    data.stream(5).advance()
+
+
+def data_path(data: Dataset) -> str:
+    return str(data._source.path)  # type: ignore[attr-defined]
+
+
+def test_a_run_that_loses_too_many_images_says_so(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], loader: str
+) -> None:
+    folder = make_folder(6)
+    stream = opened(folder, loader=loader).stream(6)
+    (folder / "good-0000.jpg").unlink()
+    with pytest.raises(UserError, match="only 5 images of pictures can be decoded"):
+        stream.advance()
+
+
+def test_a_path_is_found_before_a_name_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("digit").mkdir()
+    with pytest.raises(UserError, match="no images in the folder digit"):
+        open_source("digit")

@@ -1,0 +1,311 @@
+"""Every kind of file people have in their folders: what can be used is used, what cannot is named with its reason."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastdcgan.data import Dataset
+from fastdcgan.data.check import check
+from fastdcgan.errors import UserError
+
+Encode = Callable[..., bytes]
+Picture = Callable[..., Image.Image]
+GOOD = 9
+BLUE = (9, 90, 200)
+
+
+def file_of(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def rotated(picture: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise, so it is stored turned the other way
+    return file_of(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+
+
+def half_transparent(picture: Image.Image) -> Image.Image:
+    image = picture.convert("RGBA")
+    image.paste((255, 0, 0, 0), (0, 0, image.width // 2, image.height))
+    return image
+
+
+def on_white(picture: Image.Image, white: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    image = picture.copy()
+    image.paste(white, (0, 0, image.width // 2, image.height))
+    return image
+
+
+def sixteen_bits(picture: Image.Image) -> bytes:
+    grey = np.asarray(picture.convert("L")).astype(np.uint16) * 256
+    return file_of(Image.fromarray(grey), "PNG")
+
+
+def animated(picture: Picture) -> bytes:
+    return file_of(picture(5), "GIF", save_all=True, append_images=[picture(6), picture(7)])
+
+
+def grey(picture: Image.Image) -> Image.Image:
+    return picture.convert("L").convert("RGB")
+
+
+# name of the file, its bytes, what it should look like
+USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Image.Image]]] = {
+    "grey JPEG": ("a.jpg", lambda p: file_of(p(5).convert("L"), "JPEG", quality=95), lambda p: grey(p(5))),
+    "progressive JPEG": ("a.jpg", lambda p: file_of(p(5), "JPEG", progressive=True, quality=95), lambda p: p(5)),
+    "CMYK JPEG": ("a.jpg", lambda p: file_of(p(5).convert("CMYK"), "JPEG", quality=95), lambda p: p(5)),
+    "large JPEG": ("a.jpg", lambda p: file_of(p(5, (400, 320)), "JPEG", quality=95), lambda p: p(5)),
+    "EXIF-rotated JPEG": ("a.jpg", lambda p: rotated(p(5)), lambda p: p(5)),
+    "large EXIF-rotated JPEG": ("a.jpg", lambda p: rotated(p(5, (400, 320))), lambda p: p(5)),
+    "PNG": ("a.png", lambda p: file_of(p(5), "PNG"), lambda p: p(5)),
+    "16-bit PNG": ("a.png", lambda p: sixteen_bits(p(5)), lambda p: grey(p(5))),
+    "RGBA PNG": ("a.png", lambda p: file_of(half_transparent(p(5)), "PNG"), lambda p: on_white(p(5))),
+    "PNG with one transparent colour": (
+        "a.png",
+        lambda p: file_of(on_white(p(5), BLUE), "PNG", transparency=BLUE),
+        lambda p: on_white(p(5)),
+    ),
+    "palette PNG": ("a.png", lambda p: file_of(p(5).quantize(256), "PNG"), lambda p: p(5)),
+    "transparent palette PNG": (
+        "a.png",
+        lambda p: file_of(half_transparent(p(5)).quantize(256), "PNG"),
+        lambda p: on_white(p(5)),
+    ),
+    "black and white PNG": ("a.png", lambda p: file_of(p(5).convert("1"), "PNG"), lambda p: p(5).convert("1")),
+    "WebP": ("a.webp", lambda p: file_of(p(5), "WEBP", quality=95), lambda p: p(5)),
+    "animated GIF": ("a.gif", animated, lambda p: p(5)),
+    "BMP": ("a.bmp", lambda p: file_of(p(5), "BMP"), lambda p: p(5)),
+    "TIFF": ("a.tiff", lambda p: file_of(p(5), "TIFF"), lambda p: p(5)),
+    "PNG named .jpg": ("a.jpg", lambda p: file_of(p(5), "PNG"), lambda p: p(5)),
+    "JPEG without extension": ("a", lambda p: file_of(p(5), "JPEG", quality=95), lambda p: p(5)),
+    "name that is not ASCII": ("фото ☃.jpg", lambda p: file_of(p(5), "JPEG", quality=95), lambda p: p(5)),
+    "name that is not UTF-8": (
+        os.fsdecode(b"caf\xe9.jpg"),
+        lambda p: file_of(p(5), "JPEG", quality=95),
+        lambda p: p(5),
+    ),
+    "1 x 1": (
+        "a.png",
+        lambda p: file_of(Image.new("RGB", (1, 1), BLUE), "PNG"),
+        lambda p: Image.new("RGB", (9, 9), BLUE),
+    ),
+    "1000 x 1": (
+        "a.png",
+        lambda p: file_of(Image.new("RGB", (1000, 1), BLUE), "PNG"),
+        lambda p: Image.new("RGB", (9, 9), BLUE),
+    ),
+    "JPEG behind 200 kB of metadata": (
+        "a.jpg",
+        lambda p: file_of(p(5), "JPEG", quality=95, icc_profile=bytes(200_000)),
+        lambda p: p(5),
+    ),
+    "JPEG with zeros behind its end": (
+        "a.jpg",
+        lambda p: file_of(p(5), "JPEG", quality=95) + bytes(500),
+        lambda p: p(5),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_what_can_be_used_is_used(
+    kind: str, loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], picture: Picture
+) -> None:
+    name, make, expected = USABLE[kind]
+    folder = make_folder(GOOD, {name: make(picture)})
+    data = opened(folder, loader=loader, channels=3)
+    assert data.skipped == []
+    assert data.count == GOOD + 1
+    index = sorted(os.listdir(folder)).index(name)
+    got = data.take([index])[0].numpy().astype(int)
+    wanted = expected(picture).convert("RGB")
+    side = min(wanted.size)
+    left, top = (wanted.width - side) // 2, (wanted.height - side) // 2
+    square = wanted.crop((left, top, left + side, top + side)).resize((16, 16), Image.Resampling.BILINEAR)
+    assert abs(got - np.asarray(square).astype(int)).mean() < 8, (
+        kind
+    )  # lossy formats and palettes; a wrong picture: > 40
+
+
+UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
+    "truncated JPEG": ("x.jpg", lambda e: e(size=(200, 200))[:-900], "truncated"),
+    "truncated progressive JPEG": ("x.jpg", lambda e: e(size=(200, 200), progressive=True)[:-900], "truncated"),
+    "truncated PNG": ("x.png", lambda e: e(format="PNG", size=(200, 200))[:-4000], "truncated"),
+    "truncated WebP": ("x.webp", lambda e: e(format="WEBP", size=(200, 200))[:-400], ""),
+    "empty": ("x.jpg", lambda e: b"", "empty file"),
+    "text": ("x.jpg", lambda e: b"<html>404 not found</html>\n" * 40, "text"),
+    "short text": ("x.jpg", lambda e: b"404", "text"),
+    "random bytes": ("x.png", lambda e: np.random.default_rng(0).bytes(5000), "not an image"),
+    "JPEG magic and then nonsense": ("x.jpg", lambda e: b"\xff\xd8\xff" + np.random.default_rng(0).bytes(5000), ""),
+    "JPEG that breaks while decoding": ("x.jpg", lambda e: e().replace(b"\xff\xdb", b"\xff\xfe"), "broken"),
+    "PNG that breaks while decoding": ("x.png", lambda e: broken_png(e), "broken"),
+    "floating point": ("x.tiff", lambda e: file_of(Image.new("F", (20, 20)), "TIFF"), "floating-point"),
+}
+
+
+def broken_png(encode: Encode) -> bytes:
+    data = bytearray(encode(format="PNG"))
+    at = data.index(b"IDAT") + 40
+    data[at : at + 60] = bytes(60)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_what_cannot_be_used_is_left_out_and_named(
+    kind: str,
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Encode,
+    batches: Callable[..., list[torch.Tensor]],
+) -> None:
+    name, make, reason = UNUSABLE[kind]
+    folder = make_folder(GOOD, {name: make(encoded)})
+    data = opened(folder, loader=loader)
+    if "breaks" not in kind:  # the others show before anything is decoded
+        assert [file for file, _ in data.skipped] == [name]
+    whole = data.take(range(GOOD))  # the good ones sort first
+    stream = data.stream(4)
+    found = torch.cat(batches(stream, 2 * GOOD))  # eight epochs
+    stream.close()
+    seen = [[i for i in range(GOOD) if torch.equal(image, whole[i])] for image in found]
+    assert all(len(ids) == 1 for ids in seen)
+    for epoch in range(8):
+        assert sorted(i for ids in seen[epoch * GOOD : (epoch + 1) * GOOD] for i in ids) == list(range(GOOD))
+    assert [file for file, _ in data.skipped] == [name]
+    assert reason in data.skipped[0][1]
+    report = check(str(folder))
+    assert (report.files, report.usable, [file for file, _ in report.unusable]) == (GOOD + 1, GOOD, [name])
+    assert reason in report.unusable[0][1]
+
+
+@pytest.mark.parametrize("kind", ["truncated JPEG", "JPEG that breaks while decoding"])
+def test_strict_stops_at_the_first_unusable_file(
+    kind: str, loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
+) -> None:
+    name, make, reason = UNUSABLE[kind]
+    folder = make_folder(GOOD, {name: make(encoded)})
+    with pytest.raises(UserError, match=f"{name}: .*{reason}.*--strict"):
+        stream = opened(folder, loader=loader, strict=True).stream(4)
+        for _ in range(GOOD):
+            stream.advance()
+    with pytest.raises(UserError, match=f"{name}: .*{reason}.*--strict"):
+        check(str(folder), strict=True)
+
+
+def test_a_file_that_vanishes_after_it_was_listed_costs_that_file(
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    batches: Callable[..., list[torch.Tensor]],
+) -> None:
+    folder = make_folder(GOOD)
+    data = opened(folder, loader=loader)
+    (folder / "good-0003.jpg").unlink()
+    assert len(batches(data.stream(4), 5)) == 5
+    assert data.skipped == [("good-0003.jpg", "vanished after it was listed")]
+
+
+def test_a_file_that_becomes_another_after_it_was_looked_at_is_still_decoded(
+    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
+) -> None:
+    folder = make_folder(GOOD)
+    data = opened(folder, loader=loader)
+    (folder / "good-0003.jpg").write_bytes(encoded(3, "PNG", size=(20, 25), mode="RGBA"))
+    assert data.take([3]).float().std() > 10
+    assert data.skipped == []
+
+
+def test_a_file_without_read_permission_is_named_and_looked_at_again_next_time(
+    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(GOOD)
+    open_as_ever = os.open
+
+    def refuse(path: str, *rest: int) -> int:
+        if str(path).endswith("good-0002.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return open_as_ever(path, *rest)
+
+    with monkeypatch.context() as patched:  # not chmod: tests may run as root
+        patched.setattr(os, "open", refuse)
+        assert opened(folder, loader=loader).skipped == [("good-0002.jpg", "no permission to read it")]
+    assert opened(folder, loader=loader).skipped == []
+
+
+def test_a_huge_jpeg_is_used_and_a_huge_png_is_not(
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    huge_png: Callable[[int, int], bytes],
+    encoded: Encode,
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    folder = make_folder(GOOD, {"huge.jpg": huge_jpeg(20_000), "huge.png": huge_png(20_000, 20_000)})
+    data = opened(folder, loader=loader)
+    assert data.skipped == [("huge.png", "too large: 20000 x 20000 pixels (possibly a decompression bomb)")]
+    assert (data.take([GOOD]) == 128).all()
+    report = check(str(folder))
+    assert report.unusable == data.skipped
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 300, f"{grown:.0f} MB more, where the whole picture takes 400 MB in grey"
+
+
+def huge_jpeg(side: int) -> bytes:
+    """A grey JPEG of side x side pixels, all 128, without ever holding them: every block has the same six bits."""
+    data = bytearray(file_of(Image.new("L", (8, 8), 128), "JPEG"))
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    data[frame + 5 : frame + 9] = side.to_bytes(2, "big") * 2
+    scan_header = 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
+    blocks = (-(-side // 8)) ** 2
+    return bytes(data[: scan + scan_header]) + b"\x28\xa2\x8a" * (-(-blocks // 4)) + b"\xff\xd9"
+
+
+def test_a_thousand_good_and_fifteen_bad(
+    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
+) -> None:
+    kinds = list(UNUSABLE.values())
+    bad = {
+        f"class-{k % 3}/bad-{k:02}{kinds[k % len(kinds)][0][1:]}": kinds[k % len(kinds)][1](encoded) for k in range(15)
+    }
+    data = opened(make_folder(1000, bad), loader=loader, cache="off")
+    stream = data.stream(50)
+    for _ in range(41):
+        stream.advance()
+    stream.close()
+    assert sorted(file for file, _ in data.skipped) == sorted(bad)
+
+
+def test_colour_and_grey_mix(
+    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
+) -> None:
+    folder = make_folder(2, {"grey.jpg": encoded(4, mode="L"), "grey.png": encoded(4, "PNG", mode="L")})
+    colour = opened(folder, loader=loader)
+    assert (colour.channels, colour.flip) == (3, True)
+    shown = colour.take([2, 3])
+    assert torch.equal(shown[..., 0], shown[..., 1])
+    assert torch.equal(shown[..., 0], shown[..., 2])
+    assert opened(folder, loader=loader, channels=1).take(range(4)).shape == (4, 16, 16, 1)
+    only_grey = opened(make_folder(0, {"grey.jpg": encoded(4, mode="L")}, "grey"), loader=loader)
+    assert (only_grey.channels, only_grey.flip) == (1, False)
+
+
+def test_four_channels_keep_transparency(
+    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], picture: Picture
+) -> None:
+    folder = make_folder(1, {"half.png": file_of(half_transparent(picture(5)), "PNG")})
+    shown = opened(folder, loader=loader, channels=4).take([0, 1])
+    assert (shown[0, ..., 3] == 255).all()
+    assert (shown[1, :, :7, 3] == 0).all()
+    assert (shown[1, :, 9:, 3] == 255).all()

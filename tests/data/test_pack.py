@@ -1,0 +1,179 @@
+"""Packing: whole or not at all, going on after a kill, and opened again as the same pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastdcgan
+from fastdcgan.data import Dataset
+from fastdcgan.data.loader import Loader
+from fastdcgan.data.pack import pack
+from fastdcgan.errors import UserError
+
+SIZE = (16, 16)
+PATH = {"PYTHONPATH": str(Path(str(fastdcgan.__file__)).parent.parent)}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("set"))
+
+
+def test_a_packed_set_is_the_set(
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    files = {f"{'ab'[k % 2]}/{k:03}.jpg": encoded(k) for k in range(300)}
+    files |= {"a/000-bad.jpg": b"", "a/001-breaks.jpg": encoded(1).replace(b"\xff\xdb", b"\xff\xfe")}
+    folder = make_folder(0, files)
+    out = pack(str(folder), image_size=SIZE, out=tmp_path / "set.npy", loader=loader)
+    array = np.load(out, mmap_mode="r")
+    data, packed = opened(folder, loader=loader), opened(out)
+    assert array.shape == (300, 16, 16, 3)
+    assert array.dtype == np.uint8
+    assert torch.equal(torch.from_numpy(np.array(array)), torch.cat([images for *_, images in data.pieces(0)]))
+    assert torch.equal(packed.take(range(300)), torch.from_numpy(np.array(array)))
+    assert (packed.name, packed.count, packed.flip) == ("set", 300, True)
+    assert packed.class_names == ["a", "b"]
+    assert packed.labels == [0] * 150 + [1] * 150
+    stream = packed.stream(64)
+    stream.advance()
+    assert torch.equal(stream.source[stream.index], torch.from_numpy(array[stream.index.numpy()]))
+    assert leftovers(tmp_path) == ["set.npy", "set.npy.json"]
+
+
+def test_names_can_be_packed_too(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    out = pack("digits", image_size=SIZE, out=tmp_path / "set")
+    assert out == tmp_path / "set.npy"
+    digits = opened(out)
+    assert (digits.count, digits.channels, digits.flip) == (1797, 1, False)
+    assert torch.equal(digits.take([7]), opened("digits").take([7]))
+
+
+def test_packing_twice_does_nothing_and_never_overwrites(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, out = make_folder(5), tmp_path / "set.npy"
+    pack(str(folder), image_size=SIZE, out=out)
+    before = out.stat()
+    pack(str(folder), image_size=SIZE, out=out)
+    assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    with pytest.raises(UserError, match="exists and holds something else: delete it or choose another --out"):
+        pack(str(folder), image_size=(8, 8), out=out)
+    (folder / "good-0000.jpg").unlink()
+    with pytest.raises(UserError, match="exists and holds something else"):
+        pack(str(folder), image_size=SIZE, out=out)
+
+
+SLOW_PACK = """
+import sys, time
+from pathlib import Path
+from fastdcgan.data import dataset, file_dataset, pack
+from fastdcgan.data.loader import Loader
+pack.SAVE_EVERY, dataset.PIECE, file_dataset.PIECE = 0.0, 16, 16
+as_ever = Loader.read
+Loader.read = lambda self, i: (time.sleep(0.01), as_ever(self, i))[1]
+pack.pack(sys.argv[1], image_size=(16, 16), out=Path(sys.argv[2]))
+"""
+
+
+def test_a_killed_pack_goes_on_where_it_was(
+    make_folder: Callable[..., Path], tmp_path: Path, encoded: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaks = {f"good-{k:04}-breaks.jpg": encoded(k).replace(b"\xff\xdb", b"\xff\xfe") for k in (3, 50, 390)}
+    folder, out, journal = make_folder(400, breaks), tmp_path / "set.npy", tmp_path / "set.npy.part.json"
+    for stop_at in (80, 160):
+        run = subprocess.Popen([sys.executable, "-c", SLOW_PACK, str(folder), str(out)], env=os.environ | PATH)
+        while not journal.exists() or json.loads(journal.read_text())["next"] < stop_at:
+            assert run.poll() is None, "finished before it could be killed"
+            time.sleep(0.005)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not out.exists()
+        assert json.loads(journal.read_text())["broken"] == [3, 51]
+    done = json.loads(journal.read_text())["next"]
+    reads: list[int] = []
+    as_ever = Loader.read
+    monkeypatch.setattr(Loader, "read", lambda self, i: (reads.append(i), as_ever(self, i))[1])
+    pack(str(folder), image_size=SIZE, out=out)
+    assert min(reads) == done
+    monkeypatch.undo()
+    whole = pack(str(folder), image_size=SIZE, out=tmp_path / "whole.npy", cache_dir=tmp_path / "another")
+    assert np.array_equal(np.load(out), np.load(whole))
+    assert len(np.load(out)) == 400
+    assert leftovers(tmp_path) == ["set.npy", "set.npy.json"]
+
+
+def test_a_journal_without_its_rows_is_not_believed(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, out = make_folder(5), tmp_path / "set.npy"
+    whole = np.load(pack(str(folder), image_size=SIZE, out=out))
+    note = json.loads((tmp_path / "set.npy.json").read_text())
+    journal = {"fingerprint": note["fingerprint"], "next": 5, "broken": []}
+    (tmp_path / "set.npy.part.json").write_text(json.dumps(journal))
+    out.unlink()
+    assert np.array_equal(np.load(pack(str(folder), image_size=SIZE, out=out)), whole)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from fastdcgan.data.pack import pack
+from fastdcgan.errors import UserError
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    pack(sys.argv[1], image_size=(64, 64), out=Path(sys.argv[2]))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_no_room_on_the_disk_leaves_nothing_behind(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", LIMITED, str(make_folder(20)), str(tmp_path / "set.npy")]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | PATH, check=True)
+    assert "cannot write" in run.stdout
+    assert "choose another --out" in run.stdout
+    assert run.stdout.count("\n") == 1
+    assert leftovers(tmp_path) == []
+
+
+def test_two_at_once_are_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    part = tmp_path / "set.npy.part"
+    with open(part, "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is packing"):
+            pack(str(make_folder(3)), image_size=SIZE, out=tmp_path / "set.npy")
+
+
+def test_opening_with_other_wishes_says_what_the_file_holds(
+    make_folder: Callable[..., Path], tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    out = pack(str(make_folder(5)), image_size=SIZE, out=tmp_path / "set.npy")
+    with pytest.raises(UserError, match="holds images of 16 x 16 pixels: use --image-size 16"):
+        opened(out, image_size=(32, 32))
+    with pytest.raises(UserError, match="holds images of 3 channels: use --channels 3"):
+        opened(out, channels=1)
+    np.save(tmp_path / "other.npy", np.zeros((5, 16, 16, 3)))
+    with pytest.raises(UserError, match="holds float64"):
+        opened(tmp_path / "other.npy")
+    (tmp_path / "broken.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be read"):
+        opened(tmp_path / "broken.npy")
+
+
+def test_a_plain_array_without_a_note_is_a_set_too(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    np.save(tmp_path / "mine.npy", np.full((5, 16, 16, 1), 7, np.uint8))
+    data = opened(tmp_path / "mine.npy")
+    assert (data.count, data.channels, data.labels, data.flip) == (5, 1, None, False)

@@ -1,0 +1,143 @@
+"""The checks themselves are checked: each planted fault must make them fail, and the unchanged copy must pass."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdcgan import kernels
+
+HERE = Path(kernels.__file__).parent
+NUMBER = itertools.count()
+
+BATCH_NORM_FAULTS = {
+    "none": None,
+    "slope's sign, forward": ("z * SLOPE", "z * -SLOPE"),
+    "slope's sign, gradient": ("dx * SLOPE", "dx * -SLOPE"),
+    "slope's sign, sums": ("dy * SLOPE", "dy * -SLOPE"),
+    "no slope in the sums": ("tl.where(z > 0.0, dy, dy * SLOPE)", "dy"),
+    "missing 1/M": ("_total(partial_dz_ptr, group, cols, C, SPLITS, SPLITS_POW2)[None, :] / rows", "mean"),
+    "missing second term": ("dx -= mean_dz + (x - mean) * inverse * mean_dzx", "dx -= mean_dz"),
+    "missing weight": ("dx *= inverse * weight", "dx *= inverse"),
+    "groups share the first one's sums": ("_total(partial_dzx_ptr, group,", "_total(partial_dzx_ptr, 0,"),
+    "groups share the first one's mean": (
+        "_combine(\n            partial_mean_ptr, partial_m2_ptr, group,",
+        "_combine(\n            partial_mean_ptr, partial_m2_ptr, 0,",
+    ),
+    "last group's dweight only": ("dweight += ", "dweight = "),
+    "biased running variance": ("batch_m2 / (rows - 1)", "batch_m2 / rows"),
+    "running statistics see the first group twice": (
+        "partial_mean_ptr, partial_m2_ptr, each,",
+        "partial_mean_ptr, partial_m2_ptr, 0,",
+    ),
+    "eps outside the root": ("1.0 / tl.sqrt(var + EPS)", "1.0 / (tl.sqrt(var) + 0.003)"),
+    "a group's last row left out": ("inside = row < rows - start", "inside = row < rows - 1 - start"),
+    "splits weigh the same": ("(partial_mean - first) * count", "(partial_mean - first) * ROWS_PER_SPLIT"),
+    "the sum of squares minus the square of the sum": ("m2 += tl.where(mask, away * (x - mean), 0.0)", "m2 += x * x"),
+    "first channel not written": (
+        "y.to(y_ptr.dtype.element_ty), mask=mask",
+        "y.to(y_ptr.dtype.element_ty), mask=mask & (cols > 0)[None, :]",
+    ),
+}
+
+UINT8_FAULTS = {
+    "none": None,
+    "mirrored one pixel off": ("WIDTH - 1 - 2 * column", "WIDTH - 2 - 2 * column"),
+    "channels mirrored too": (
+        "(WIDTH - 1 - 2 * column) * CHANNELS",
+        "WIDTH * CHANNELS - 1 - 2 * (offset % (WIDTH * CHANNELS))",
+    ),
+    "0..1": ("(pixel - 127.5) * (1 / 127.5)", "pixel * (1 / 255)"),
+    "255 is not 1": ("(pixel - 127.5) * (1 / 127.5)", "(pixel - 128.0) * (1 / 128)"),
+    "no gather": ("image * SIZE", "place * SIZE"),
+}
+
+ADAM_FAULTS = {
+    "none": None,
+    "no bias correction": ("lr / (1 - power1)", "lr"),
+    "no second bias correction": ("1 / tl.sqrt(1 - power2)", "tl.sqrt(power2 / power2)"),
+    "gradient not squared": ("(1 - BETA2) * g * g", "(1 - BETA2) * g"),
+    "copy of the old parameter": ("p.to(LOW)", "(p + 0.05).to(LOW)"),
+    "decay and share mixed up": ("(1 - decay).to", "decay.to"),
+    "step stands still": ("tl.store(step_ptr, step)", "pass"),
+    "first tensor's gradient for all": ("tl.where(reached, all_grad[i], grad)", "grad"),
+    "every block starts at 0": ("(block - begin)", "(block - block)"),
+    "eps inside the root": ("tl.sqrt_rn(v) * inverse_root + EPS", "tl.sqrt_rn(v + 1e-5) * inverse_root"),
+}
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """planted(stem, fault, also): kernels/stem.py with the fault in it, imported under another name."""
+
+    def load(stem, fault, *others):
+        number = next(NUMBER)
+        monkeypatch.syspath_prepend(tmp_path)
+        text = (HERE / f"{stem}.py").read_text()
+        if fault is not None:
+            assert fault[0] in text, "the fault no longer fits the source"
+            text = text.replace(*fault)
+        sources = {stem: text} | {other: (HERE / f"{other}.py").read_text() for other in others}
+        for name, source in sources.items():
+            source = source.replace('"fastdcgan::', f'"planted{number}::')
+            source = source.replace(f"from fastdcgan.kernels import {stem} as", f"import planted{number}_{stem} as")
+            (tmp_path / f"planted{number}_{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        modules = [importlib.import_module(f"planted{number}_{name}") for name in sources]
+        for name in sources:
+            sys.modules.pop(f"planted{number}_{name}")
+        return modules[-1]
+
+    return load
+
+
+def expect(fault, check):
+    if fault is None:
+        check()
+    else:
+        with pytest.raises(AssertionError):
+            check()
+
+
+@pytest.mark.parametrize("name", BATCH_NORM_FAULTS)
+def test_batch_norm_act(planted, monkeypatch, check_batch_norm_act, name):
+    operator = planted("batch_norm_act_triton", BATCH_NORM_FAULTS[name], "batch_norm_act_op")
+    operator.kernels.plan = lambda rows, channels, groups: operator.kernels.Plan(16, 16, 1, -(-rows // 16), 4)
+
+    def operation(x, *channels, training, momentum, eps, negative_slope, groups):
+        return operator.BatchNormAct.apply(x, *channels, training, momentum, eps, negative_slope, groups)
+
+    expect(
+        BATCH_NORM_FAULTS[name],
+        lambda: check_batch_norm_act(operation, (4, 5, 5, 5), groups=2, slope=0.2, mean=3.0, std=0.05),
+    )
+
+
+@pytest.mark.parametrize("name", UINT8_FAULTS)
+def test_uint8_to_float(planted, device, assert_close, name):
+    gather = planted("uint8_to_float_triton", UINT8_FAULTS[name]).gather
+    images = torch.randint(0, 256, (5, 7, 6, 3), dtype=torch.uint8, device=device)
+    index, flip = torch.tensor([4, 0, 2], device=device), torch.tensor([True, False, True], device=device)
+    out = torch.empty((3, 7, 6, 3), device=device).permute(0, 3, 1, 2)
+    gather(images, index, flip, out)
+    expected = kernels.uint8_to_float(images, index, flip, backend="reference")
+    expect(UINT8_FAULTS[name], lambda: assert_close("batch", out, expected))
+
+
+@pytest.mark.parametrize("name", ADAM_FAULTS)
+def test_adam_step(planted, check_adam, name):
+    launch = planted("adam_step_triton", ADAM_FAULTS[name]).launch
+
+    def operation(params, grads, exp_avgs, exp_avg_sqs, step, *, lr, betas, copies, emas, ema_decay):
+        with torch.no_grad():
+            grads = [torch.empty_like(p, dtype=g.dtype).copy_(g) for p, g in zip(params, grads, strict=True)]
+            launch(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, 1e-8, copies, emas, ema_decay)
+
+    check = functools.partial(check_adam, operation, [(3000,), (8, 4, 4, 4), (7,)], copied=(1,), averaged=(0, 2))
+    expect(ADAM_FAULTS[name], check)

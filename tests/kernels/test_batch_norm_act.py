@@ -1,0 +1,106 @@
+"""The reference of batch_norm_act against torch's modules, its errors, and the choice of an implementation."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from fastdcgan.kernels import backend, batch_norm_act
+
+reference = functools.partial(batch_norm_act, backend="reference")
+
+
+def channels(count, dtype=torch.float32):
+    return [torch.rand(count, dtype=dtype) + 0.5 for _ in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_float64(check_batch_norm_act_reference, dtype, training):
+    check_batch_norm_act_reference(reference, (8, 7, 5, 3), dtype, groups=2, training=training)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+def test_as_that_many_calls_of_the_modules(groups, slope):
+    x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    norm, act = nn.BatchNorm2d(6), nn.LeakyReLU(slope)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    running = norm.running_mean.clone(), norm.running_var.clone()
+    y = reference(x, norm.weight, norm.bias, *running, training=True, negative_slope=slope, groups=groups)
+    expected = torch.cat([act(norm(part)) for part in x.chunk(groups)])
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(running[0], norm.running_mean) and torch.equal(running[1], norm.running_var)
+    norm.eval()
+    y = reference(x, norm.weight, norm.bias, *running, training=False, negative_slope=slope, groups=groups)
+    assert torch.equal(y, act(norm(x)))
+
+
+def test_gradients_of_gradients():
+    x = torch.randn(4, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    running = channels(3, torch.float64)[:2]
+
+    def run(x, weight, bias):
+        return reference(x, weight, bias, *(r.clone() for r in running), training=True, negative_slope=0.2, groups=2)
+
+    assert torch.autograd.gradcheck(run, (x, weight, bias), fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, (x, weight, bias), fast_mode=True)
+
+
+def test_compile_sees_through_it():
+    """One graph, fused: what Inductor generates for both directions, with eager's numbers and statistics."""
+    x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias, running_mean, running_var = channels(6)
+    weight.requires_grad_()
+
+    def run(operation, running):
+        y = operation(x, weight, bias, *running, training=True, negative_slope=0.2, groups=2)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, weight)), *running]
+
+    expected = run(reference, [running_mean.clone(), running_var.clone()])
+    compiled = torch.compile(batch_norm_act, fullgraph=True)
+    actual = run(compiled, [running_mean.clone(), running_var.clone()])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+def test_errors():
+    x, parameters = torch.randn(4, 6, 3, 3), channels(6)
+    for message, wrong in {
+        "N, C, H, W": lambda: reference(x[0], *parameters, training=True),
+        "not torch.int32": lambda: reference(x.int(), *parameters, training=True),
+        "weight is": lambda: reference(x, parameters[0][:5], *parameters[1:], training=True),
+        "running_var is": lambda: reference(x, *parameters[:3], parameters[3].bfloat16(), training=True),
+        "groups=3 does not divide N=4": lambda: reference(x, *parameters, training=True, groups=3),
+        "groups=0": lambda: reference(x, *parameters, training=True, groups=0),
+        "more than one value": lambda: reference(x[:, :, :1, :1], *parameters, training=True, groups=4),
+        "negative_slope is": lambda: reference(x, *parameters, training=True, negative_slope=-0.2),
+        "backend is": lambda: batch_norm_act(x, *parameters, training=True, backend="cuda"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+@pytest.mark.skipif(backend.INTERPRETING, reason="here Triton does run on a CPU")
+def test_triton_on_a_cpu_is_refused_and_says_what_to_do(monkeypatch):
+    x = torch.randn(4, 6, 3, 3)
+    monkeypatch.setattr(backend, "TRITON_MISSING", None)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        batch_norm_act(x, *channels(6), training=True, backend="triton")
+    monkeypatch.setattr(backend, "TRITON_MISSING", "ImportError: nothing there")
+    with pytest.raises(RuntimeError, match="nothing there"):
+        batch_norm_act(x, *channels(6), training=True, backend="triton")
+    batch_norm_act(x, *channels(6), training=True)
+
+
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="fastdcgan.kernels"):
+        for _ in range(3):
+            batch_norm_act(torch.randn(4, 6, 3, 3), *channels(6), training=True)
+    assert caplog.messages == ["batch_norm_act on cpu runs its reference implementation"]

@@ -1,0 +1,124 @@
+"""What the shipped kernels compile to, for three generations of GPU and without any: no spills, 16 bytes at a time.
+
+The launching code runs as it stands, on tensors without memory; each launch is compiled for the target and not run.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdcgan.kernels.backend import INTERPRETING, TRITON_MISSING
+
+if INTERPRETING or TRITON_MISSING:
+    pytest.skip("needs a process that compiles kernels", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from fastdcgan.kernels import adam_step_triton, batch_norm_act_op, batch_norm_act_triton, uint8_to_float_triton
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+TARGETS = [80, 90, 100]
+LAYERS = [  # shape, groups
+    ((64, 512, 4, 4), 1),
+    ((256, 128, 16, 16), 2),
+    ((4096, 64, 32, 32), 1),
+]
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """compiled(capability): the list that every launch from now on appends its compiled kernel to."""
+    launches = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        launches.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    def target(capability):
+        described = GPUTarget("cuda", capability, 32)
+        device = SimpleNamespace(
+            get_current_target=lambda: described,
+            get_current_device=lambda: capability,
+            get_current_stream=lambda device=0: 0,
+        )
+        monkeypatch.setattr(driver, "_active", device)
+        return launches
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return target
+
+
+def check(kernel, capability, tmp_path, wide_loads, wide_stores, registers=168):
+    ptx = kernel.asm["ptx"]
+    source = tmp_path / "kernel.ptx"
+    source.write_text(ptx)
+    architecture = re.search(r"\.target (\w+)", ptx).group(1)
+    assembler = subprocess.run(
+        [get_ptxas(capability).path, "-v", f"--gpu-name={architecture}", str(source), "-o", str(tmp_path / "cubin")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    name = f"{kernel.src.name} for sm_{capability}"
+    used = int(re.search(r"Used (\d+) registers", assembler.stderr).group(1))
+    spills = [int(count) for count in re.findall(r"(\d+) bytes spill", assembler.stderr)]
+    assert spills and not any(spills), f"{name} spills: {assembler.stderr}"
+    assert used <= registers, f"{name} uses {used} registers"
+    loads, stores = set(re.findall(r"ld\.global\S*", ptx)), set(re.findall(r"st\.global\S*", ptx))
+    for moves, wide in ((loads, wide_loads), (stores, wide_stores)):
+        assert not wide or any(move.endswith(".v4.b32") for move in moves), f"{name} moves {moves}"
+        assert not any(move.endswith(".b16") for move in moves), f"{name} moves single 16-bit values: {moves}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [*((target, torch.bfloat16) for target in TARGETS), (90, torch.float32)], ids=str
+)
+@pytest.mark.parametrize(("shape", "groups"), LAYERS, ids=str)
+def test_batch_norm_act(compiled, tmp_path, capability, dtype, shape, groups):
+    launches = compiled(capability)
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
+    weight, bias, running_mean, running_var = (torch.empty(shape[1], device="meta") for _ in range(4))
+    cut = batch_norm_act_triton.plan(x.numel() // (shape[1] * groups), shape[1], groups)
+    _, mean, inverse = batch_norm_act_op.launch_forward(
+        x, weight, bias, running_mean, running_var, True, 0.1, 1e-5, 0.2, groups, cut
+    )
+    batch_norm_act_op.launch_backward(x, x, weight, bias, mean, inverse, True, 0.2, cut)
+    assert [kernel.src.name for kernel in launches] == ["statistics", "normalize", "sums", "gradient"]
+    for kernel in launches:
+        # 128 registers let two programs of 8 warps share a multiprocessor, which the plan counts on.
+        writes = kernel.src.name in ("normalize", "gradient")
+        check(kernel, capability, tmp_path, wide_loads=True, wide_stores=writes, registers=128)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_adam_step(compiled, tmp_path, capability):
+    launches = compiled(capability)
+    shapes = [(100, 512, 4, 4), (512,), (512,), (512, 256, 4, 4), (256,), (256,), (256, 128, 4, 4), (128,), (128,)]
+    params, exp_avgs, exp_avg_sqs, emas = ([torch.empty(s) for s in shapes] for _ in range(4))
+    grads = [torch.empty(s, dtype=torch.bfloat16 if len(s) == 4 else torch.float32) for s in shapes]
+    copies = [torch.empty(s, dtype=torch.bfloat16) if len(s) == 4 else None for s in shapes]
+    step, lr = torch.zeros(()), torch.zeros(())
+    adam_step_triton.launch(
+        params, grads, exp_avgs, exp_avg_sqs, step, lr, (0.5, 0.999), 1e-8, copies, emas, torch.zeros(())
+    )
+    assert [kernel.src.name for kernel in launches] == ["advance", "kernel"]
+    check(launches[0], capability, tmp_path, wide_loads=False, wide_stores=False)
+    check(launches[1], capability, tmp_path, wide_loads=True, wide_stores=True, registers=96)
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_uint8_to_float(compiled, tmp_path, capability):
+    launches = compiled(capability)
+    images = torch.empty((10, 64, 64, 3), dtype=torch.uint8)
+    out = torch.empty((8, 3, 64, 64), dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    uint8_to_float_triton.gather(images, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.bool), out)
+    check(launches[0], capability, tmp_path, wide_loads=False, wide_stores=True)

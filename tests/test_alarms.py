@@ -1,0 +1,216 @@
+"""Alarms: what is planted is found, a healthy run is left alone, and the run does what --on-divergence says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdcgan import checkpoint, models
+from fastdcgan.alarms import PATIENCE, SETTLED, Alarms
+from fastdcgan.config import TrainConfig
+from fastdcgan.errors import UserError
+from fastdcgan.quality import Quality
+from fastdcgan.runs import load_run
+from fastdcgan.step import TrainStep
+from fastdcgan.trainer import ROLLBACKS, train
+
+HEALTHY = {"loss_d": 1.0, "loss_g": 0.9, "d_real": 0.7, "d_fake": 0.4, "grad_norm_d": 2.0, "grad_norm_g": 1.0}
+SMALL = TrainConfig(
+    image_size="16",
+    gen_width=4,
+    latent_dim=8,
+    batch_size=16,
+    steps=12,
+    log_every=1,
+    sample_every=6,
+    checkpoint_every=3,
+    device="cpu",
+)
+
+
+def small(run: Path, **changes: object) -> TrainConfig:
+    return dataclasses.replace(SMALL, run_dir=run, **changes)  # type: ignore[arg-type]
+
+
+def lines(run: Path, name: str) -> list[dict[str, float]]:
+    path = run / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def watch(points: list[dict[str, float]], **options: object) -> list[tuple[str, int, int]]:
+    alarms = Alarms(**{"loss": "bce", "label_smoothing": 0.0, "step": 0, **options})  # type: ignore[arg-type]
+    found = []
+    for number, point in enumerate(points):
+        for alarm in alarms.look_at_metrics(20 * (number + 1), {**HEALTHY, **point}):
+            assert "--" in alarm.message and "\n" not in alarm.message
+            found.append((alarm.kind, alarm.step, alarm.sound))
+    return found
+
+
+WON = {"loss_d": 0.01, "d_real": 0.995, "d_fake": 0.004}
+
+
+def test_what_is_not_finite_is_said_at_once() -> None:
+    assert watch([{}, {"loss_g": math.nan}, {"loss_g": math.nan}, {}]) == [("not finite", 40, 20)]
+    assert watch([{"grad_norm_d": math.inf}]) == [("not finite", 20, 0)]
+
+
+def test_a_discriminator_that_wins_is_said_once_until_it_is_over() -> None:
+    assert watch([WON] * (PATIENCE - 1) + [{}] + [WON] * (PATIENCE - 1)) == []
+    assert watch([{}, *[WON] * 20]) == [("discriminator wins", 20 + 20 * PATIENCE, 20)]
+    assert len(watch([*[WON] * 9, {}, *[WON] * 9])) == 2
+    assert watch([WON] * 20, loss="wgan-gp") == []  # whose loss has no lower end
+
+
+def test_label_smoothing_raises_the_loss_of_a_perfect_discriminator() -> None:
+    perfect = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
+    smoothed = {"loss_d": perfect + 0.01, "d_real": 0.9, "d_fake": 0.0}
+    assert len(watch([smoothed] * PATIENCE, label_smoothing=0.1)) == 1
+    assert watch([smoothed] * PATIENCE) == []
+
+
+def test_large_losses() -> None:
+    assert watch([{"loss_g": 19.0}] * 9 + [{"loss_g": 60.0}] * 2) == []
+    assert watch([{}, *[{"loss_d": 60.0}] * 9]) == [("large losses", 80, 20)]
+    assert watch([{"loss_d": -60.0}] * 9, loss="wgan-gp") == []
+
+
+def test_steep_gradients() -> None:
+    assert watch([{}] * 10 + [{"grad_norm_g": 99.0}] * 9) == []
+    assert watch([{}] * 10 + [{"grad_norm_g": 150.0}] * 9) == [("steep gradients", 260, 200)]
+
+
+@pytest.mark.parametrize("kinds", [1, 4, 63, 64])
+def test_samples_alike(kinds: int) -> None:
+    real = torch.randint(0, 256, (64, 16, 16, 3), dtype=torch.uint8)
+    quality = Quality(real, 8, 0, torch.device("cpu"))
+    pictures = (torch.rand(64, 3, 16, 16) * 2 - 1)[torch.arange(64) % kinds]
+    varied = quality.diversity(pictures)
+    if kinds == 1:
+        assert varied == {"diversity": 0.0, "nearest": 0.0}
+    if kinds >= 63:  # uniform noise has the diversity of uniform noise
+        assert varied["diversity"] == pytest.approx(1, abs=0.05) and varied["nearest"] == pytest.approx(1, abs=0.1)
+    alarms = Alarms("bce", 0.0, 0)
+    said = [a.kind for step in range(0, 1000, 100) for a in alarms.look_at_samples(step, **varied)]
+    assert said == (["collapse"] if kinds < 63 else [])
+
+
+def test_a_fall_of_diversity_is_a_collapse_and_the_grey_start_is_none() -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    assert [alarms.look_at_samples(step, 0.01, 0.01) for step in range(0, SETTLED, 50)] == [[]] * 4
+    assert alarms.look_at_samples(400, 0.9, 0.9) == [] == alarms.look_at_samples(500, 0.3, 0.3)
+    (alarm,) = alarms.look_at_samples(600, 0.3, 0.3)
+    assert alarm.kind == "collapse" and alarm.sound == 400
+
+
+def test_diversity_against_the_formula() -> None:
+    pictures = torch.randn(9, 1, 4, 4)
+    quality = Quality(torch.randint(0, 256, (9, 4, 4, 1), dtype=torch.uint8), 2, 0, torch.device("cpu"))
+    found = quality.diversity(pictures)
+    for name, figure in (("diversity", lambda row: sum(row) / 8), ("nearest", min)):
+        means = []
+        for images in (pictures, quality.real):
+            rows = [[(a - b).pow(2).sum().sqrt().item() for b in images if b is not a] for a in images]
+            rows = [sorted(row)[-8:] for row in rows]  # without the picture itself
+            means.append(sum(figure(row) for row in rows) / 9)
+        assert found[name] == pytest.approx(means[0] / means[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_run_raises_nothing(tmp_path: Path, seed: int) -> None:
+    run = train(small(tmp_path / "run", steps=300, log_every=10, sample_every=50, checkpoint_every=300, seed=seed))
+    assert lines(run, "alarms") == []
+    assert [line["step"] for line in lines(run, "quality")] == list(range(50, 301, 50))
+
+
+def test_a_planted_collapse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = models.Generator.forward
+    monkeypatch.setattr(models.Generator, "forward", lambda self, x: whole(self, x)[:1].expand(len(x), -1, -1, -1))
+    run = train(small(tmp_path / "run", steps=300, log_every=10, sample_every=50, checkpoint_every=100))
+    assert "collapse" in {line["kind"] for line in lines(run, "alarms")}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_planted_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    run = train(small(tmp_path / "warn", steps=60, lr=1.0, seed=seed))
+    found = lines(run, "alarms")
+    assert found and "Try" in found[0]["message"]  # type: ignore[operator]
+    assert found[0]["message"] in capsys.readouterr().err  # type: ignore[operator]
+    with pytest.raises(UserError, match=r"the run ended at step .*alarms\.jsonl says what to try"):
+        train(small(tmp_path / "stop", steps=60, lr=1.0, seed=seed, on_divergence="stop"))
+
+
+class Poison:
+    """TrainStep.update that now and then leaves a weight that is not a number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, when: set[int]) -> None:
+        self.calls, self.when, self.whole = 0, when, TrainStep.update
+        self.noise: list[Tensor] = []
+        poison = self
+
+        def update(step: TrainStep) -> None:
+            poison.whole(step)
+            poison.calls += 1
+            poison.noise.append(step.noise.clone())
+            if poison.calls in poison.when:
+                with torch.no_grad():
+                    next(iter(step.adam_g.masters.values()))[0] = torch.nan
+
+        monkeypatch.setattr(TrainStep, "update", update)
+
+
+def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps 1..8, poisoned after 8; step 9 shows it: back to step 6 and on to 12, with other noise."""
+    poison = Poison(monkeypatch, {8})
+    run = train(small(tmp_path / "run", on_divergence="rollback"))
+    assert poison.calls == 9 + 6
+    said = capsys.readouterr().err
+    assert "no longer numbers" in said and "no checkpoint at step 9" in said and "back to step 6" in said
+    assert [line["step"] for line in lines(run, "metrics")] == list(range(1, 13))
+    assert [(a["kind"], a["step"], a["sound"]) for a in lines(run, "alarms")] == [("not finite", 9, 8)]
+    assert not torch.equal(poison.noise[6], poison.noise[9])  # step 7, the first and the second time
+    assert all(v.isfinite().all() for v in load_run(run).generator.state_dict().values())
+    assert [f.name for f in checkpoint.complete(run)] == ["step-000006", "step-000009", "step-000012"]
+
+
+def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(monkeypatch, set(range(4, 10_000)))
+    with pytest.raises(UserError, match="not finite"):
+        train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1))
+    assert len(lines(tmp_path / "run", "alarms")) == ROLLBACKS + 1
+    Poison(monkeypatch, {1})
+    with pytest.raises(UserError, match="the last sound step is 1"):  # before any checkpoint
+        train(small(tmp_path / "early", on_divergence="rollback"))
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distances = iter([0.5, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+    run = train(small(tmp_path / "run", keep=1))
+    assert [f.name for f in checkpoint.complete(run)] == ["step-000012"]
+    best = load_run(run / "checkpoints" / "best")
+    assert best.step == 6 and best.config is not None and load_run(run).step == 12
+    state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
+    assert state["distance"] == 0.2
+    (run / "checkpoints" / "best" / "state.safetensors").write_bytes(b"damaged")
+    assert checkpoint.keep_best(run, checkpoint.complete(run)[-1], 0.9)  # better than none
+    assert load_run(run / "checkpoints" / "best").step == 12
+
+
+def test_a_nearer_set_has_the_smaller_distance() -> None:
+    real = torch.randint(0, 100, (32, 16, 16, 1), dtype=torch.uint8)
+    quality = Quality(real, 8, 0, torch.device("cpu"))
+
+    class Fixed(torch.nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            return self.pictures[: len(latents)]
+
+    near, far = Fixed(), Fixed()
+    near.pictures, far.pictures = quality.real, quality.real.sign() * torch.linspace(-1, 1, 16)
+    assert quality.distance(near) < 0.5 * quality.distance(far)

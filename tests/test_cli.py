@@ -1,0 +1,103 @@
+"""Mistakes at the command line: one line that says what is wrong and what to do, exit code 2, nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastdcgan.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """Run a command line that is a mistake; the one line it answers with."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert end.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("fastdcgan: ") and captured.out == "", captured.err
+    return lines[0]
+
+
+TINY = ("--steps", "2", "--image-size", "8", "--gen-width", "4", "--batch-size", "4")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("train digts", "digits"),
+        ("train nowhere/at/all", "nowhere/at/all"),
+        ("train --image-size 50", "48 and 56"),
+        ("train --batch-size 1", "BatchNorm"),
+        ("train --steps -5", "--steps -5"),
+        ("train --steps abc", "--steps"),
+        ("train --stepz 5", "--stepz"),
+        ("train --loader magic", "--loader"),
+        ("train --batch-size 100000", "1797"),
+        ("train --resume", "--run-dir"),
+        ("trian", "trian"),
+        ("sample nowhere", "nowhere"),
+        ("train --cuda-graph on --device cpu", "--cuda-graph"),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str, says: str) -> None:
+    assert says.replace(",", "") in mistake(capsys, *argv.split()).replace(",", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "--device cpu" in mistake(capsys, "train", "--device", "cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_cannot_be_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "few" / "one.png")
+    before = sorted(tmp_path.rglob("*"))
+    for folder in ("empty", "texts", "few"):
+        assert folder in mistake(capsys, "train", folder, "--steps", "2")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_run_folders_that_are_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    (tmp_path / "file").write_text("x")
+    assert "not a run" in mistake(capsys, "train", "--run-dir", "mine", *TINY)
+    assert "is a file" in mistake(capsys, "train", "--run-dir", "file", *TINY)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    main(["train", "--run-dir", "run", *TINY])
+    capsys.readouterr()
+    assert "--resume" in mistake(capsys, "train", "--run-dir", "run", *TINY)
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert "config.json" in mistake(capsys, "train", "--run-dir", "run", "--resume", "--steps", "3")
+
+
+def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be written" in mistake(capsys, "train", "--run-dir", "/proc/here", *TINY)
+
+
+def test_train_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "fake", "--run-dir", "run", "--no-flip", *TINY, "--image-size", "8x12"])
+    main(["sample", "run", "--count", "6", "--out", "grid.png"])
+    main(["sample", "run", "--count", "3", "--out", "singles", "--seed", "2"])
+    assert Image.open("grid.png").mode == "RGB"
+    assert sorted(p.name for p in Path("singles").iterdir()) == [f"seed-00000{i}.png" for i in (2, 3, 4)]
+    assert Image.open("singles/seed-000002.png").size == (12, 8)
+    # A sample depends on its own seed alone: drawn with other neighbours it is the same picture.
+    main(["sample", "run", "--count", "1", "--out", "alone", "--seed", "4"])
+    assert Image.open("alone/seed-000004.png").tobytes() == Image.open("singles/seed-000004.png").tobytes()
+    capsys.readouterr()
+    assert "--count" in mistake(capsys, "sample", "run", "--count", "0")

@@ -1,0 +1,82 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from fastdcgan.config import TrainConfig
+from fastdcgan.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"image_size": "50"}, "48 and 56"),
+        ({"image_size": "64x"}, "HEIGHTxWIDTH"),
+        ({"batch_size": 1}, "BatchNorm needs at least 2"),
+        ({"batch_size": -3}, "--batch-size"),
+        ({"steps": -1}, "--steps -1"),
+        ({"steps": 0}, "--steps 0"),
+        ({"epochs": 0.0}, "--epochs"),
+        ({"epochs": float("nan")}, "--epochs"),
+        ({"steps": 5, "epochs": 5.0}, "--steps and --epochs"),
+        ({"lr": 0.0}, "--lr"),
+        ({"beta1": 1.0}, "--beta1"),
+        ({"gen_width": 0}, "--gen-width"),
+        ({"latent_dim": 0}, "--latent-dim"),
+        ({"seed": -1}, "--seed"),
+        ({"arch": "tutorial", "image_size": "32"}, "28x28"),
+        ({"crop": "random", "cache": "disk"}, "--crop random"),
+    ],
+)
+def test_impossible_values(wrong: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        TrainConfig(**wrong)
+    assert "\n" not in str(error.value)
+
+
+def test_presets_and_sizes() -> None:
+    assert TrainConfig().size == (32, 32) and TrainConfig().widths == (32, 32)
+    assert TrainConfig(data="photos").size == (64, 64) and TrainConfig(data="photos").widths == (64, 64)
+    assert TrainConfig(data="photos", image_size="64x96", gen_width=16).size == (64, 96)
+    assert TrainConfig(data="photos", gen_width=16).widths == (16, 16)
+    assert TrainConfig(data="photos", gen_width=16, disc_width=8).widths == (16, 8)
+    assert TrainConfig(arch="tutorial", data="mnist").size == (28, 28)
+
+
+def test_epochs_become_steps() -> None:
+    config = TrainConfig(data="photos", epochs=1.5, batch_size=64)
+    assert config.total_steps(1000) == 24  # 1,500 images in batches of 64
+    assert TrainConfig(steps=7).total_steps(1000) == 7
+
+
+def test_json_round_trip() -> None:
+    config = TrainConfig(data="photos", image_size="64x96", epochs=2, flip=True, run_dir=Path("x"), lr=1e-4)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.as_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", "many"),
+        ("compile", 1),
+        ("loader", "magic"),
+        ("batch_size", None),
+        ("lr", "fast"),
+        ("data", 3),
+        ("new", 1),
+    ],
+)
+def test_json_of_another_kind(field: str, value: object) -> None:
+    with pytest.raises(UserError, match=field):
+        TrainConfig.from_json({**TrainConfig().as_json(), field: value})
+
+
+def test_a_resumed_run_keeps_what_it_was() -> None:
+    saved = TrainConfig(data="photos", image_size="32", steps=100, batch_size=16)
+    again = TrainConfig(data="photos", steps=200, resume=True, run_dir=Path("r")).resumed(saved)
+    assert (again.size, again.steps, again.batch_size) == ((32, 32), 200, 16)
+    assert TrainConfig(epochs=2.0).resumed(saved).steps is None
+    for field, value in (("data", "cats"), ("image_size", "64"), ("gen_width", 8), ("latent_dim", 8)):
+        with pytest.raises(UserError, match="cannot change"):
+            dataclasses.replace(TrainConfig(), **{field: value}).resumed(saved)

@@ -1,0 +1,82 @@
+"""Which room may import which: parsed, not trusted."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Room -> the rooms of fastdcgan it may import. Files not listed stand alone or are checked by the general rules below.
+ALLOWED = {
+    "fastdcgan/reference.py": {"image_size"},
+    "fastdcgan/patches.py": set(),
+    "fastdcgan/objectives.py": set(),
+    "fastdcgan/stabilisers.py": set(),
+    "fastdcgan/models.py": {"kernels", "patches", "reference"},
+    "fastdcgan/optimizer.py": {"kernels", "spans"},
+    "fastdcgan/step.py": {"errors", "kernels", "models", "objectives", "optimizer", "spans", "stabilisers"},
+    "fastdcgan/config.py": {"errors", "image_size"},
+    "fastdcgan/checkpoint.py": {"errors"},
+    "fastdcgan/alarms.py": set(),
+    "fastdcgan/plot.py": set(),
+    "fastdcgan/report.py": {"errors", "plot"},
+    "fastdcgan/quality.py": {"apps"},
+    "fastdcgan/monitor.py": {"alarms", "runs"},
+}
+FILES = sorted(
+    p for folder in ("fastdcgan", "kernels") for p in (ROOT / folder).rglob("*.py") if "fastdcgan/kernels" not in str(p)
+)
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            if node.module == "fastdcgan":
+                found |= {f"fastdcgan.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_rooms(path: Path) -> None:
+    name = str(path.relative_to(ROOT))
+    modules = imported(path)
+    rooms = {m.split(".")[1] for m in modules if m.startswith("fastdcgan.")}
+    top = {m.split(".")[0] for m in modules}
+    if name.startswith("kernels/"):
+        assert rooms <= {"kernels"}, "kernels import torch and triton only"
+        assert top <= {"torch", "triton", "fastdcgan", *sys.stdlib_module_names}
+    if name in ALLOWED:
+        assert rooms <= ALLOWED[name]
+    if name == "fastdcgan/quality.py":
+        assert {m for m in modules if m.startswith("fastdcgan.apps")} == {"fastdcgan.apps.distances"}
+    if not name.startswith("fastdcgan/data/"):
+        assert "nvidia" not in top, "only data/ imports DALI"
+        assert (
+            not any(m.startswith("fastdcgan.data.") and m != "fastdcgan.data.dataset" for m in modules) or "cli" in name
+        )
+    if name not in ("fastdcgan/cli.py", "fastdcgan/__init__.py"):
+        assert "trainer" not in rooms, "only the command line imports the trainer"
+        assert "cli" not in rooms or name.endswith("__main__.py")
+    assert "kernels" not in top and "tests" not in top and "profiles" not in top
+
+
+def test_help_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['fastdcgan', 'train', '--help']\ntry:\n import fastdcgan.cli; fastdcgan.cli.main()\n"
+    )
+    code += "finally:\n print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "--image-size" in done.stdout and done.stdout.splitlines()[-1] == "False False"
+
+
+def test_kernels_refuse_another_name() -> None:
+    done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0 and "import this package as fastdcgan.kernels" in done.stderr

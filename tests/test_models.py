@@ -1,0 +1,89 @@
+"""The fast networks against the reference: names, values and gradients, in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdcgan import models, patches, reference
+
+SIZES = [8, 28, 32, 48, 64, (64, 96)]  # base grids 4, 7, 4, 6, 4 and 4x6; 1 to 4 stages
+
+
+def pair(kind: str, size: int | tuple[int, int], channels: int = 3) -> tuple[torch.nn.Module, torch.nn.Module]:
+    args = (size, channels, 5, 4) if kind == "Generator" else (size, channels, 4)
+    slow, fast = getattr(reference, kind)(*args).double(), getattr(models, kind)(*args).double()
+    fast.load_state_dict(slow.state_dict())
+    slow.load_state_dict(fast.state_dict())  # and back
+    return slow, fast
+
+
+def assert_same(slow: torch.nn.Module, fast: torch.nn.Module, x: torch.Tensor, **groups: int) -> None:
+    xs, xf = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = torch.cat([slow(part) for part in xs.chunk(groups.get("groups", 1))])
+    actual = fast(xf, **groups)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)  # float64: rounding alone
+    direction = torch.randn_like(expected)
+    gs = torch.autograd.grad(expected, [xs, *slow.parameters()], direction)
+    gf = torch.autograd.grad(actual, [xf, *fast.parameters()], direction)
+    for name, a, b in zip(["input", *dict(slow.named_parameters())], gf, gs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"gradient of {name}: {m}")
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_generator(size: int | tuple[int, int], channels: int) -> None:
+    slow, fast = pair("Generator", size, channels)
+    assert_same(slow, fast, torch.randn(6, 5, dtype=torch.float64))
+    assert_same(slow.eval(), fast.eval(), torch.randn(2, 5, 1, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_discriminator(size: int | tuple[int, int], groups: int) -> None:
+    slow, fast = pair("Discriminator", size)
+    x = torch.randn(6, 3, *((size, size) if isinstance(size, int) else size), dtype=torch.float64)
+    assert_same(slow, fast, x, groups=groups)
+    assert_same(slow.eval(), fast.eval(), x)
+
+
+def test_weights_lie_channels_last() -> None:
+    for network in (models.Generator(32, width=8), models.Discriminator(32, width=8)):
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)
+
+
+def test_activations_stay_channels_last() -> None:
+    seen = []
+    network = models.Discriminator(64, width=4)
+    for layer in network.main[:-1]:
+        layer.register_forward_hook(lambda m, i, o: seen.append(o.is_contiguous(memory_format=torch.channels_last)))
+    network(torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+    assert len(seen) == len(network.main) - 1 and all(seen)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 7), (1, 2)])
+def test_patches_are_the_convolutions(grid: tuple[int, int]) -> None:
+    h, w = grid
+    x, y = torch.randn(2, 3, 2 * h, 2 * w).double(), torch.randn(2, 5, h, w).double()
+    weight = torch.randn(5, 3, 4, 4).double()
+    torch.testing.assert_close(patches.conv2d(x, weight), F.conv2d(x, weight, stride=2, padding=1))
+    expected = F.conv_transpose2d(y, weight, stride=2, padding=1)
+    torch.testing.assert_close(patches.conv_transpose2d(y, weight), expected)
+
+
+def test_patches_differentiate_twice() -> None:
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(patches.conv2d, (x, weight))
+    assert torch.autograd.gradgradcheck(patches.conv2d, (x, weight))
+    y = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(patches.conv_transpose2d, (y, weight))
+    assert torch.autograd.gradgradcheck(patches.conv_transpose2d, (y, weight))
+
+
+def test_tutorial_pair_is_the_reference() -> None:
+    fast, slow = models.build_discriminator("tutorial", (28, 28), 1, 64), reference.TutorialDiscriminator(1)
+    fast.load_state_dict(slow.state_dict())
+    images = models.build_generator("tutorial", (28, 28), 1, 10, 64)(torch.randn(4, 10))
+    torch.testing.assert_close(fast(images, groups=2), slow(images))

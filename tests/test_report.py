@@ -1,0 +1,210 @@
+"""The HTML report: complete in itself, right in its numbers, and safe with what a run folder may hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastdcgan.cli import main
+from fastdcgan.errors import UserError
+from fastdcgan.plot import POINTS, Series, chart, ticks
+from fastdcgan.report import FRAMES, compare, report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """The elements of a page, and whether every one is closed."""
+
+    VOID = ("meta", "link", "img", "input", "br")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" not in self.open and "style" not in self.open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attrs for name, attrs in self.found if name == tag]
+
+
+def make_run(path: Path, points: int = 30, grids: int = 4, **config: object) -> Path:
+    (path / "samples").mkdir(parents=True)
+    about = {"config": {"lr": 2e-4, "loss": "bce", **config}, "versions": {"torch": "2"}, "device": "a CPU"}
+    (path / "config.json").write_text(json.dumps(about))
+    with open(path / "metrics.jsonl", "w") as file:
+        for i in range(1, points + 1):
+            values = {"step": 20 * i, "images": 1280 * i, "epoch": i / 10, "loss_d": 1 / i, "loss_g": 1 + i / points}
+            values |= {"d_real": 0.6, "d_fake": None if i == 3 else 0.4, "images_per_second": 1000.0}
+            file.write(json.dumps(values) + "\n")
+        file.write('{"step": 9')  # torn
+    with open(path / "quality.jsonl", "w") as file:
+        for i in range(1, grids + 1):
+            file.write(json.dumps({"step": 100 * i, "diversity": i / grids, "nearest": 0.5}) + "\n")
+            for prefix in ("step", "raw-step"):
+                shade = 255 * i // grids
+                Image.new("RGB", (66, 66), (shade, 128, 255 - shade)).save(
+                    path / "samples" / f"{prefix}-{100 * i:06d}.png"
+                )
+    Image.new("L", (66, 66), 90).save(path / "samples" / "real.png")
+    return path
+
+
+def alarm(run: Path, message: str) -> None:
+    with open(run / "alarms.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "collapse", "step": 200, "sound": 100, "message": message}) + "\n")
+
+
+def assert_alone(path: Path) -> Page:
+    """Nothing in the page is loaded from anywhere."""
+    page = Page(path)
+    for _, attrs in page.found:
+        for name in ("src", "href", "action", "srcset"):
+            assert attrs.get(name, "data:,").startswith("data:")
+        assert not any(name.startswith("on") for name in attrs)
+    assert "http://" not in path.read_text() and "https://" not in path.read_text() and "url(" not in path.read_text()
+    return page
+
+
+def test_report(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    alarm(run, "Try --r1 5")
+    assert report(run, None, lambda _: None) == run / "report.html"
+    page = assert_alone(run / "report.html")
+    lines = page.all("polyline")
+    counts = [len(line["points"].split()) for line in lines]
+    assert counts == [30, 30, 30, 29, 4, 4, 30]  # losses, outputs (one not finite), diversity, speed; no norms
+    assert "nothing recorded" in page.text and "step 600, images 38,400, epoch 3.0" in page.text
+    assert "Try --r1 5" in page.text and "1 alarm" in page.text and "0.0002" in page.text
+    assert len([line for line in page.all("line") if line["class"] == "alarm"]) == 5 - 1
+    (slider,) = page.all("input")
+    assert slider["max"] == slider["value"] == "3"
+    (box,) = (each for each in page.all("section") if "data-frames" in each)
+    frames = json.loads(box["data-frames"])
+    assert [frame["step"] for frame in frames] == [100, 200, 300, 400]
+    assert len({image for frame in frames for image in frame["images"]}) == 4  # two the same in each
+    assert len(page.all("img")) == 3
+
+
+def test_a_long_run_is_thinned(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", points=5000, grids=150)
+    page = assert_alone(report(run, tmp_path / "new" / "page.html", lambda _: None))
+    assert all(len(line["points"].split()) <= POINTS for line in page.all("polyline"))
+    frames = json.loads(next(each["data-frames"] for each in page.all("section") if "data-frames" in each))
+    assert len(frames) == FRAMES and frames[0]["step"] == 100 and frames[-1]["step"] == 15000
+
+
+def test_what_a_run_folder_says_is_text(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "<b>run", data="<script>alert(1)</script>")
+    alarm(run, "</div><script>alert(2)</script>")
+    page = assert_alone(report(run, None, lambda _: None))
+    assert len(page.all("script")) == 1 and "alert(1)" in page.text and "alert(2)" in page.text
+
+
+def test_a_symlink_out_of_the_folder_is_left_out(tmp_path: Path) -> None:
+    run, said = make_run(tmp_path / "run"), []
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (run / "samples" / "step-000900.png").symlink_to(tmp_path / "secret.png")
+    (run / "samples" / "step-000901.png").write_text("no picture")
+    page = assert_alone(report(run, None, said.append))
+    frames = json.loads(next(each["data-frames"] for each in page.all("section") if "data-frames" in each))
+    assert [frame["step"] for frame in frames] == [100, 200, 300, 400, 901]
+    assert "points out of the run folder" in said[0]
+
+
+def test_compare(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", points=20, lr=1e-3)]
+    page = assert_alone(compare(runs, tmp_path / "compare.html", lambda _: None))
+    assert [len(line["points"].split()) for line in page.all("polyline")][:4] == [30, 20, 30, 20]
+    assert "0.001" in page.text and "bce" not in page.text  # only what differs
+    assert len(page.all("img")) == 2
+
+
+def test_user_mistakes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, complaint in ((empty, "is not a run folder"), (tmp_path / "nowhere", "is not a run folder")):
+        with pytest.raises(UserError, match=complaint):
+            report(path, None)
+    (empty / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no figures yet"):
+        report(empty, None)
+    with pytest.raises(UserError, match="2 to 8 run folders, not 1"):
+        compare([run], tmp_path / "out.html")
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        report(run, None)
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(tmp_path / "nowhere")])
+    assert end.value.code == 2
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    main(["report", str(one)])
+    main(["compare", str(one), str(two), "--out", str(tmp_path / "both.html")])
+    assert (one / "report.html").exists() and (tmp_path / "both.html").exists()
+    assert "open it in a browser" in capsys.readouterr().out
+
+
+def test_ticks() -> None:
+    assert ticks(0, 1, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(-3, 3, 5) == pytest.approx([-2, 0, 2])
+    assert ticks(0, 1e6, 6) == pytest.approx([0, 2e5, 4e5, 6e5, 8e5, 1e6])
+
+
+def test_a_constant_line_and_an_outlier_can_be_drawn() -> None:
+    for values in ([0.0, 0.0], [5.0] * 300 + [1e9]):
+        text = chart("x", [Series("", "red", list(range(1, len(values) + 1)), values)], [])
+        (points,) = re.findall(r'points="([^"]*)"', text)
+        ys = [float(point.split(",")[1]) for point in points.split()]
+        assert all(0 <= y <= 240 for y in ys)
+        if len(values) > 2:
+            assert ys[0] < 120  # the ordinary values have most of the height
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_in_a_browser(tmp_path: Path) -> None:
+    """The slider changes the picture and the step, and the console stays empty."""
+    path = report(make_run(tmp_path / "run"), None, lambda _: None)
+    moved = """<script>
+    const slider = document.querySelector("input"), image = document.querySelector("section.grid + section img");
+    const before = [document.querySelector("output").value, image.src];
+    slider.value = 1; slider.dispatchEvent(new Event("input"));
+    const real = document.querySelector("section img:not(.frame)");
+    const after = document.querySelector("output").value;
+    document.title = [before[0], after, before[1] != image.src, real.src.length > 99].join("|");
+    </script></body>"""
+    page = tmp_path / "moved.html"
+    page.write_text(path.read_text().replace("</body>", moved))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}/b")
+    done = subprocess.run(
+        [str(BROWSER), *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "<title>step 400|step 200|true|true</title>" in done.stdout
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

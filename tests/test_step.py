@@ -1,0 +1,478 @@
+"""The fast step against `reference_step`: the same numbers, whoever runs it, and nothing a graph could not replay."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdcgan import models, reference
+from fastdcgan.errors import UserError
+from fastdcgan.kernels import uint8_to_float
+from fastdcgan.step import Captured, TrainStep, make_executor
+
+BATCH = 8
+
+
+@dataclass
+class Twins:
+    """A fast step and the reference's networks and optimizers, from the same weights."""
+
+    step: TrainStep
+    networks: tuple[nn.Module, nn.Module]
+    optimizers: tuple[torch.optim.Adam, torch.optim.Adam]
+
+    def run(self, steps: int, memory_format: torch.memory_format = torch.contiguous_format) -> list[dict[str, float]]:
+        """Train both on the same images, flips and noise; the reference's metrics."""
+        choose = torch.Generator().manual_seed(7)
+        metrics = []
+        for _ in range(steps):
+            self.step.index.copy_(torch.randint(0, len(self.step.source), (BATCH,), generator=choose))
+            self.step.update()
+            real = uint8_to_float(self.step.source, self.step.index, self.step.flips, dtype=self.step.noise.dtype)
+            real = real.contiguous(memory_format=memory_format)
+            metrics.append(reference.reference_step(*self.networks, *self.optimizers, real, self.step.noise.clone()))
+        return metrics
+
+    def distances(self) -> dict[str, float]:
+        """Relative norms of the differences: weights, BatchNorm buffers and Adam's moments, each as one vector."""
+        found = {}
+        fast = (self.step.generator, self.step.discriminator)
+        adams = (self.step.adam_g, self.step.adam_d)
+        for kind, ours, theirs, adam, optimizer in zip("gd", fast, self.networks, adams, self.optimizers, strict=True):
+            found[f"weights {kind}"] = relative(ours.parameters(), theirs.parameters())
+            counts = [b for b in ours.buffers() if not b.is_floating_point()]
+            assert counts == [b for b in theirs.buffers() if not b.is_floating_point()]
+            floats = [[b for b in net.buffers() if b.is_floating_point()] for net in (ours, theirs)]
+            found[f"buffers {kind}"] = relative(*floats)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                expected = [optimizer.state[p][moment] for p in theirs.parameters()]
+                found[f"{moment} {kind}"] = relative(getattr(adam, moment).values(), expected)
+        return found
+
+
+def relative(actual: object, expected: object) -> float:
+    a, b = (torch.cat([t.detach().reshape(-1) for t in ts]) for ts in (actual, expected))  # type: ignore[attr-defined]
+    return ((a - b).norm() / b.norm()).item()
+
+
+def make_step(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> TrainStep:
+    torch.manual_seed(1)
+    generator = models.Generator(size, channels, 10, 8).to(dtype)
+    discriminator = models.Discriminator(size, channels, 8).to(dtype)
+    source = torch.randint(0, 256, (40, size, size, channels), dtype=torch.uint8)
+    options = {"flip": True, "seed": 5, **options}
+    return TrainStep(generator, discriminator, source, torch.arange(BATCH), **options)  # type: ignore[arg-type]
+
+
+def make_twins(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.float32, **options: object) -> Twins:
+    step = make_step(size, channels, dtype, **options)
+    networks = reference.Generator(size, channels, 10, 8), reference.Discriminator(size, channels, 8)
+    for slow, fast in zip(networks, (step.generator, step.discriminator), strict=True):
+        slow.to(dtype).load_state_dict(fast.state_dict())
+    return Twins(step, networks, (reference.adam(networks[0]), reference.adam(networks[1])))
+
+
+@pytest.mark.parametrize("size", [28, 32, 48, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("merge", [False, True])
+def test_five_steps_in_float64(size: int, channels: int, merge: bool) -> None:
+    twins = make_twins(size, channels, torch.float64, merge_halves=merge)
+    expected = twins.run(5)
+    for name, distance in twins.distances().items():
+        assert distance < 1e-11, f"{name}: {distance:.1e}"  # rounding of 5 steps; a fault is above 1e-4
+    metrics = twins.step.read_metrics()
+    for name, value in metrics.items():
+        assert value == pytest.approx(sum(m[name] for m in expected) / 5, rel=1e-5), name  # summed in float32
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_twenty_steps_in_float64(merge: bool, compiled: bool) -> None:
+    twins = make_twins(dtype=torch.float64, merge_halves=merge)
+    if compiled:
+        twins.step.compile()
+    twins.run(20)
+    for name, distance in twins.distances().items():
+        assert distance < 1e-9, f"{name}: {distance:.1e}"
+
+
+def format_drift(size: int, channels: int, steps: int) -> dict[str, float]:
+    """How far the reference in channels_last drifts from itself: what a mere change of summation order does."""
+    twins = make_twins(size, channels)
+    twins.step.generator, twins.step.discriminator = (
+        copy.deepcopy(n).to(memory_format=torch.channels_last) for n in twins.networks
+    )
+    optimizers = reference.adam(twins.step.generator), reference.adam(twins.step.discriminator)
+    plain = twins.networks
+    choose, draw = torch.Generator().manual_seed(7), torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        index = torch.randint(0, len(twins.step.source), (BATCH,), generator=choose)
+        noise = torch.randn(BATCH, 10, generator=draw)
+        real = uint8_to_float(twins.step.source, index)
+        reference.reference_step(*plain, *twins.optimizers, real.contiguous(), noise)
+        reference.reference_step(twins.step.generator, twins.step.discriminator, *optimizers, real, noise)
+    moments = {}
+    for kind, net, optimizer in zip("gd", (twins.step.generator, twins.step.discriminator), optimizers, strict=True):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            getattr(twins.step, f"adam_{kind}").__dict__[moment] = {
+                str(i): optimizer.state[p][moment] for i, p in enumerate(net.parameters())
+            }
+    moments.update(twins.distances())
+    return moments
+
+
+# An activation within rounding of its kink falls on either side: that moves a gradient by up to 4e-3, and in 20 steps
+# of Adam the weights by less. It happens about once in 20 steps of these networks, to the reference's own drift or not.
+KINK = 5e-3
+
+
+def assert_no_further_than_the_reference_drifts(twins: Twins, size: int, channels: int, steps: int) -> None:
+    drift = format_drift(size, channels, steps)
+    for name, distance in twins.distances().items():
+        if not name.startswith("exp_avg"):  # a gradient alone is all kink; float64 compares them exactly
+            assert distance < 10 * drift[name] + KINK, f"{name}: {distance:.1e}, the reference {drift[name]:.1e}"
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (48, 1), (64, 3)])
+def test_five_steps_in_float32(size: int, channels: int) -> None:
+    twins = make_twins(size, channels)
+    twins.run(5)
+    assert_no_further_than_the_reference_drifts(twins, size, channels, 5)
+
+
+def test_twenty_compiled_steps_in_float32() -> None:
+    twins = make_twins()
+    twins.step.compile()
+    twins.run(20)
+    assert_no_further_than_the_reference_drifts(twins, 32, 3, 20)
+
+
+@pytest.mark.parametrize("fault", ["half the loss of the fakes", "BatchNorm over both halves", "a scaled latent"])
+def test_a_planted_fault_is_far_outside_the_tolerances(fault: str) -> None:
+    twins = make_twins(dtype=torch.float64, merge_halves=True)
+    step = twins.step
+    if fault.startswith("half"):
+        whole = step.objective
+
+        def halved(real: Tensor, fake: Tensor) -> Tensor:
+            return nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean() / 2
+
+        step.objective = dataclasses.replace(whole, discriminator=halved)
+    elif fault.startswith("BatchNorm"):
+        step.discriminator_loss = ungrouped(step)  # type: ignore[method-assign]
+    else:
+        step.generate = lambda noise: step.generator(0.99 * noise)  # type: ignore[method-assign]
+    twins.run(5)
+    distances = {name: d for name, d in twins.distances().items() if not name.startswith("exp_avg")}
+    assert max(distances.values()) > 1e-4, distances
+
+
+def ungrouped(step: TrainStep) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The merged discriminator loss without groups: one set of statistics for real and fake."""
+
+    def loss(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        logits_real, logits_fake = step.discriminator(torch.cat((real, fake))).chunk(2)
+        probabilities = torch.stack((logits_real.sigmoid().mean(), logits_fake.sigmoid().mean()))
+        for layer in step.discriminator.modules():  # count as two batches, so that only the statistics differ
+            if isinstance(layer, models.BatchNormAct2d) and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked += 1
+        return step.objective.discriminator(logits_real, logits_fake), probabilities.detach()
+
+    return loss
+
+
+def run_alone(step: TrainStep, steps: int) -> Tensor:
+    for _ in range(steps):
+        step.update()
+    return torch.cat([p.detach().reshape(-1) for p in (*step.generator.parameters(), *step.discriminator.parameters())])
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    first, again, other = (run_alone(make_step(seed=seed), 3) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_every_step_draws_new_noise_and_flips_from_its_own_generator() -> None:
+    step = make_step()
+    elsewhere = torch.get_rng_state()
+    draws = []
+    for _ in range(3):
+        step.draw()
+        assert step.flips is not None
+        draws.append((step.noise.clone(), step.flips.clone()))
+    assert all(not torch.equal(draws[i][0], draws[j][0]) for i in range(3) for j in range(i))
+    assert {int(f) for _, flips in draws for f in flips} == {0, 1}
+    assert torch.equal(torch.get_rng_state(), elsewhere)
+    expected = torch.Generator().manual_seed(5)
+    assert torch.equal(draws[0][0], torch.empty(BATCH, 10).normal_(generator=expected))
+
+
+def test_executors_agree() -> None:
+    eager, compiled = make_step(), make_step()
+    executors = (
+        make_executor(eager, compile=False, cuda_graph="auto"),
+        make_executor(compiled, compile=True, cuda_graph="auto"),
+    )
+    assert [e.name for e in executors] == ["eager", "compiled"]
+    for executor in executors:
+        for _ in range(3):
+            executor.run()
+    assert torch.equal(eager.rng.get_state(), compiled.rng.get_state())
+    assert relative(compiled.generator.parameters(), eager.generator.parameters()) < 1e-5
+    assert relative(compiled.discriminator.parameters(), eager.discriminator.parameters()) < 1e-5
+
+
+def test_cuda_graph_on_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="needs a GPU"):
+        make_executor(make_step(), compile=False, cuda_graph="on")
+
+
+def test_the_average_follows_weights_and_statistics() -> None:
+    step = make_step(ema_decay=0.5)
+    expected = {n: v.clone().double() for n, v in step.generator.state_dict().items()}
+    for t in range(4):
+        step.update()
+        decay = min(0.5, (1 + t) / (10 + t))
+        for name, value in step.generator.state_dict().items():
+            expected[name] = value.double() if value.ndim == 0 else decay * expected[name] + (1 - decay) * value
+    for name, value in step.average.state_dict().items():
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert not step.average.training
+
+
+def test_bf16_keeps_float32_masters() -> None:
+    step, exact = make_step(precision="bf16"), make_step()
+    assert {p.dtype for p in step.generator.parameters() if p.ndim == 4} == {torch.bfloat16}
+    assert {p.dtype for p in step.generator.parameters() if p.ndim == 1} == {torch.float32}
+    for _ in range(3):
+        step.update()
+        exact.update()
+    for adam in (step.adam_g, step.adam_d):
+        assert {m.dtype for m in (*adam.masters.values(), *adam.exp_avg.values())} == {torch.float32}
+        for low, master in zip(adam.copies, adam.masters.values(), strict=True):
+            assert low is None or torch.equal(low, master.bfloat16())
+    assert all(v.dtype == torch.float32 for v in step.weights()["generator"].values() if v.is_floating_point())
+    moved = [m - m0 for m, m0 in zip(step.adam_d.masters.values(), make_step().discriminator.parameters(), strict=True)]
+    moved_exactly = [
+        p - p0 for p, p0 in zip(exact.discriminator.parameters(), make_step().discriminator.parameters(), strict=True)
+    ]
+    a, b = (torch.cat([v.detach().reshape(-1) for v in vs]) for vs in (moved, moved_exactly))
+    # bfloat16 has 3 digits and Adam's first steps are signs: the directions agree, the numbers do not.
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+
+
+class NoHostSynchronisation(TorchDispatchMode):
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique", "equal", "unique_dim")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket.__name__ not in self.FORBIDDEN, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_in_the_step_waits_for_the_host() -> None:
+    step = make_step()
+    with NoHostSynchronisation():
+        step.update()
+    with pytest.raises(AssertionError, match="waits"), NoHostSynchronisation():
+        step.read_metrics()["loss_d"] = step.sums[0].item()  # the check can fail
+
+
+def pointers(step: TrainStep) -> dict[str, int]:
+    tensors = {k: v for k, v in step.state().items() if k != "rng"} | {"noise": step.noise, "decay": step.average_decay}
+    for kind, weights in step.weights().items():
+        tensors |= {f"{kind}.{name}": value for name, value in weights.items()}
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_tensor_of_the_state_moves(precision: str) -> None:
+    step = make_step(precision=precision)
+    before = pointers(step)
+    for _ in range(2):
+        step.update()
+    step.load_state({name: value.clone() for name, value in step.state().items()})
+    step.load_weights({kind: {n: v.clone() for n, v in w.items()} for kind, w in step.weights().items()})
+    assert pointers(step) == before
+
+
+def test_a_recorded_step_replays_exactly() -> None:
+    """What a CUDA graph does, without a GPU: record the operations once, Python's numbers baked in, and run them again.
+
+    A step whose numbers came from Python (a step count, a learning rate, a random draw on the host) would repeat them.
+    """
+    live, recorded = make_step(dtype=torch.float64), make_step(dtype=torch.float64)
+
+    def body() -> None:  # a recording cannot draw random numbers here: the noise is refilled, as the index is
+        real = uint8_to_float(recorded.source, recorded.index, recorded.flips, dtype=recorded.noise.dtype)
+        fake = recorded.generate(recorded.noise)
+        loss_d, _ = recorded.discriminator_loss(real, fake.detach())
+        recorded.adam_d.update(loss_d)
+        recorded.discriminator.requires_grad_(False)
+        loss_g = recorded.generator_loss(fake)
+        recorded.discriminator.requires_grad_(True)
+        recorded.advance_average()
+        recorded.adam_g.update(loss_g)
+
+    for _ in range(2):  # warm up, as before a capture
+        live.update()
+        copy_inputs(live, recorded)
+        body()
+    before = copy.deepcopy(
+        {**recorded.state(), **{f"{k}.{n}": v for k, w in recorded.weights().items() for n, v in w.items()}}
+    )
+    graph = make_fx(body, tracing_mode="real")()  # recording runs the body once: undo that
+    now = {**recorded.state(), **{f"{k}.{n}": v for k, w in recorded.weights().items() for n, v in w.items()}}
+    with torch.no_grad():
+        for name, value in before.items():
+            if name != "rng":
+                now[name].copy_(value)
+    choose = torch.Generator().manual_seed(3)
+    for number in range(5):
+        live.index.copy_(torch.randint(0, 40, (BATCH,), generator=choose))
+        live.adam_g.lr.fill_(2e-4 / (1 + number))  # a schedule reaches the recording through the device
+        live.update()
+        copy_inputs(live, recorded)
+        recorded.adam_g.lr.copy_(live.adam_g.lr)
+        with torch.no_grad():
+            graph()
+    for kind, weights in live.weights().items():
+        floats = [[v for v in w.values() if v.is_floating_point()] for w in (recorded.weights()[kind], weights)]
+        assert relative(*floats) < 1e-12, kind
+
+
+def copy_inputs(live: TrainStep, recorded: TrainStep) -> None:
+    assert live.flips is not None and recorded.flips is not None
+    recorded.index.copy_(live.index)
+    recorded.noise.copy_(live.noise)
+    recorded.flips.copy_(live.flips)
+
+
+class StandInGraph:
+    """In the place of torch.cuda.CUDAGraph: remembers what was asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.calls.append("register")
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+
+
+def captured_with_stand_ins(
+    monkeypatch: pytest.MonkeyPatch, require: bool, fails: bool, **options: object
+) -> tuple[Captured, StandInGraph]:
+    from contextlib import contextmanager, nullcontext
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    graph = StandInGraph()
+
+    @contextmanager
+    def record(*args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        assert kwargs["capture_error_mode"] == "thread_local"
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        graph.calls.append("capture")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return Captured(make_step(**options), require), graph
+
+
+def test_captured_warms_up_with_ordinary_steps_then_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, graph = captured_with_stand_ins(monkeypatch, require=False, fails=False)
+    for _ in range(Captured.WARM_UP):
+        executor.run()
+    assert graph.calls == [] and executor.step.adam_g.steps == Captured.WARM_UP
+    for _ in range(4):
+        executor.run()
+    assert graph.calls == ["register", "capture", "replay", "replay", "replay", "replay"]
+    assert executor.name == "captured"
+
+
+def test_updates_with_and_without_a_penalty_are_two_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, graph = captured_with_stand_ins(monkeypatch, require=False, fails=False, size=16, r1=1.0, r1_every=2)
+    for number in range(2 * Captured.WARM_UP):
+        executor.run()
+        assert executor.step.updates == number + 1
+    assert graph.calls == [] and executor.step.adam_d.steps == 2 * Captured.WARM_UP
+    for _ in range(4):
+        executor.run()
+    again = ["register", "capture", "replay"]
+    assert graph.calls == [*again, *again, "replay", "replay"]
+    assert executor.step.updates == 2 * Captured.WARM_UP + 4
+
+
+def test_where_capture_fails_the_reason_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, graph = captured_with_stand_ins(monkeypatch, require=False, fails=True)
+    for _ in range(6):
+        executor.run()
+    assert executor.step.adam_g.steps == 6 and "replay" not in graph.calls and executor.name == "compiled"
+    said = [r.getMessage() for r in caplog.records if "cannot be captured" in r.getMessage()]
+    assert len(said) == 1 and "(operation not permitted when stream is capturing)" in said[0]
+    required, _ = captured_with_stand_ins(monkeypatch, require=True, fails=True)
+    with pytest.raises(UserError, match="--cuda-graph auto"):
+        for _ in range(6):
+            required.run()
+
+
+@pytest.mark.gpu
+def test_captured_agrees_with_compiled_on_a_gpu() -> None:
+    steps = [make_step_on_gpu() for _ in range(2)]
+    executors = [
+        make_executor(s, compile=True, cuda_graph=graph) for s, graph in zip(steps, ("off", "on"), strict=True)
+    ]
+    for executor in executors:
+        for _ in range(50):
+            executor.run()
+    assert executors[1].name == "captured"
+    assert torch.equal(steps[0].rng.get_state(), steps[1].rng.get_state())
+    # The same kernels in the same order; cuDNN's weight gradients may add in another order from run to run.
+    assert relative(steps[1].generator.parameters(), steps[0].generator.parameters()) < 1e-2
+    assert relative(steps[1].discriminator.parameters(), steps[0].discriminator.parameters()) < 1e-2
+
+
+@pytest.mark.gpu
+def test_replays_do_not_synchronise_nor_allocate_and_draw_new_noise() -> None:
+    step = make_step_on_gpu()
+    executor = make_executor(step, compile=True, cuda_graph="on")
+    for _ in range(Captured.WARM_UP + 2):
+        executor.run()
+    torch.cuda.synchronize()
+    noise, allocated = step.noise.clone(), torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(1000):
+            executor.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == allocated
+    assert not torch.equal(noise, step.noise)
+
+
+def make_step_on_gpu() -> TrainStep:
+    torch.manual_seed(1)
+    generator, discriminator = models.Generator(32, 3, 10, 32).cuda(), models.Discriminator(32, 3, 32).cuda()
+    source = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).cuda()
+    return TrainStep(generator, discriminator, source, torch.arange(16).cuda(), flip=True, seed=5, precision="bf16")

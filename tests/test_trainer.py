@@ -1,0 +1,339 @@
+"""Whole runs: what they write, and that a run stopped anywhere goes on to the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastdcgan import checkpoint
+from fastdcgan.config import TrainConfig
+from fastdcgan.errors import UserError
+from fastdcgan.runs import load_run
+from fastdcgan.step import TrainStep
+from fastdcgan.trainer import train
+
+SMALL = TrainConfig(
+    data="digits",
+    image_size="16",
+    gen_width=4,
+    latent_dim=8,
+    batch_size=16,
+    steps=12,
+    log_every=4,
+    sample_every=6,
+    checkpoint_every=3,
+    device="cpu",
+)
+
+
+def small(run: Path, **changes: object) -> TrainConfig:
+    return dataclasses.replace(SMALL, run_dir=run, **changes)  # type: ignore[arg-type]
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return {f"{f.stem}.{n}": t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+
+
+def assert_equal_bits(run: Path, other: Path, step: int) -> None:
+    a, b = tensors(run, step), tensors(other, step)
+    assert a.keys() == b.keys() and len(a) > 40
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    progress = [json.loads((r / f"checkpoints/step-{step:06d}/state.json").read_text())["data"] for r in (run, other)]
+    assert progress[0] == progress[1]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "peak_memory_bytes")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that never stopped."""
+    return train(small(tmp_path_factory.mktemp("straight") / "run"))
+
+
+def test_run_folder(straight: Path) -> None:
+    names = {p.relative_to(straight).as_posix() for p in straight.rglob("*") if p.is_file()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "samples/real.png",
+        "samples/step-000006.png",
+        "samples/step-000012.png",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [p.name for p in checkpoint.complete(straight)] == ["step-000006", "step-000009", "step-000012"]  # keep 3
+    config = json.loads((straight / "config.json").read_text())
+    assert config["config"]["image_size"] == "16" and "torch" in config["versions"] and config["device"]
+    grid = Image.open(straight / "samples/step-000012.png")
+    assert grid.size == (8 * 18 + 2,) * 2 and grid.mode == "L"
+    assert [line["step"] for line in metrics(straight)] == [4, 8, 12]
+    assert metrics(straight)[-1]["images"] == 12 * 16
+    assert {"loss_d", "loss_g", "d_real", "d_fake", "epoch"} <= metrics(straight)[0].keys()
+
+
+@pytest.mark.parametrize("stop", [3, 5])  # on a checkpoint, and between two
+def test_resume_is_the_same_run(straight: Path, tmp_path: Path, stop: int) -> None:
+    run = train(small(tmp_path / "run", steps=stop))
+    if stop == 5:  # pretend it was killed after its last regular checkpoint
+        checkpoint.complete(run)[-1].rename(run / "gone")
+    train(small(run, resume=True, steps=12))
+    assert_equal_bits(run, straight, 12)
+    assert metrics(run)[-1] == metrics(straight)[-1]
+    assert [line["step"] for line in metrics(run)][-2:] == [8, 12]
+
+
+def test_another_seed_is_another_run(straight: Path, tmp_path: Path) -> None:
+    run = train(small(tmp_path / "run", seed=1))
+    assert not torch.equal(
+        tensors(run, 12)["generator.main.0.weight"], tensors(straight, 12)["generator.main.0.weight"]
+    )
+
+
+def test_a_damaged_newest_checkpoint_costs_only_itself(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(small(tmp_path / "run", steps=9))
+    for damage in ("truncate", "flip", "missing"):
+        newest = checkpoint.complete(run)[-1] / "state.safetensors"
+        if damage == "truncate":
+            newest.write_bytes(newest.read_bytes()[:-5])
+        elif damage == "flip":
+            newest.write_bytes(newest.read_bytes()[:-1] + b"\x01")
+        else:
+            newest.unlink()
+        with pytest.raises(UserError, match="cannot be read"):
+            checkpoint.load(newest.parent)
+        train(small(run, resume=True, steps=12))
+        assert "trying the one before" in capsys.readouterr().err
+        assert_equal_bits(run, straight, 12)
+        for folder in checkpoint.complete(run)[-1:]:
+            folder.rename(run / f"{damage}-{folder.name}")
+
+
+@pytest.mark.parametrize(
+    ("full", "left"),
+    [
+        (9, ["step-000006", "step-000009", "step-000012"]),  # while checkpoints/best is copied from the first
+        (16, ["step-000003", "step-000009", "step-000012"]),  # in the middle of the second
+    ],
+)
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], full: int, left: list[str]
+) -> None:
+    real_sync, calls = checkpoint._sync, 0
+
+    def failing_sync(path: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == full:
+            raise OSError(28, "No space left on device")
+        real_sync(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", failing_sync)
+    run = train(small(tmp_path / "run"))
+    assert "could not be written" in capsys.readouterr().err
+    assert [p.name for p in checkpoint.complete(run)] == left
+    assert checkpoint.load(run / "checkpoints" / "best").progress["step"] in (3, 6, 9, 12)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_training_does_not_wait_for_the_disk(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps go on while a slow disk takes a checkpoint, which holds the numbers of its own step."""
+    whole_save, whole_update = checkpoint.save, TrainStep.update
+    moments: list[str] = []
+
+    def slow_save(run: Path, step: int, *rest: object) -> Path:
+        time.sleep(0.3)
+        folder = whole_save(run, step, *rest)  # type: ignore[arg-type]
+        moments.append(f"saved {step}")
+        return folder
+
+    def update(step: TrainStep) -> None:
+        whole_update(step)
+        moments.append("step")
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    monkeypatch.setattr(TrainStep, "update", update)
+    run = train(small(tmp_path / "run"))
+    assert moments.index("saved 3") >= 6  # not until the next checkpoint is due
+    assert moments[-1] == "saved 12"
+    for step in (6, 9, 12):
+        assert_equal_bits(run, straight, step)
+
+
+def start(run: Path, *more: str, steps: int = 12) -> subprocess.Popen[str]:
+    flags = (
+        f"--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 16 --steps {steps} --log-every 4 --sample-every 6"
+    )
+    command = [sys.executable, "-m", "fastdcgan", "train", "digits", *flags.split(), "--checkpoint-every", "3"]
+    return subprocess.Popen(
+        [*command, "--device", "cpu", "--run-dir", str(run), *more],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: the bits depend on it
+    )
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
+    """SIGKILL, each time after new checkpoints appeared; then the same bits as a run that never stopped."""
+    steps = 30 * kills
+    straight, run = train(small(tmp_path / "straight", steps=steps)), tmp_path / "run"
+    for _ in range(kills):
+        before, process = checkpoint.complete(run)[-1:], start(run, "--resume", steps=steps)
+        while checkpoint.complete(run)[-1:] == before and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    process = start(run, "--resume", steps=steps)
+    assert process.wait(120) == 0, process.communicate()[1]
+    assert_equal_bits(run, straight, steps)
+    assert [line["step"] for line in metrics(run)] == list(range(4, steps + 1, 4))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    run = tmp_path / "run"
+    process = start(run, steps=100_000)
+    while not (run / "checkpoints" / "step-000003").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code, said
+    assert f"fastdcgan train --run-dir {run} --resume" in said and "Traceback" not in said
+    step = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["step"]
+    assert f"stopped after step {step:,}" in said
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, steps=100_000)
+    try:
+        while not (run / "checkpoints" / "step-000003").exists() and process.poll() is None:
+            time.sleep(0.02)
+        with pytest.raises(UserError, match="another process"):
+            train(small(run, resume=True))
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_load_run(straight: Path, tmp_path: Path) -> None:
+    run = load_run(straight)
+    assert run.step == 12 and run.config is not None and run.discriminator is not None
+    assert not run.generator.training and run.generator.image_size == (16, 16)
+    noise = torch.randn(4, 8)
+    assert torch.equal(run.generator(noise), load_run(straight / "checkpoints/step-000012").generator(noise))
+    raw = load_run(straight, ema=False).generator
+    assert not torch.equal(raw(noise), run.generator(noise))
+    torch.save(raw.state_dict(), tmp_path / "netG.pth")
+    assert torch.equal(load_run(tmp_path / "netG.pth").generator(noise), raw(noise))
+    file = straight / "checkpoints/step-000012/generator.safetensors"
+    assert torch.equal(load_run(file).generator(noise), raw(noise))
+
+
+def test_load_run_finds_the_layers_of_deep_networks(tmp_path: Path) -> None:
+    """At 64 pixels and above a file lists main.10 and main.12 before main.3."""
+    run = train(small(tmp_path / "run", image_size="64x96", gen_width=2, disc_width=3, steps=1, batch_size=2))
+    loaded = load_run(run)
+    assert loaded.discriminator is not None and loaded.discriminator.width == 3
+    assert loaded.generator(torch.randn(2, 8)).shape == (2, 1, 64, 96)
+
+
+def test_load_run_refuses(straight: Path, tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"main.0.weight": Hostile()}, tmp_path / "hostile.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "torn.safetensors").write_bytes(
+        (straight / "checkpoints/step-000012/generator.safetensors").read_bytes()[:99]
+    )
+    torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    weights = load_run(straight).generator.state_dict()
+    torch.save({**weights, "main.0.weight": weights["main.0.weight"] * float("nan")}, tmp_path / "nan.pth")
+    (tmp_path / "empty").mkdir()
+    for name in ("hostile.pth", "text.pth", "torn.safetensors", "other.pth", "list.pth", "nan.pth", "empty", "nowhere"):
+        with pytest.raises(UserError) as error:
+            load_run(tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "5", '{"step": "3"}', '{"step": 3}', '{"step": 3, "sha256": 5}', '{"step": 3, "sha256": {}}'],
+)
+def test_a_damaged_state_json_is_a_damaged_checkpoint(tmp_path: Path, straight: Path, text: str) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step-000012"
+    shutil.copytree(checkpoint.complete(straight)[-1], folder)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(UserError, match="cannot be read") as error:
+        checkpoint.load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"a_flag_of_next_year": 1}, "update fastdcgan"),
+        ({"lr": "fast"}, "lr is 'fast'"),
+        ({"batch_size": None}, "batch_size is None"),
+        ({"loss": "other"}, "loss is 'other'"),
+        ({"r1": [1]}, r"r1 is \[1\]"),
+    ],
+)
+def test_a_config_from_elsewhere_is_refused(tmp_path: Path, change: dict[str, object], complaint: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"config": {**SMALL.as_json(), **change}}))
+    with pytest.raises(UserError, match=complaint):
+        train(TrainConfig(run_dir=run, resume=True))
+
+
+def test_a_checkpoint_that_links_out_of_its_run_is_refused(tmp_path: Path) -> None:
+    run, other = (train(small(tmp_path / name, steps=3)) for name in ("run", "other"))
+    file = checkpoint.complete(run)[0] / "generator.safetensors"
+    file.unlink()
+    file.symlink_to(checkpoint.complete(other)[0] / "generator.safetensors")
+    with pytest.raises(UserError, match=r"generator\.safetensors is a link out of its folder"):
+        checkpoint.load(file.parent)
+    moved = checkpoint.complete(other)[0].rename(tmp_path / "step-000003")
+    (other / "checkpoints" / "step-000003").symlink_to(moved)
+    with pytest.raises(UserError, match="every checkpoint"):
+        load_run(other)
+    (tmp_path / "alias").symlink_to(run)  # the run folder itself may lie anywhere
+    shutil.rmtree(file.parent)
+    train(small(tmp_path / "alias", steps=3, resume=True))
+    assert load_run(tmp_path / "alias").step == 3
+
+
+def test_tutorial_pair_trains(tmp_path: Path) -> None:
+    run = train(small(tmp_path / "run", arch="tutorial", image_size=None, gen_width=None, steps=3))
+    assert load_run(run).generator(torch.randn(2, 8)).shape == (2, 1, 28, 28)
+
+
+def test_bf16_trains_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole = train(small(tmp_path / "whole", precision="bf16"))
+    parts = train(small(tmp_path / "parts", precision="bf16", steps=6))
+    train(small(parts, resume=True, steps=12))
+    assert_equal_bits(parts, whole, 12)

@@ -55,8 +55,8 @@ def compiler_report() -> dict[str, float]:
     torch._dynamo.reset()
     metrics.reset()
     counters.clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "force_disable_caches", True)  # a step from the cache reports nothing
+    # A step from the cache reports nothing. (Not by monkeypatch, which would leave the setting deleted.)
+    with pytest.MonkeyPatch.context() as patch, config.patch(force_disable_caches=True):
         patch.setattr(AsyncCompile, "cpp_pybinding", lambda self, types, source: lambda *arguments: None)
         level = compile_fx.inductor_metrics_log.level
         compile_fx.inductor_metrics_log.setLevel(logging.INFO)  # only then are bytes counted

@@ -9,7 +9,7 @@ set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-results}
 BUDGET=${BUDGET:-570}
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python3 || echo python)}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export OUT PYTHONPATH=. PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/fastdcgan-inductor}
@@ -28,7 +28,7 @@ section() {
     [ "$limit" -gt "$left" ] && limit=$left
     echo "== $name (at most $limit s)" | tee -a "$OUT/log.txt"
     local start=$SECONDS
-    timeout -k 5 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt"
+    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee -a "$OUT/log.txt"  # interrupted, Python says where, pytest what failed
     echo "== $name: exit ${PIPESTATUS[0]} after $((SECONDS - start)) s" | tee -a "$OUT/log.txt"
 }
 
@@ -53,25 +53,30 @@ has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 section machine 20 bash -c "nvidia-smi; $PYTHON -c 'import torch, triton; print(torch.__version__, triton.__version__)'"
 section "step 64 pixels" 100 "$PYTHON" -c "$(steps step-64 64 9 "128 1024 64 512" "example example-fp32 fast-eager fast-compiled fast-captured")"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
-import os, shutil
+import os, shutil, traceback
 from pathlib import Path
 import torch
 from fastdcgan.bench.profiling import profile_training
 for executor in ("fast-captured", "fast-eager"):
-    profile_training(
-        data="fake", image_size=(64, 64), batch_size=128, width=64, precision="bf16", device=torch.device("cuda"),
-        executor=executor, steps=5, out=Path(os.environ["work"], "profile", executor), nsight=False,
-    )
+    try:
+        profile_training(
+            data="fake", image_size=(64, 64), batch_size=128, width=64, precision="bf16", device=torch.device("cuda"),
+            executor=executor, steps=5, out=Path(os.environ["work"], "profile", executor), nsight=False,
+        )
+    except Exception:  # the other one's profile, and what there is of this one, are still wanted
+        traceback.print_exc()
 shutil.make_archive(str(Path(os.environ["OUT"], "profile")), "gztar", Path(os.environ["work"], "profile"))
 PYTHON_END
 section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 7 "128 1024" "example skilled fast-captured")"
 if has pytest; then
+    # The step and the streams first: the kernels' tests compile for every shape they try.
     section tests 120 "$PYTHON" -m pytest -q -m gpu -o addopts=--import-mode=importlib -p no:cacheprovider \
-        --continue-on-collection-errors tests
+        --continue-on-collection-errors tests/test_step.py tests/data tests/kernels tests
 else
     echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
 fi
-section kernels 60 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
+section kernels 60 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 128 1024 --image-sizes 64 --groups 2 \
+    --json "$OUT/kernels.json"
 section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
 section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
 if has PIL && has torchvision; then

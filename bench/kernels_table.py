@@ -16,7 +16,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ def milliseconds(run: Callable[[], Any], device: str) -> dict[str, float]:
     return {"cpu": statistics.median(times)}
 
 
-def measure(shapes: Sequence[Shape], dtype_name: str, device: str, groups: int) -> list[dict[str, Any]]:
+def measure(shapes: Sequence[Shape], dtype_name: str, device: str, groups: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of all shapes so far, after each shape."""
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         torch._dynamo.reset()
@@ -120,7 +121,7 @@ def measure(shapes: Sequence[Shape], dtype_name: str, device: str, groups: int) 
                     }
                 )
                 print(line(rows[-1]), flush=True)
-    return rows
+        yield rows
 
 
 def line(row: dict[str, Any]) -> str:
@@ -148,11 +149,11 @@ def main() -> None:
     if device == "cpu":
         print("no GPU here: one small layer, to show that this runs")
         shapes = [(8, 16, 8, 8)]
-    rows = measure(shapes, arguments.dtype, device, arguments.groups)
-    if arguments.json:
-        name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-        machine = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    machine = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    for rows in measure(shapes, arguments.dtype, device, arguments.groups):
+        if arguments.json:  # after every shape: compiling takes minutes, and the run may be cut short
+            arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import io
+import os
 import shlex
 import signal
 import sys
@@ -17,6 +18,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from fastdcgan.config import TrainConfig
+from fastdcgan.console import say
 from fastdcgan.errors import UserError
 from fastdcgan.image_size import parse as parse_size
 from fastdcgan.image_size import stages
@@ -42,6 +44,10 @@ def train(config: OmitArgPrefixes[TrainConfig]) -> None:
     from fastdcgan.trainer import Interrupted
     from fastdcgan.trainer import train as run
 
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        run = record(run)  # torchrun shows the traceback of the process that ended first
     try:
         run(config)
     except Interrupted as interrupted:
@@ -619,5 +625,5 @@ def in_one_line(box: str) -> str:
 
 def complain(message: str) -> int:
     """One line on standard error; returns the exit code of a user's mistake."""
-    print(f"fastdcgan: {' '.join(message.split())}", file=sys.stderr)
+    say(f"fastdcgan: {' '.join(message.split())}")
     return 2

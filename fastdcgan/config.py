@@ -65,7 +65,9 @@ class TrainConfig:
     """End at the first image that cannot be used, rather than going on without it."""
 
     batch_size: int = 64
-    """Images a step, at least 2."""
+    """Images a step, at least 2; with torchrun, in each process."""
+    sync_batchnorm: bool = False
+    """With torchrun: BatchNorm statistics over the batches of all processes, rather than over each one's own."""
     steps: int | None = None
     """Updates of both networks. Default: 20,000; 1,000 for digits."""
     epochs: float | None = None
@@ -168,6 +170,10 @@ class TrainConfig:
             raise UserError(f"--label-smoothing {self.label_smoothing:g} is not possible: at least 0 and below 1")
         if self.label_smoothing and self.loss not in ("bce", "lsgan"):
             raise UserError(f"--label-smoothing needs a loss with targets (bce, lsgan): --loss {self.loss} has none")
+        if self.sync_batchnorm and (self.r1 > 0 or self.loss == "wgan-gp"):
+            raise UserError(
+                "--sync-batchnorm cannot be differentiated twice, as --r1 and --loss wgan-gp do: leave one of them out"
+            )
         height, width = self.size
         try:
             image_size.stages(height, width)
@@ -205,10 +211,10 @@ class TrainConfig:
         """Learning rates of generator and discriminator."""
         return self.lr_g or self.lr, self.lr_d or self.lr
 
-    def total_steps(self, images: int) -> int:
-        """Updates in the whole run, over a set of `images` images."""
+    def total_steps(self, images: int, processes: int = 1) -> int:
+        """Updates in the whole run, over a set of `images` images, in each of so many processes."""
         if self.epochs is not None:
-            return max(1, math.ceil(self.epochs * images / self.batch_size))
+            return max(1, math.ceil(self.epochs * images / (self.batch_size * processes)))
         return self.steps or self._preset[2]
 
     def as_json(self) -> dict[str, Any]:

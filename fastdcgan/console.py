@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +11,15 @@ from contextlib import contextmanager
 PLAIN_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
+def speaks() -> bool:
+    """Whether this is the one process of a run that tells the user about it (torchrun numbers them)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(message: str) -> None:
     """One line to the user, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    if speaks():
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -23,7 +30,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
     def rate() -> str:
         return f"{done / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s"
 
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -54,7 +61,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
 @contextmanager
 def spinner(message: str) -> Iterator[None]:
     """Something that moves on a terminal, one plain line elsewhere, while a single long thing happens."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         from rich.console import Console
 
         with Console(stderr=True).status(message):
@@ -67,7 +74,7 @@ def spinner(message: str) -> Iterator[None]:
 @contextmanager
 def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], None]]:
     """Progress of a training run from step `done` to `total`; yields a function that takes the step and a status."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -17,12 +17,16 @@ from fastdcgan.kernels import batch_norm_act
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """BatchNorm2d followed by LeakyReLU (slope 0 is ReLU); its parameters and buffers are BatchNorm2d's."""
+    """BatchNorm2d followed by LeakyReLU (slope 0 is ReLU); its parameters and buffers are BatchNorm2d's.
+
+    With `sync` set, its statistics in training mode are those of all processes of a `torch.distributed` run.
+    """
 
     def __init__(self, norm: nn.BatchNorm2d, negative_slope: float) -> None:
         super().__init__(norm.num_features)
         self.load_state_dict(norm.state_dict())
         self.negative_slope = negative_slope
+        self.sync = False
 
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
@@ -41,6 +45,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             eps=self.eps,
             negative_slope=self.negative_slope,
             groups=groups,
+            sync=self.sync,
         )
 
 
@@ -143,6 +148,13 @@ def build_discriminator(arch: str, image_size: tuple[int, int], channels: int, w
     if arch == "tutorial":
         return TutorialDiscriminator(channels)
     return Discriminator(image_size, channels, width)
+
+
+def sync_batch_norm(network: nn.Module) -> None:
+    """Have the network's BatchNorm layers take their statistics over all processes."""
+    for layer in network.modules():
+        if isinstance(layer, BatchNormAct2d):
+            layer.sync = True
 
 
 def _fuse(main: nn.Sequential) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from fastdcgan.distributed import ALONE, Averager, World
 from fastdcgan.kernels import adam_step
 from fastdcgan.spans import span
 
@@ -22,6 +25,7 @@ class Adam:
         masters: float32 values by parameter name for the parameters in low precision.
         average: a network of the same kind in float32 whose parameters follow as an exponential moving average.
         average_decay: () tensor, the average's decay; needed with `average`.
+        world: the processes whose gradients are averaged.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Adam:
         masters: dict[str, Tensor] | None = None,
         average: nn.Module | None = None,
         average_decay: Tensor | None = None,
+        world: World = ALONE,
     ) -> None:
         self.parameters = dict(network.named_parameters())
         low = {name for name, p in self.parameters.items() if p.dtype in LOW_PRECISION}
@@ -47,11 +52,15 @@ class Adam:
         self.steps = torch.zeros((), device=device)
         self.lr = torch.tensor(lr, dtype=torch.float64, device=device)  # 2e-4 has no exact float32
         self.betas = betas
+        self.averager = Averager(world, list(self.masters.values())) if world.size > 1 else None
 
     def update(self, loss: Tensor) -> None:
         """Differentiate the loss by this network's parameters, free the graph and move the parameters."""
         with span("backward"):
-            gradients = torch.autograd.grad(loss, list(self.parameters.values()))
+            gradients: Sequence[Tensor] = torch.autograd.grad(loss, list(self.parameters.values()))
+        if self.averager is not None:
+            with span("average gradients"):
+                gradients = self.averager.average(gradients)
         with span("optimizer"):
             adam_step(
                 list(self.masters.values()),

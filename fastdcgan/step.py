@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
 from fastdcgan.kernels import uint8_to_float
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
@@ -54,7 +55,8 @@ class TrainStep:
         precision: "fp32", "tf32" or "bf16": what convolutions and matrix products compute in.
         loss: a key of `OBJECTIVES`; label_smoothing as in `make_objective`.
         ema_decay: of the generator's moving average once the run is long; (1 + t) / (10 + t) after t steps until then.
-        seed: of the noise and the flips.
+        seed: of the noise and the flips; each process of `world` has its own.
+        world: the processes that train these networks together (see `begin_together`).
         merge_halves: real and fake as one batch; by default where it is faster, on a GPU.
         r1: weight of `r1_penalty`, added every `r1_every` updates with `r1_every` times the weight (Karras et al. 2020,
             section 3.1).
@@ -86,6 +88,7 @@ class TrainStep:
         diffaugment: bool = False,
         instance_noise: float = 0.0,
         lr_decay: bool = False,
+        world: World = ALONE,
     ) -> None:
         device = source.device
         self.generator, self.discriminator = generator.train(), discriminator.train()
@@ -96,10 +99,10 @@ class TrainStep:
         self.ema_decay = ema_decay
         self.average_decay = torch.zeros((), device=device)
         masters_g, masters_d = set_precision(generator, precision), set_precision(discriminator, precision)
-        self.adam_g = Adam(generator, lr_g, betas, masters_g, self.average, self.average_decay)
-        self.adam_d = Adam(discriminator, lr_d, betas, masters_d)
+        self.adam_g = Adam(generator, lr_g, betas, masters_g, self.average, self.average_decay, world)
+        self.adam_d = Adam(discriminator, lr_d, betas, masters_d, world=world)
         self.dtype = next(generator.parameters()).dtype
-        self.rng = torch.Generator(device).manual_seed(seed)
+        self.rng = torch.Generator(device).manual_seed(world.seed(seed))
         self.noise = torch.zeros(len(index), generator.latent_dim, device=device, dtype=self.dtype)
         self.flips = torch.zeros(len(index), device=device, dtype=torch.uint8) if flip else None
         self.sums = torch.zeros(len(METRICS) + 1, device=device)  # of METRICS, and the number of steps in them
@@ -246,6 +249,12 @@ class TrainStep:
             state |= {f"spectral.weight.{name}": self.adam_d.masters[name] for name in self.spectral.parameters}
             state |= {f"spectral.{name}": value for name, value in self.spectral.state().items()}
         return state | {"sums": self.sums, "rng": self.rng.get_state()}
+
+    def begin_together(self, world: World) -> None:
+        """Give all processes the first one's networks and optimizers; averaged gradients keep them the same."""
+        networks = [value for values in self.learned_weights().values() for value in values.values()]
+        world.spread(networks + [value for name, value in self.state().items() if name not in ("rng", "sums")])
+        self.refresh_copies()
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:

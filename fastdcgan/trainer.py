@@ -7,9 +7,7 @@ import logging
 import resource
 import signal
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
@@ -17,25 +15,36 @@ from typing import NoReturn
 
 import torch
 
-from fastdcgan import checkpoint
-from fastdcgan.alarms import Alarm, Alarms
-from fastdcgan.checkpoint import Checkpoint
+from fastdcgan.alarms import Alarm
+from fastdcgan.checkpoint import load_newest, load_sound
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say, spinner, training_progress
 from fastdcgan.data import open_dataset
-from fastdcgan.data.dataset import Dataset, Stream
+from fastdcgan.distributed import World, join
 from fastdcgan.errors import UserError
-from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.monitor import GRID, Monitor
-from fastdcgan.quality import COMPARED, Quality
+from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
+from fastdcgan.quality import COMPARED
 from fastdcgan.runs import RunFolder, choose_folder, saved_config
+from fastdcgan.saver import Saver, position, restore
 from fastdcgan.step import TrainStep, make_executor
+from fastdcgan.watch import Watch
 
 ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
 CHANGES = (
-    *("batch_size", "seed", "precision", "flip", "loss", "label_smoothing", "r1", "r1_every", "diffaugment"),
+    *(
+        "batch_size",
+        "sync_batchnorm",
+        "seed",
+        "precision",
+        "flip",
+        "loss",
+        "label_smoothing",
+        "r1",
+        "r1_every",
+        "diffaugment",
+    ),
     *("instance_noise", "lr", "lr_g", "lr_d", "lr_decay"),
 )
 
@@ -48,40 +57,55 @@ class Interrupted(Exception):
 
 
 def train(config: TrainConfig) -> Path:
-    """Train as configured and return the run folder.
+    """Train as configured and return the run folder; under torchrun, together with the other processes.
 
     Raises:
         UserError: a mistake in the configuration or the data, before anything is written; an alarm that ends the run.
         Interrupted: SIGINT or SIGTERM; a checkpoint is saved and the way to go on has been said.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
-    saved = saved_config(config)
+    device = choose_device(config.device)
+    world = join(device)
+    try:
+        return train_in(world, config, device)
+    finally:
+        world.leave()
+
+
+def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
+    """`train`, as one of the processes of `world`."""
+    saved = world.share(world.first(lambda: saved_config(config)))
     if saved is not None:
         warn_of_changes(config, saved)
         config = config.resumed(saved)
-    device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
 
     height, width = config.size
-    data = open_dataset(
-        config.data,
-        image_size=(height, width),
-        channels=config.channels,
-        device=device,
-        seed=config.seed,
-        loader=config.loader,
-        cache="off" if config.crop == "random" else config.cache,
-        cache_dir=config.cache_dir,
-        crop=config.crop,
-        strict=config.strict,
-    )
+    with world.first_on_each_machine():
+        data = open_dataset(
+            config.data,
+            image_size=(height, width),
+            channels=config.channels,
+            device=device,
+            seed=config.seed,
+            loader=config.loader,
+            cache="off" if config.crop == "random" else config.cache,
+            cache_dir=config.cache_dir,
+            crop=config.crop,
+            strict=config.strict,
+            rank=world.rank,
+            world_size=world.size,
+        )
     torch.manual_seed(config.seed)
     gen_width, disc_width = config.widths
     generator = build_generator(config.arch, (height, width), data.channels, config.latent_dim, gen_width).to(device)
     discriminator = build_discriminator(config.arch, (height, width), data.channels, disc_width).to(device)
+    if config.sync_batchnorm and world.size > 1:
+        sync_batch_norm(generator)
+        sync_batch_norm(discriminator)
 
-    resumed = checkpoint.load_newest(config.run_dir, say) if saved is not None and config.run_dir else None
-    stream = data.stream(config.batch_size, resumed.progress["data"] if resumed else None)
+    resumed = world.share(world.first(lambda: load_newest(config.run_dir, say) if saved and config.run_dir else None))
+    stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     step = TrainStep(
         generator,
         discriminator,
@@ -102,175 +126,112 @@ def train(config: TrainConfig) -> Path:
         diffaugment=config.diffaugment,
         instance_noise=config.instance_noise,
         lr_decay=config.lr_decay == "linear",
+        world=world,
     )
-    done, total = 0, config.total_steps(data.count)
-    if resumed:
-        done = resumed.progress["step"]
-        step.load_weights(resumed.tensors)
-        step.load_state(resumed.tensors["state"])
+    done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
+    step.begin_together(world)
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
-    folder = choose_folder(config, data.name)
+    folder = world.share(choose_folder(config, data.name))
     config = dataclasses.replace(config, run_dir=folder, resume=False)
     facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
-    run = RunFolder(folder, config, facts)
-    saver = Saver(run)
-    report_skipped(data, run.path)
-    monitor = Monitor(run.path, done)
-    latents = torch.randn(GRID, config.latent_dim, generator=torch.Generator().manual_seed(config.seed)).to(device)
-    some = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))[:COMPARED].tolist()
-    real = data.take(some)
-    monitor.picture("real", real[:GRID].permute(0, 3, 1, 2) / 127.5 - 1, done)
-    quality = Quality(real, config.latent_dim, config.seed, device)
-    alarms, rollbacks = Alarms(config.loss, config.label_smoothing, done), 0
+    run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}))
+    saver = Saver(run, world)
+    watch, rollbacks = None, 0
+    if run is not None:  # the first process
+        report_skipped(data.skipped, folder)
+        some = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))[:COMPARED].tolist()
+        watch = Watch(folder, config, data.take(some), device, done, stream.images)
     say(
-        f"{run.path}: {data.count:,} images, {height}x{width}x{data.channels}, {total:,} steps of {config.batch_size},"
-        f" {device.type} {precision} {executor.name}" + (f", going on from step {done:,}" if done else "")
+        f"{folder}: {data.count:,} images, {height}x{width}x{data.channels}, {total:,} steps of {config.batch_size}"
+        + (f" in each of {world.size} processes" if world.size > 1 else "")
+        + f", {device.type} {precision} {executor.name}"
+        + (f", going on from step {done:,}" if done else "")
     )
     if device.type == "cuda" and not config.compile:
         say("hint: --compile records the whole step as one CUDA graph, which is several times faster")
 
     with stop_signals() as stop, training_progress(done, total) as show:
-        status, last_log, last_images = "", time.monotonic(), stream.images
-        while done < total and not stop.is_set():
+        stopping, begun = False, done
+        while done < total and not stopping:
             stream.advance()
             step.at(done / total)
-            if config.compile and status == "":
+            if config.compile and done == begun:
                 with spinner("compiling the step: a minute or two the first time, then kept for later runs"):
                     executor.run()
-                status, last_log, last_images = "first step done", time.monotonic(), stream.images
+                if watch:
+                    watch.compiled(stream.images)
             else:
                 executor.run()
             done += 1
+            logs, samples = (done % every == 0 or done == total for every in (config.log_every, config.sample_every))
             raised: list[Alarm] = []
-            if done % config.log_every == 0 or done == total:
-                metrics = step.read_metrics() | step.gradient_norms()
-                raised += alarms.look_at_metrics(done, metrics)
-                now = time.monotonic()
-                rate = (stream.images - last_images) / max(now - last_log, 1e-9)
-                last_log, last_images = now, stream.images
-                monitor.log(
-                    {
-                        "step": done,
-                        "images": stream.images,
-                        "epoch": stream.images / data.count,
-                        **metrics,
-                        "images_per_second": rate,
-                        "peak_memory_bytes": peak_memory(device),
-                    }
-                )
-                status = (
-                    f"{rate:,.0f} images/s  loss D {metrics['loss_d']:.2f} G {metrics['loss_g']:.2f}"
-                    f"  D(x) {metrics['d_real']:.2f}  D(G(z)) {metrics['d_fake']:.2f}"
-                )
-            show(done, status)
-            if done % config.sample_every == 0 or done == total:
-                with torch.no_grad():
-                    pictures = step.average(latents)
-                monitor.picture(f"step-{done:06d}", pictures, done)
-                monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(latents), done)
-                varied = quality.diversity(pictures)
-                monitor.log({"step": done, **varied}, "quality")
-                raised += alarms.look_at_samples(done, **varied)
+            if logs:
+                metrics = world.means(step.read_metrics())
+                if watch:
+                    epoch, memory = stream.images / data.count, peak_memory(device)
+                    raised += watch.log(done, stream.images, epoch, metrics | step.gradient_norms(), memory)
+            show(done, watch.status if watch else "")
+            if samples and watch:
+                raised += watch.sample(done, step)
             if done % config.checkpoint_every == 0 or done == total:
-                saver.save(step, stream, done, quality.distance(step.average))
-            for alarm in raised:
-                monitor.alarm(alarm)
-                say(f"warning: step {done:,}: {alarm.message}")
+                saver.save(step, stream, done, watch.quality.distance(step.average) if watch else None)
+            if logs or samples:
+                raised = world.share(raised)
             if raised and config.on_divergence != "warn":
                 saver.wait()
-                sound = min(alarm.sound for alarm in raised)
                 if config.on_divergence == "stop" or rollbacks == ROLLBACKS:
-                    monitor.close()
                     stream.close()
-                    end(run, raised[0])
+                    end(folder, raised[0])
                 rollbacks += 1
-                done = roll_back(run, step, raised[0], sound, rollbacks)
-                monitor.close()
-                monitor, alarms = Monitor(run.path, done), Alarms(config.loss, config.label_smoothing, done)
-        if stop.is_set() and done < total:
+                done = roll_back(world, folder, step, raised, config.seed, rollbacks)
+                if watch:
+                    watch.begin_again(done)
+            # Processes get a signal each, at different steps: they agree where they exchange figures anyway.
+            if world.size == 1 or logs:
+                stopping = world.any(stop.is_set())
+        if done < total:
             saver.save(step, stream, done)
         saver.wait()
-    report_skipped(data, run.path)
-    monitor.close()
+    skipped = [each for of_rank in world.gather(data.skipped) for each in of_rank]
+    if watch:
+        report_skipped(skipped, folder)
+        watch.close()
     stream.close()
     if done < total:
-        say(f"stopped after step {done:,} of {total:,}; to go on: fastdcgan train --run-dir {run.path} --resume")
+        say(f"stopped after step {done:,} of {total:,}; to go on: fastdcgan train --run-dir {folder} --resume")
         raise Interrupted(stop.number)
-    say(f"done: {run.path / 'samples' / f'step-{done:06d}.png'}  (peak memory {peak_memory(device) / 2**20:,.0f} MiB)")
-    return run.path
+    say(f"done: {folder / 'samples' / f'step-{done:06d}.png'}  (peak memory {peak_memory(device) / 2**20:,.0f} MiB)")
+    return folder
 
 
-class Saver:
-    """Writes a run's checkpoints in a thread of its own: training waits for the copy in memory, not for the disk."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[None] | None = None
-
-    def save(self, step: TrainStep, stream: Stream, done: int, distance: float | None = None) -> None:
-        """Begin to write a checkpoint, once the one before is written.
-
-        Args:
-            distance: of the run's pictures from the data; the checkpoint with the smallest is kept as checkpoints/best.
-        """
-        self.wait()
-        tensors = {
-            kind: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
-            for kind, values in (step.weights() | {"state": step.state()}).items()
-        }
-        progress = {"step": done, "images": stream.images, "data": stream.state(), "distance": distance}
-        self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress))
-
-    def wait(self) -> None:
-        """Return when everything is on the disk."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
-
-
-def write(run: RunFolder, taken: Checkpoint) -> None:
-    """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on."""
-    done, distance = taken.progress["step"], taken.progress["distance"]
-    if not all(bool(value.isfinite().all()) for kind in taken.tensors.values() for value in kind.values()):
-        say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
-        return
-    try:
-        folder = checkpoint.save(run.path, done, taken, run.config.keep)
-        if distance is not None:
-            checkpoint.keep_best(run.path, folder, distance)
-    except OSError as error:
-        say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
-
-
-def end(run: RunFolder, alarm: Alarm) -> NoReturn:
+def end(run: Path, alarm: Alarm) -> NoReturn:
     """End the run for an alarm.
 
     Raises:
         UserError: always; it says where the best checkpoint is.
     """
-    best = run.path / "checkpoints" / "best"
+    best = run / "checkpoints" / "best"
     raise UserError(
         f"the run ended at step {alarm.step:,}: {alarm.kind}; the last sound step is {alarm.sound:,},"
-        f" the best checkpoint {best if best.exists() else 'none'}; {run.path / 'alarms.jsonl'} says what to try"
+        f" the best checkpoint {best if best.exists() else 'none'}; {run / 'alarms.jsonl'} says what to try"
     )
 
 
-def roll_back(run: RunFolder, step: TrainStep, alarm: Alarm, sound: int, count: int) -> int:
-    """Go on from the newest checkpoint of `sound` or before, with other noise and the images that come next anyway.
+def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], seed: int, count: int) -> int:
+    """Go on from the newest checkpoint before all alarms, with other noise and the images that come next anyway.
 
     Raises:
         UserError: there is no such checkpoint.
     """
-    found = checkpoint.load_sound(run.path, sound, say)
+    sound = min(alarm.sound for alarm in raised)
+    found = world.share(world.first(lambda: load_sound(run, sound, say)))
     if found is None:
-        end(run, alarm)
-    step.load_weights(found.tensors)
-    step.load_state(found.tensors["state"])
-    step.rng.manual_seed(run.config.seed + 1000 * alarm.step + count)
-    say(f"back to step {found.progress['step']:,} with other noise ({count} of {ROLLBACKS} times)")
-    return int(found.progress["step"])
+        end(run, raised[0])
+    done = restore(step, found, world)
+    step.rng.manual_seed(world.seed(seed + 1000 * raised[0].step + count))
+    say(f"back to step {done:,} with other noise ({count} of {ROLLBACKS} times)")
+    return done
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -299,13 +260,13 @@ def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:
             say(f"note: {name} changes from {before} to {asked}: the run is no longer the one that never stopped")
 
 
-def report_skipped(data: Dataset, run: Path) -> None:
-    """List the images that cannot be used in skipped.txt, and say how many there are."""
-    path = run / "skipped.txt"
-    lines = "".join(f"{file}\t{reason}\n" for file, reason in data.skipped)
+def report_skipped(skipped: list[tuple[str, str]], run: Path) -> None:
+    """List the images (file, reason) that cannot be used in skipped.txt, and say how many there are."""
+    path, skipped = run / "skipped.txt", list(dict.fromkeys(skipped))
+    lines = "".join(f"{file}\t{reason}\n" for file, reason in skipped)
     if lines and (not path.exists() or path.read_text() != lines):
         path.write_text(lines)
-        say(f"{len(data.skipped):,} images cannot be used and are left out; {path} says which and why")
+        say(f"{len(skipped):,} images cannot be used and are left out; {path} says which and why")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -23,6 +23,7 @@ def batch_norm_act(
     eps: float = 1e-5,
     negative_slope: float = 0.0,
     groups: int = 1,
+    sync: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """y = act((x - mean) / sqrt(var + eps) * weight + bias), act(z) = z for z > 0 and negative_slope * z elsewhere.
@@ -44,6 +45,9 @@ def batch_norm_act(
         eps: added to the variance, > 0.
         negative_slope: 0 is ReLU, 1 no activation, 0.2 the DCGAN discriminator's LeakyReLU; not negative.
         groups: slices of N with statistics of their own; divides N.
+        sync: take the statistics over the batches of all processes of the `torch.distributed` run, each of which calls
+            this with as many samples: group g of one process belongs with group g of the others. Differentiable once.
+            Evaluation mode takes no notice of it.
         backend: "auto" (Triton on CUDA tensors, the reference elsewhere), "triton" or "reference".
 
     Returns:
@@ -51,15 +55,23 @@ def batch_norm_act(
 
     Raises:
         ValueError: shapes, dtypes, groups or a slope that do not fit; one value a channel and group in training mode.
-        RuntimeError: backend="triton" where Triton cannot run.
+        RuntimeError: backend="triton" where Triton cannot run; sync without an initialised process group.
 
     Source: Ioffe and Szegedy, "Batch normalization", 2015, algorithm 1 and the gradients of its section 3. Statistics
     are combined with the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
     1983.
     """
     _check(x, (weight, bias, running_mean, running_var), training, groups, negative_slope)
+    if sync and training:
+        from fastdcgan.kernels.batch_norm_act_sync import SyncBatchNormAct
+
+        triton = use_triton("batch_norm_act", x, backend)
+        synced: Tensor = SyncBatchNormAct.apply(
+            as_rows(x), weight, bias, running_mean, running_var, momentum, eps, negative_slope, groups, triton
+        )
+        return synced
     if use_triton("batch_norm_act", x, backend):
-        from fastdcgan.kernels.batch_norm_act_op import BatchNormAct, as_rows
+        from fastdcgan.kernels.batch_norm_act_op import BatchNormAct
 
         y: Tensor = BatchNormAct.apply(
             as_rows(x), weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups
@@ -91,6 +103,11 @@ def reference(
     # In place: the gradient then needs y alone, which the next layer keeps anyway. Inductor would otherwise store the
     # sign of z as bytes, and on a CPU that one store costs more than the rest of the kernel.
     return F.relu(z, inplace=True) if negative_slope == 0 else F.leaky_relu(z, negative_slope, inplace=True)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it, with the channels of a pixel side by side and the pixels in order."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
 def _check(x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, negative_slope: float) -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.kernels import batch_norm_act_triton as kernels
+from fastdcgan.kernels.batch_norm_act import as_rows
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -52,11 +53,6 @@ class BatchNormAct(torch.autograd.Function):
         else:
             gradients = backward(x, dy, weight, bias, mean, inverse, ctx.training, ctx.negative_slope)
         return *gradients, None, None, None, None, None, None, None
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x, or a copy of it, with the channels of a pixel side by side and the pixels in order."""
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
 @torch.library.custom_op("fastdcgan::batch_norm_act_forward", mutates_args=("running_mean", "running_var"))
@@ -217,6 +213,14 @@ def differentiable_gradients(
         (dz * normalized).sum((0, *over)),
         dz.sum((0, *over)),
     )
+
+
+def launch_plan(x, groups: int, accumulator: torch.dtype):
+    """The plan for x (N, C, ...) in `groups` groups, the rows of a group, and the launches' grid and constants."""
+    channels = x.shape[1]
+    rows = x.numel() // (channels * groups)
+    plan = kernels.plan(rows, channels, groups)
+    return plan, rows, *_grid_and_cut(plan, channels, groups, accumulator)
 
 
 def _grid_and_cut(plan: kernels.Plan, channels: int, groups: int, accumulator: torch.dtype):

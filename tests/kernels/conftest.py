@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastdcgan.kernels import batch_norm_act
 from fastdcgan.kernels.tolerances import TOLERANCES
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -162,6 +165,57 @@ def _check_batch_norm_act(
     assert_close("dbias", gradients[2], dz.sum(over), "sum", scale=dz.abs().sum(over))
     assert_close("running_mean", running_mean, expected_running[0], "sum", scale=expected_running[0].abs() + std)
     assert_close("running_var", running_var, expected_running[1], "sum", **room)
+
+
+@pytest.fixture
+def check_sync(assert_close, tmp_path):
+    """check(shape, dtype, groups, backend): two processes with half a batch each against one with all of it."""
+
+    def check(shape, dtype=torch.float32, groups=1, backend="reference", compiled=False):
+        channels, wide = shape[1], torch.float64 if dtype == torch.float64 else torch.float32
+        options = {"negative_slope": 0.2, "momentum": 0.3, "backend": backend}
+        joint = {
+            "x": (torch.randn(shape) * 2 + 3).to(dtype),
+            "dy": torch.randn(shape).to(dtype),
+            **{name: torch.rand(channels, dtype=wide) + 0.5 for name in ("weight", "bias", "running_var")},
+            "running_mean": torch.randn(channels, dtype=wide),
+            "groups": groups,
+            "compiled": compiled,
+            "options": options,
+        }
+        torch.save(joint, tmp_path / "joint.pt")
+        worker = Path(__file__).parent / "one_of_two.py"
+        processes = [
+            subprocess.Popen([sys.executable, worker, tmp_path, str(rank)], stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        for process in processes:
+            errors = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, errors
+        found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+
+        names = ("x", "weight", "bias", "running_mean", "running_var", "dy")
+        exact = {name: joint[name].double() for name in names}
+        leaves = [exact[name].requires_grad_() for name in ("x", "weight", "bias")]
+        options = options | {"backend": "reference"}
+        y = batch_norm_act(
+            *leaves, exact["running_mean"], exact["running_var"], training=True, groups=groups, **options
+        )
+        dx, dweight, dbias = torch.autograd.grad(y, leaves, exact["dy"])
+
+        def together(of_rank):  # the halves of every group side by side again
+            return torch.stack([part.unflatten(0, (groups, -1)) for part in of_rank], 1).flatten(0, 2)
+
+        assert_close("y", together([each[0] for each in found]), y)
+        assert_close("dx", together([each[1] for each in found]), dx)
+        assert_close("dweight", found[0][2] + found[1][2], dweight, "sum")
+        assert_close("dbias", found[0][3] + found[1][3], dbias, "sum")
+        for each in found:
+            assert_close("running_mean", each[4], exact["running_mean"], "sum")
+            assert_close("running_var", each[5], exact["running_var"], "sum")
+        assert all(torch.equal(a, b) for a, b in zip(found[0][4:], found[1][4:], strict=True)), "the same bits"
+
+    return check
 
 
 @pytest.fixture

@@ -1,0 +1,161 @@
+"""One run in several processes: who this process is, and what all of them agree on. Started with torchrun.
+
+Every process trains the same networks on its own share of the images with its own noise; gradients are averaged, so
+the networks stay the same everywhere. The first process alone writes. A process outside torchrun is a world of one,
+for which everything here is free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdcgan.errors import UserError
+
+T = TypeVar("T")
+
+SEED_STEP = 1_000_003  # from one process's random numbers to the next one's
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run. Every method but `seed` is to be called by all of them, in the same order.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: number of processes.
+        local_rank: of this process on its machine; also the number of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def seed(self, seed: int) -> int:
+        """The seed of this process's own random numbers; the first process has the run's."""
+        return seed + SEED_STEP * self.rank
+
+    def share(self, value: T) -> T:
+        """The first process's value, for all."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns in the first process, which alone does it; None in the others.
+
+        Raises:
+            UserError: what `work` raised, in all processes.
+        """
+        result: T | None = None
+        complaint: str | None = None
+        if self.rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                complaint = str(error)
+        complaint = self.share(complaint)
+        if complaint is not None:
+            raise UserError(complaint)
+        return result
+
+    @contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """The first process of each machine goes through this before its others: what it fetches they find there."""
+        if self.size > 1 and self.local_rank > 0:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.size > 1 and self.local_rank == 0:
+                dist.barrier()
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true in some process."""
+        return any(self.gather(value))
+
+    def means(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over all processes of each value."""
+        everyones = self.gather(values)
+        return {name: sum(each[name] for each in everyones) / self.size for name in values}
+
+    def spread(self, tensors: Sequence[Tensor]) -> None:
+        """Give all processes the first one's tensors, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def leave(self) -> None:
+        """Close the connections."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+ALONE = World()
+
+
+def join(device: torch.device) -> World:
+    """The world that torchrun has started, or a world of one; on GPUs, each process takes the one of its local rank.
+
+    Args:
+        device: what the processes train on.
+
+    Raises:
+        UserError: fewer GPUs than processes on this machine.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPUs, fewer than the processes started on it:"
+                f" give torchrun --nproc-per-node {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl")  # what is said between processes does not wait for the GPU
+    else:
+        dist.init_process_group("gloo")
+    return World(rank, size, local_rank)
+
+
+class Averager:
+    """Averages one network's gradients over all processes with one collective: they are gathered in one flat buffer.
+
+    Args:
+        parameters: full-precision, dense; the averages have their dtype and strides.
+    """
+
+    def __init__(self, world: World, parameters: Sequence[Tensor]) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
+        self.world = world
+        self.flat = parameters[0].new_zeros(sum(sizes))
+        self.views = [
+            part.as_strided(parameter.shape, parameter.stride())
+            for part, parameter in zip(self.flat.split(sizes), parameters, strict=True)
+        ]
+
+    def average(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The means over all processes, in the buffer: the next call writes over them."""
+        torch._foreach_copy_(self.views, list(gradients))
+        dist.all_reduce(self.flat)
+        self.flat.div_(self.world.size)
+        return self.views

@@ -1,0 +1,99 @@
+"""Checkpoints of a run under way: taken from the step, written in the background, gone back to."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdcgan import checkpoint
+from fastdcgan.checkpoint import Checkpoint
+from fastdcgan.console import say
+from fastdcgan.data.dataset import Stream
+from fastdcgan.distributed import World
+from fastdcgan.runs import RunFolder
+from fastdcgan.step import TrainStep
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread of its own: training waits for the copy in memory, not for the disk.
+
+    Args:
+        run: None in all processes but the first, which writes for all: their networks are the same, and their random
+            numbers and positions in the data are sent to it.
+    """
+
+    def __init__(self, run: RunFolder | None, world: World) -> None:
+        self.run, self.world = run, world
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+
+    def save(self, step: TrainStep, stream: Stream, done: int, distance: float | None = None) -> None:
+        """Begin to write a checkpoint, once the one before is written.
+
+        Args:
+            distance: of the run's pictures from the data; the checkpoint with the smallest is kept as checkpoints/best.
+        """
+        random, positions = zip(*self.world.gather((step.rng.get_state(), stream.state())), strict=True)
+        if self.run is None:
+            return
+        self.wait()
+        tensors = {
+            kind: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+            for kind, values in (step.weights() | {"state": step.state() | {"rng": torch.stack(random)}}).items()
+        }
+        progress = {"step": done, "images": stream.images, "data": positions, "distance": distance}
+        self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress))
+
+    def wait(self) -> None:
+        """Return when everything is on the disk."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+
+def write(run: RunFolder, taken: Checkpoint) -> None:
+    """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on."""
+    done, distance = taken.progress["step"], taken.progress["distance"]
+    if not all(bool(value.isfinite().all()) for kind in taken.tensors.values() for value in kind.values()):
+        say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
+        return
+    try:
+        folder = checkpoint.save(run.path, done, taken, run.config.keep)
+        if distance is not None:
+            checkpoint.keep_best(run.path, folder, distance)
+    except OSError as error:
+        say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
+
+
+def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
+    """Have the step go on from a checkpoint; returns the number of updates behind it.
+
+    A process goes on with its own random numbers where the checkpoint has as many processes, else with new ones.
+    """
+    done = int(saved.progress["step"])
+    state = dict(saved.tensors["state"])
+    processes = len(state["rng"])
+    if processes == world.size:
+        state["rng"] = state["rng"][world.rank].clone()  # set_state reads from where a view's storage begins
+    else:
+        say(
+            f"note: {world.size} processes where there were {processes}: other noise, and other batches from the same"
+            " place in the data on; the run is no longer the one that never stopped"
+        )
+        step.rng.manual_seed(world.seed(done))
+        state["rng"] = step.rng.get_state()
+    step.load_weights(saved.tensors)
+    step.load_state(state)
+    return done
+
+
+def position(saved: Checkpoint, world: World) -> dict[str, Any]:
+    """Where this process goes on in the data: where it was, or with another number of processes where all were."""
+    positions: list[dict[str, Any]] = saved.progress["data"]
+    if len(positions) == world.size:
+        return positions[world.rank]
+    unusable = np.unique(np.concatenate([np.asarray(each["unusable"], dtype=np.int64) for each in positions]))
+    return positions[0] | {"unusable": unusable.tolist()}

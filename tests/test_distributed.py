@@ -1,0 +1,165 @@
+"""Several processes: the same numbers as one with the joint batch, the same run when it is stopped, and one fate."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastdcgan import checkpoint, models, reference
+
+STEPS, BATCH = 10, 8  # of all processes together
+FLAGS = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 8 --log-every 3 --sample-every 6 --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("sync", "compile", "merge"), [(True, False, False), (True, False, True), (True, True, True), (False, False, True)]
+)
+def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, sync: bool, compile: bool, merge: bool) -> None:
+    torch.manual_seed(0)
+    generator, discriminator = models.Generator(16, 3, 10, 8).double(), models.Discriminator(16, 3, 8).double()
+    weights = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
+    noise, real = torch.randn(STEPS, BATCH, 10).double(), torch.rand(STEPS, BATCH, 3, 16, 16).double() * 2 - 1
+    joint = {"weights": weights | {"average": generator.state_dict()}, "noise": noise, "real": real}
+    torch.save(joint | {"sync": sync, "compile": compile, "merge": merge}, tmp_path / "joint.pt")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    worker = [sys.executable, str(Path(__file__).parent / "one_of_two.py"), str(tmp_path)]
+    processes = [
+        subprocess.Popen([*worker, str(rank)], env=os.environ | meeting, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        errors = process.communicate(timeout=180)[1]
+        assert process.returncode == 0, errors
+    found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+
+    slow = reference.Generator(16, 3, 10, 8).double(), reference.Discriminator(16, 3, 8).double()
+    for network, kind in zip(slow, ("generator", "discriminator"), strict=True):
+        network.load_state_dict(weights[kind])
+    optimizers = reference.adam(slow[0]), reference.adam(slow[1])
+    for each_noise, each_real in zip(noise, real, strict=True):
+        reference.reference_step(*slow, *optimizers, each_real, each_noise)
+
+    for network, kind in zip(slow, ("generator", "discriminator"), strict=True):
+        for name, value in network.state_dict().items():
+            ours = found[0][kind][name]
+            distance = ((ours - value).double().norm() / value.double().norm().clamp(min=1e-12)).item()
+            if sync:  # rounding of 10 steps, as between the fast step and the reference in one process
+                assert distance < 1e-9, f"{kind} {name}: {distance:.1e}"
+                assert torch.equal(ours, found[1][kind][name]), f"{kind} {name} is not the same in both processes"
+            elif "running" not in name and name.endswith("weight") and value.dim() == 4:
+                # Each process normalises by its own images: close to the joint batch, and not equal to it.
+                assert 1e-6 < distance < 0.2, f"{kind} {name}: {distance:.1e}"
+                assert torch.equal(ours, found[1][kind][name]), f"{kind} {name} is not the same in both processes"
+
+
+def torchrun(run: Path, *more: str, steps: int, restarts: int = 0) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "fastdcgan", "train", "digits"]
+    command += [*FLAGS.split(), "--checkpoint-every", "6", "--steps", str(steps), "--run-dir", str(run), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that never stopped."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert "in each of 2 processes" in finished(torchrun(run, steps=18))
+    return run
+
+
+def test_both_processes_resume_to_the_same_bits(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for later in ("step-000012", "step-000018"):
+        shutil.rmtree(run / "checkpoints" / later)
+    finished(torchrun(run, "--resume", steps=18))
+    folders = [each / "checkpoints" / "step-000018" for each in (run, straight)]
+    for file in folders[0].glob("*.safetensors"):
+        a, b = load_file(file), load_file(folders[1] / file.name)
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    random = load_file(folders[0] / "state.safetensors")["rng"]
+    assert len(random) == 2 and not torch.equal(random[0], random[1]), "each process draws its own noise"
+    positions = [json.loads((folder / "state.json").read_text())["data"] for folder in folders]
+    assert positions[0] == positions[1] and len(positions[0]) == 2
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18], "the first process alone writes"
+    assert lines[-1]["images"] == 18 * 8 * 2
+
+
+def test_another_number_of_processes_goes_on_and_says_what_changes(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    command = [sys.executable, "-m", "fastdcgan", "train", "digits", *FLAGS.split(), "--steps", "24"]
+    command += ["--run-dir", str(run), "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "1 processes where there were 2" in done.stderr and "no longer the one that never stopped" in done.stderr
+    state = json.loads((run / "checkpoints" / "step-000024" / "state.json").read_text())
+    assert state["images"] == 18 * 16 + 6 * 8 and state["data"][0]["taken"] == 18 * 16 + 6 * 8
+
+
+def test_a_killed_process_ends_the_other_and_a_restart_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = torchrun(run, "--resume", steps=3000, restarts=1)
+    for kill in range(2):  # the second one is one more than may be restarted
+        known = checkpoint.complete(run)[-1:]
+        while checkpoint.complete(run)[-1:] == known and process.poll() is None:
+            time.sleep(0.02)
+        workers = children(process.pid)
+        os.kill(workers[kill], signal.SIGKILL)
+        ended = time.monotonic()
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() - ended < 30
+            time.sleep(0.05)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode != 0 and "going on from step" in said
+    assert checkpoint.load(checkpoint.complete(run)[-1]).progress["step"] > 0
+
+
+def test_a_mistake_is_one_line_from_one_process(tmp_path: Path) -> None:
+    process = torchrun(tmp_path / "run", "--batch-size", "1000", steps=6)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert said.count("fastdcgan: digits has 1797 usable images, fewer than one batch of 1000 on each of 2 ranks") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_saves_in_all_processes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = torchrun(run, steps=100_000)
+    while not (run / "checkpoints" / "step-000006").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert f"fastdcgan train --run-dir {run} --resume" in said
+    step = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["step"]
+    assert f"stopped after step {step:,}" in said
+
+
+def children(pid: int) -> list[int]:
+    """Process numbers of torchrun's workers, first rank first."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
+    return sorted(int(word) for word in listed.stdout.split())
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -44,12 +44,13 @@ def train(config: OmitArgPrefixes[TrainConfig]) -> None:
     from fastdcgan.trainer import Interrupted
     from fastdcgan.trainer import train as run
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        run = record(run)  # torchrun shows the traceback of the process that ended first
     try:
-        run(config)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            record(run)(config)  # torchrun shows the traceback of the process that ended first
+        else:
+            run(config)
     except Interrupted as interrupted:
         sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
 

@@ -69,9 +69,9 @@ shutil.make_archive(str(Path(os.environ["OUT"], "profile")), "gztar", Path(os.en
 PYTHON_END
 section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 7 "128 1024" "example skilled fast-captured")"
 if has pytest; then
-    # The step and the streams first: the kernels' tests compile for every shape they try.
+    # The folders with such tests, the step first: the kernels' tests compile for every shape they try.
     section tests 120 "$PYTHON" -m pytest -q -m gpu -o addopts=--import-mode=importlib -p no:cacheprovider \
-        --continue-on-collection-errors tests/test_step.py tests/data tests/kernels tests
+        --continue-on-collection-errors tests/test_step.py tests/data tests/kernels
 else
     echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
 fi

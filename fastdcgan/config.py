@@ -117,12 +117,12 @@ class TrainConfig:
     """Where everything goes. Default: runs/<data>-<time>."""
     resume: bool = False
     """Go on with the run in --run-dir from its newest checkpoint (or start it, if there is none)."""
-    log_every: int = 20
-    """Steps between lines of metrics."""
-    sample_every: int = 100
-    """Steps between sample grids."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    log_every: int | None = None
+    """Steps between lines of metrics. Default: 20, or more, so that it takes at most 0.5% of the time."""
+    sample_every: int | None = None
+    """Steps between sample grids. Default: 100, or more, likewise."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints. Default: 500, or more, likewise."""
     keep: int = 3
     """Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them."""
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"

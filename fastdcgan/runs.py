@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -47,10 +48,27 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--run-dir {path}: another process is training there; choose another folder") from None
-        self.path, self.config = path, config
+        self.path, self.config, self.facts = path, config, facts
         checkpoint.remove_unfinished(path)
-        content = {"config": config.as_json(), "data": facts, "versions": versions(), "device": describe_device(facts)}
-        replace_file(path / "config.json", (json.dumps(content, indent=1) + "\n").encode())
+        self.write_config()
+
+    def keep_intervals(self, every: dict[str, int]) -> None:
+        """Have a resumed run log, sample and save at the same steps as this one."""
+        intervals: dict[str, Any] = {f"{name}_every": steps for name, steps in every.items()}
+        config = dataclasses.replace(self.config, **intervals)
+        if config != self.config:
+            self.config = config
+            self.write_config()
+
+    def write_config(self) -> None:
+        """Write config.json."""
+        content = {
+            "config": self.config.as_json(),
+            "data": self.facts,
+            "versions": versions(),
+            "device": describe_device(self.facts),
+        }
+        replace_file(self.path / "config.json", (json.dumps(content, indent=1) + "\n").encode())
 
 
 def choose_folder(config: TrainConfig, name: str) -> Path:

@@ -23,6 +23,7 @@ from fastdcgan.data import open_dataset
 from fastdcgan.distributed import World, join
 from fastdcgan.errors import UserError
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
+from fastdcgan.pace import USUAL, Pace
 from fastdcgan.quality import COMPARED
 from fastdcgan.runs import RunFolder, choose_folder, saved_config
 from fastdcgan.saver import Saver, position, restore
@@ -141,7 +142,7 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
     if run is not None:  # the first process
         report_skipped(data.skipped, folder)
         some = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))[:COMPARED].tolist()
-        watch = Watch(folder, config, data.take(some), device, done, stream.images)
+        watch = Watch(folder, config, data.take(some), device, done)
     say(
         f"{folder}: {data.count:,} images, {height}x{width}x{data.channels}, {total:,} steps of {config.batch_size}"
         + (f" in each of {world.size} processes" if world.size > 1 else "")
@@ -151,31 +152,41 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
     if device.type == "cuda" and not config.compile:
         say("hint: --compile records the whole step as one CUDA graph, which is several times faster")
 
+    pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
     with stop_signals() as stop, training_progress(done, total) as show:
         stopping, begun = False, done
+        pace.start(done)
         while done < total and not stopping:
             stream.advance()
             step.at(done / total)
             if config.compile and done == begun:
                 with spinner("compiling the step: a minute or two the first time, then kept for later runs"):
                     executor.run()
-                if watch:
-                    watch.compiled(stream.images)
+                pace.start(done + 1)
             else:
                 executor.run()
             done += 1
-            logs, samples = (done % every == 0 or done == total for every in (config.log_every, config.sample_every))
+            logs, samples, saves = (pace.due(name, done) or done == total for name in USUAL)
             raised: list[Alarm] = []
             if logs:
                 metrics = world.means(step.read_metrics())
-                if watch:
-                    epoch, memory = stream.images / data.count, peak_memory(device)
-                    raised += watch.log(done, stream.images, epoch, metrics | step.gradient_norms(), memory)
+                pace.tick(done)
+                with pace.measured("log"):
+                    if watch:
+                        figures = {"step": done, "images": stream.images, "epoch": stream.images / data.count}
+                        figures |= metrics | step.gradient_norms()
+                        figures["images_per_second"] = config.batch_size * world.size / pace.step_seconds
+                        raised += watch.log(figures | {"peak_memory_bytes": peak_memory(device)})
             show(done, watch.status if watch else "")
-            if samples and watch:
-                raised += watch.sample(done, step)
-            if done % config.checkpoint_every == 0 or done == total:
-                saver.save(step, stream, done, watch.quality.distance(step.average) if watch else None)
+            if samples:
+                with pace.measured("sample"):
+                    if watch:
+                        raised += watch.sample(done, step)
+            if saves:
+                with pace.measured("checkpoint"):
+                    saver.save(step, stream, done, watch.quality.distance(step.average) if watch else None)
+            if run and pace.settled:
+                run.keep_intervals(pace.every)
             if logs or samples:
                 raised = world.share(raised)
             if raised and config.on_divergence != "warn":

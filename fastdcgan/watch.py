@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -25,19 +24,16 @@ class Watch:
         real: some of its images, uint8 (N, H, W, C), on the CPU.
         device: where the networks are.
         done: the step the run begins with.
-        images: seen before that, over all processes.
     """
 
-    def __init__(
-        self, run: Path, config: TrainConfig, real: Tensor, device: torch.device, done: int, images: int
-    ) -> None:
+    def __init__(self, run: Path, config: TrainConfig, real: Tensor, device: torch.device, done: int) -> None:
         self.run, self.config = run, config
         random = torch.Generator().manual_seed(config.seed)
         self.latents = torch.randn(GRID, config.latent_dim, generator=random).to(device)
         self.quality = Quality(real, config.latent_dim, config.seed, device)
         self._begin(done)
         self.monitor.picture("real", real[:GRID].permute(0, 3, 1, 2) / 127.5 - 1, done)
-        self.status, self.last = "", (time.monotonic(), images)
+        self.status = ""
 
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done)
@@ -48,27 +44,18 @@ class Watch:
         self.monitor.close()
         self._begin(done)
 
-    def compiled(self, images: int) -> None:
-        """The first step is over, which took as long as compiling: rates are counted from here."""
-        self.status, self.last = "first step done", (time.monotonic(), images)
-
-    def log(self, done: int, images: int, epoch: float, metrics: dict[str, float], memory: int) -> list[Alarm]:
+    def log(self, figures: dict[str, float]) -> list[Alarm]:
         """Write a log point down; the alarms that it raises.
 
         Args:
-            metrics: as `Alarms.look_at_metrics` takes them.
-            memory: peak, in bytes.
+            figures: step, images_per_second, what `Alarms.look_at_metrics` takes, and what else is to be written.
         """
-        now = time.monotonic()
-        rate = (images - self.last[1]) / max(now - self.last[0], 1e-9)
-        self.last = now, images
-        figures = {"step": done, "images": images, "epoch": epoch, **metrics}
-        self.monitor.log(figures | {"images_per_second": rate, "peak_memory_bytes": memory})
+        self.monitor.log(figures)
         self.status = (
-            f"{rate:,.0f} images/s  loss D {metrics['loss_d']:.2f} G {metrics['loss_g']:.2f}"
-            f"  D(x) {metrics['d_real']:.2f}  D(G(z)) {metrics['d_fake']:.2f}"
+            f"{figures['images_per_second']:,.0f} images/s  loss D {figures['loss_d']:.2f} G {figures['loss_g']:.2f}"
+            f"  D(x) {figures['d_real']:.2f}  D(G(z)) {figures['d_fake']:.2f}"
         )
-        return self.tell(self.alarms.look_at_metrics(done, metrics))
+        return self.tell(self.alarms.look_at_metrics(int(figures["step"]), figures))
 
     @torch.no_grad()
     def sample(self, done: int, step: TrainStep) -> list[Alarm]:

@@ -1,0 +1,78 @@
+"""How often a run logs, draws samples and saves: often enough to follow it, seldom enough not to slow it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastdcgan.distributed import World
+
+USUAL = {"log": 20, "sample": 100, "checkpoint": 500}  # steps
+SHARE = 0.005  # of the training time, that each may take where its interval was not asked for
+TRIALS = 2  # the first one warms up, the second one is measured
+
+
+class Pace:
+    """The intervals of a run: those asked for, and the usual ones, stretched where they would take more than SHARE.
+
+    A GPU does the usual 20 steps in less time than it takes to write a line about them.
+
+    Args:
+        asked: steps by name, a key of USUAL; None leaves it to this class.
+        world: whose first process decides.
+        device: what a measurement waits for.
+    """
+
+    def __init__(self, asked: dict[str, int | None], world: World, device: torch.device) -> None:
+        self.every = {name: asked[name] or usual for name, usual in USUAL.items()}
+        self.trials = {name: 0 if asked[name] is None else TRIALS for name in USUAL}
+        self.world, self.device = world, device
+        self.mark, self.step_seconds = (0, time.monotonic()), math.inf
+
+    @property
+    def settled(self) -> bool:
+        """Whether the intervals stay as they are."""
+        return min(self.trials.values()) == TRIALS
+
+    def due(self, name: str, done: int) -> bool:
+        """Whether it is time, after `done` steps."""
+        return done % self.every[name] == 0
+
+    def start(self, done: int) -> None:
+        """Steps take their usual time from here on: the first one compiles."""
+        self.mark = done, time.monotonic()
+
+    def tick(self, done: int) -> None:
+        """`done` steps are over, and the device has done them: a log point has read their losses."""
+        now = time.monotonic()
+        if done > self.mark[0]:
+            self.step_seconds = (now - self.mark[1]) / (done - self.mark[0])
+        self.mark = done, now
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Around the work itself, in all processes; its second time stretches the interval if it must."""
+        if self.trials[name] == TRIALS:
+            yield
+            return
+        self._wait()
+        start = time.monotonic()
+        yield
+        self._wait()
+        seconds = time.monotonic() - start
+        self.trials[name] += 1
+        if self.trials[name] == TRIALS:
+            self.every[name] = self.world.share(stretched(self.every[name], seconds, self.step_seconds))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def stretched(every: int, seconds: float, step_seconds: float) -> int:
+    """The least multiple of `every` at which work of so many seconds takes at most SHARE of the steps' time."""
+    return every * max(1, math.ceil(seconds / (SHARE * every * step_seconds) - 1e-9))

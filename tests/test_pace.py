@@ -1,0 +1,60 @@
+"""How often a run logs, samples and saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdcgan import pace
+from fastdcgan.config import TrainConfig
+from fastdcgan.distributed import ALONE
+from fastdcgan.pace import SHARE, Pace, stretched
+from fastdcgan.trainer import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("every", "seconds", "step_seconds", "expected"),
+    [(100, 0.02, 0.1, 100), (100, 0.05, 0.1, 100), (100, 0.051, 0.1, 200), (20, 0.002, 0.00065, 620)],
+)
+def test_the_least_multiple_that_costs_little(every: int, seconds: float, step_seconds: float, expected: int) -> None:
+    found = stretched(every, seconds, step_seconds)
+    assert found == expected
+    assert seconds <= SHARE * found * step_seconds * (1 + 1e-9)
+    assert found == every or seconds > SHARE * (found - every) * step_seconds
+
+
+def test_what_was_asked_for_stays_and_the_rest_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    tested = Pace({"log": 5, "sample": None, "checkpoint": None}, ALONE, CPU)
+    assert tested.every == {"log": 5, "sample": 100, "checkpoint": 500}
+    tested.start(0)
+    now[0] = 1.0
+    tested.tick(1000)  # a millisecond a step
+    for cost in (9.0, 0.05, 7.0):  # warming up, measured, too late
+        for name in ("log", "sample"):
+            with tested.measured(name):
+                now[0] += cost
+    assert tested.every == {"log": 5, "sample": 10_000, "checkpoint": 500}
+    assert not tested.settled
+    assert tested.due("sample", 20_000) and not tested.due("sample", 20_100) and tested.due("log", 15)
+
+
+def test_a_run_remembers_its_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "USUAL", {"log": 2, "sample": 3, "checkpoint": 4})
+    monkeypatch.setattr(pace, "SHARE", 1e-9)  # anything costs too much
+    small = TrainConfig(
+        data="digits", image_size="16", gen_width=4, latent_dim=8, batch_size=16, device="cpu", log_every=2, steps=12
+    )
+    run = train(TrainConfig(**{**small.__dict__, "run_dir": tmp_path / "run"}))
+    config = json.loads((run / "config.json").read_text())["config"]
+    assert config["log_every"] == 2
+    assert config["sample_every"] > 12 and config["sample_every"] % 3 == 0
+    assert config["checkpoint_every"] > 12 and config["checkpoint_every"] % 4 == 0
+    drawn = sorted(path.stem for path in (run / "samples").glob("step-*"))
+    assert drawn == ["step-000003", "step-000006", "step-000012"], "twice as usual, and at the end"

@@ -20,12 +20,13 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdcgan.bench import contenders, roofline
+from fastdcgan.bench import contenders, overhead, roofline
 from fastdcgan.bench.contenders import Entry, Shape
 from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.bench.profiling import live_bytes
 from fastdcgan.bench.roofline import Rates, median_and_spread, synchronize
 from fastdcgan.console import say
+from fastdcgan.errors import UserError
 
 # Operators that only look at memory otherwise, or reserve it.
 WORKLESS = {
@@ -113,10 +114,14 @@ def bench(
     repetitions: int = 7,
     block_seconds: float = 1.0,
     per_layer: bool = False,
+    follow: bool = False,
     json: Path | None = None,
     command: str = "",
 ) -> list[Row]:
-    """Measure, print the table and return its rows; with `json` write them there too, after every batch size."""
+    """Measure, print the table and return its rows; with `json` write them there too, after every batch size.
+
+    With `follow`, also what logs, samples and checkpoints cost beside the fastest of our steps (`overhead`).
+    """
     contenders.quiet()
     chosen = contenders.entries(names, precision, device)
     rates = {each: roofline.measure_rates(device, each) for each in {entry.precision for entry in chosen}}
@@ -128,15 +133,24 @@ def bench(
             for each in sorted(rates):
                 print(f"\n{each}, batch {shape.batch_size}:\n{roofline.layer_table(passes(shape, each), rates[each])}")
         rows += bench_shape(shape, chosen, device, rates, repetitions, block_seconds)
+        content = describe(device, command) | {
+            "measured": "throughput",
+            "rates": {each: dataclasses.asdict(rate) for each, rate in rates.items()},
+            "network": {name: value for name, value in dataclasses.asdict(shape).items() if name != "batch_size"},
+            "rows": [dataclasses.asdict(row) for row in rows],
+        }
         if json:
-            content = describe(device, command) | {
-                "measured": "throughput",
-                "rates": {each: dataclasses.asdict(rate) for each, rate in rates.items()},
-                "network": {name: value for name, value in dataclasses.asdict(shape).items() if name != "batch_size"},
-                "rows": [dataclasses.asdict(row) for row in rows],
-            }
             write_json(json, content)
     print(table(rows, device.type))
+    ours = [row for row in rows if row.contender.startswith("fast") and row.rounds]
+    if follow and ours:
+        best = max(ours, key=lambda row: row.images_per_second)
+        say(f"following a run of {best.contender} {best.precision}, batch {best.batch_size}")
+        one_shape = dataclasses.replace(shape, batch_size=best.batch_size)
+        content["overhead"] = overhead.overhead(one_shape, device, best.precision, best.contender)
+        print(overhead.sentence(content["overhead"]))
+        if json:
+            write_json(json, content)
     return rows
 
 
@@ -158,7 +172,7 @@ def bench_shape(
         say(f"batch {shape.batch_size}: preparing {entry.name} {entry.precision}")
         try:
             runners.append(prepare(row, entry, shape, device, block_seconds))
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:  # one failure costs one row
+        except (RuntimeError, UserError, torch._dynamo.exc.TorchDynamoException) as error:  # one failure costs one row
             row.remark = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
             say(f"{entry.name} {entry.precision} {row.remark}")
         contenders.set_flags(defaults)

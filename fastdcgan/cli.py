@@ -262,6 +262,7 @@ def bench(
     repetitions: int | None = None,
     block_seconds: float = 1.0,
     per_layer: bool = False,
+    follow: bool = False,
     json: Path | None = None,
 ) -> None:
     """Measure images/s of a training step against the plain example, a tuned one, and the hardware's limit.
@@ -278,6 +279,7 @@ def bench(
         repetitions: rounds in which the contenders take turns (default 7), or epochs with --data (default 3).
         block_seconds: that each contender runs in a round, at least one step.
         per_layer: print the least time of every layer and pass.
+        follow: measure also what logs, samples and checkpoints of a run take of its time.
         json: file for the results.
     """
     from fastdcgan.bench import contenders
@@ -305,7 +307,9 @@ def bench(
     if data is not None:
         bench_data(data=data, epochs=repetitions or 3, **shared)
     else:
-        bench_step(repetitions=repetitions or 7, block_seconds=block_seconds, per_layer=per_layer, **shared)
+        bench_step(
+            repetitions=repetitions or 7, block_seconds=block_seconds, per_layer=per_layer, follow=follow, **shared
+        )
 
 
 def profile(

@@ -75,14 +75,14 @@ def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
     """
     done = int(saved.progress["step"])
     state = dict(saved.tensors["state"])
-    processes = len(state["rng"])
-    if processes == world.size:
-        state["rng"] = state["rng"][world.rank].clone()  # set_state reads from where a view's storage begins
+    random = state["rng"]  # (processes, bytes)
+    if len(random) == world.size and random.shape[1:] == step.rng.get_state().shape:
+        state["rng"] = random[world.rank].clone()  # set_state reads from where a view's storage begins
     else:
-        say(
-            f"note: {world.size} processes where there were {processes}: other noise, and other batches from the same"
-            " place in the data on; the run is no longer the one that never stopped"
-        )
+        change = f"{world.size} processes where there were {len(random)}: other batches from the same place in the data"
+        if len(random) == world.size:
+            change = "another kind of device: other rounding"
+        say(f"note: {change}, and other noise; the run is no longer the one that never stopped")
         step.rng.manual_seed(world.seed(done))
         state["rng"] = step.rng.get_state()
     step.load_weights(saved.tensors)

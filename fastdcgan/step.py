@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from typing import Protocol
 
 import torch
@@ -357,13 +358,21 @@ class Captured:
     def capture(self) -> None:
         """Record one update; where that fails, say why once and stay with ordinary updates (or raise, if required)."""
         graph, penalised, updates = torch.cuda.CUDAGraph(), self.step.penalised(), self.step.updates
-        graph.register_generator_state(self.step.rng)  # so that every replay draws new numbers
+        random = self.step.rng.get_state()
+        with warnings.catch_warnings():  # newer releases find the generator themselves and say that this is deprecated
+            warnings.simplefilter("ignore")
+            graph.register_generator_state(self.step.rng)  # so that every replay draws new numbers
         try:
             # thread_local: the data loader's threads may call CUDA meanwhile.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.step.update()
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            # Ending a spoilt capture fails too, and says less than what spoilt it.
+            reason = str(error.__context__ or error).splitlines()[0]
+            # The update ended anywhere, and torch up to 2.11 leaves its generator in capture mode, where it is no use.
+            self.step.discriminator.requires_grad_(True)
+            self.step.rng = torch.Generator(self.step.source.device)
+            self.step.rng.set_state(random)
             if self.require:
                 raise UserError(
                     f"--cuda-graph on: the step cannot be captured ({reason}); try --cuda-graph auto"

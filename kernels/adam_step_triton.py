@@ -84,47 +84,48 @@ def update(
     ema_decay: float,
 ) -> None:
     """As `adam_step`; copies[k] is that of params[copied[k]], emas[k] that of params[averaged[k]]."""
-    scalars = torch.empty(3, dtype=torch.float32, device=step.device)
-    advance[(1,)](
-        step,
-        scalars,
-        step if lr_tensor is None else lr_tensor,
-        step if ema_decay_tensor is None else ema_decay_tensor,
-        LR=lr if lr_tensor is None else None,
-        EMA_DECAY=ema_decay if ema_decay_tensor is None else None,
-        BETA1=beta1,
-        BETA2=beta2,
-        num_warps=1,
-    )
-    copy_of: list[Tensor | None] = [None] * len(params)
-    ema_of: list[Tensor | None] = [None] * len(params)
-    for i, copy in zip(copied, copies, strict=True):
-        copy_of[i] = copy
-    for i, ema in zip(averaged, emas, strict=True):
-        ema_of[i] = ema
-    low = next((tensor.dtype for tensor in (*grads, *copies) if tensor.dtype in LOW), torch.bfloat16)
-    for first in range(0, len(params), TENSORS):
-        here = range(first, min(first + TENSORS, len(params)))
-        sizes = tuple(params[i].numel() for i in here)
-        begins = tuple(accumulate((triton.cdiv(size, BLOCK) for size in sizes), initial=0))
-        addresses = [
-            tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors[here.start : here.stop])
-            for tensors in (params, grads, exp_avgs, exp_avg_sqs, copy_of, ema_of)
-        ]
-        kernel[(begins[-1],)](
-            *addresses,
+    with torch.cuda.device_of(step):
+        scalars = torch.empty(3, dtype=torch.float32, device=step.device)
+        advance[(1,)](
+            step,
             scalars,
-            BEGINS=begins[:-1],
-            SIZES=sizes,
-            LOW_GRADS=tuple(grads[i].dtype == low for i in here),
-            ALIGNMENT=math.gcd(16, *sizes, *(address for addresses_ in addresses for address in addresses_)),
-            LOW=LOW[low],
+            step if lr_tensor is None else lr_tensor,
+            step if ema_decay_tensor is None else ema_decay_tensor,
+            LR=lr if lr_tensor is None else None,
+            EMA_DECAY=ema_decay if ema_decay_tensor is None else None,
             BETA1=beta1,
             BETA2=beta2,
-            EPS=eps,
-            BLOCK=BLOCK,
-            num_warps=8,
+            num_warps=1,
         )
+        copy_of: list[Tensor | None] = [None] * len(params)
+        ema_of: list[Tensor | None] = [None] * len(params)
+        for i, copy in zip(copied, copies, strict=True):
+            copy_of[i] = copy
+        for i, ema in zip(averaged, emas, strict=True):
+            ema_of[i] = ema
+        low = next((tensor.dtype for tensor in (*grads, *copies) if tensor.dtype in LOW), torch.bfloat16)
+        for first in range(0, len(params), TENSORS):
+            here = range(first, min(first + TENSORS, len(params)))
+            sizes = tuple(params[i].numel() for i in here)
+            begins = tuple(accumulate((triton.cdiv(size, BLOCK) for size in sizes), initial=0))
+            addresses = [
+                tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors[here.start : here.stop])
+                for tensors in (params, grads, exp_avgs, exp_avg_sqs, copy_of, ema_of)
+            ]
+            kernel[(begins[-1],)](
+                *addresses,
+                scalars,
+                BEGINS=begins[:-1],
+                SIZES=sizes,
+                LOW_GRADS=tuple(grads[i].dtype == low for i in here),
+                ALIGNMENT=math.gcd(16, *sizes, *(address for addresses_ in addresses for address in addresses_)),
+                LOW=LOW[low],
+                BETA1=beta1,
+                BETA2=beta2,
+                EPS=eps,
+                BLOCK=BLOCK,
+                num_warps=8,
+            )
 
 
 @update.register_fake

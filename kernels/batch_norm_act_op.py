@@ -70,20 +70,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean (groups, C) and inverse deviation (groups, C); groups is 1 in evaluation mode."""
     channels = x.shape[1]
-    rows = x.numel() // (channels * groups)
-    return launch_forward(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        training,
-        momentum,
-        eps,
-        negative_slope,
-        groups,
-        kernels.plan(rows, channels, groups),
-    )
+    plan = kernels.plan(x.numel() // (channels * groups), channels, groups)
+    with torch.cuda.device_of(x):
+        return launch_forward(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan
+        )
 
 
 @forward.register_fake
@@ -105,10 +96,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias."""
     groups, channels = mean.shape
-    rows = x.numel() // (channels * groups)
-    return launch_backward(
-        x, dy, weight, bias, mean, inverse, training, negative_slope, kernels.plan(rows, channels, groups)
-    )
+    plan = kernels.plan(x.numel() // (channels * groups), channels, groups)
+    with torch.cuda.device_of(x):
+        return launch_backward(x, dy, weight, bias, mean, inverse, training, negative_slope, plan)
 
 
 @backward.register_fake

@@ -17,22 +17,23 @@ def gather(images: Tensor, index: Tensor | None, flip: Tensor | None, out: Tenso
     count, channels, height, width = out.shape
     if out.numel() == 0:
         return
-    grid = (count, triton.cdiv(height * width * channels, BLOCK))
-    kernel[grid](
-        images,
-        images if index is None else index,
-        images if flip is None else flip.view(torch.uint8),
-        out,
-        len(images),
-        HEIGHT=height,
-        WIDTH=width,
-        CHANNELS=channels,
-        INDEXED=index is not None,
-        FLIPPED=flip is not None,
-        COMPUTED=tl.float64 if out.dtype == torch.float64 else tl.float32,
-        BLOCK=BLOCK,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(images):
+        grid = (count, triton.cdiv(height * width * channels, BLOCK))
+        kernel[grid](
+            images,
+            images if index is None else index,
+            images if flip is None else flip.view(torch.uint8),
+            out,
+            len(images),
+            HEIGHT=height,
+            WIDTH=width,
+            CHANNELS=channels,
+            INDEXED=index is not None,
+            FLIPPED=flip is not None,
+            COMPUTED=tl.float64 if out.dtype == torch.float64 else tl.float32,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 @gather.register_fake

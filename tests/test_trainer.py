@@ -20,8 +20,11 @@ from safetensors.torch import load_file
 
 from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
+from fastdcgan.distributed import ALONE
 from fastdcgan.errors import UserError
+from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.runs import load_run
+from fastdcgan.saver import restore
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
 
@@ -96,6 +99,21 @@ def test_resume_is_the_same_run(straight: Path, tmp_path: Path, stop: int) -> No
     assert_equal_bits(run, straight, 12)
     assert metrics(run)[-1] == metrics(straight)[-1]
     assert [line["step"] for line in metrics(run)][-2:] == [8, 12]
+
+
+def test_random_numbers_of_another_kind_of_device_are_drawn_anew(
+    straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU's generator has another state than a CPU's."""
+    saved = checkpoint.load(straight / "checkpoints" / "step-000012")
+    saved.tensors["state"]["rng"] = torch.zeros(1, 16, dtype=torch.uint8)
+    generator, discriminator = build_generator("dcgan", (16, 16), 1, 8, 4), build_discriminator("dcgan", (16, 16), 1, 4)
+    source = torch.zeros(16, 16, 16, 1, dtype=torch.uint8)
+    step = TrainStep(generator, discriminator, source, torch.arange(16))
+    assert restore(step, saved, ALONE) == 12
+    assert "another kind of device" in capsys.readouterr().err
+    assert torch.equal(step.weights()["generator"]["main.0.weight"], saved.tensors["generator"]["main.0.weight"])
+    step.update()
 
 
 def test_another_seed_is_another_run(straight: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device reaches on the simplest work there is: FLOP/s of a square matrix product, bytes/s of a copy."""
+    """What a device reaches on the simplest work there is: FLOP/s of a matrix product, bytes/s of a copy."""
 
     matrix: float
     copy: float
@@ -126,12 +126,17 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
     """The best of several rounds: a floor is what the device can do, not what it mostly does."""
     dtype = DTYPES[precision]
     side, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     c = torch.empty_like(a)
     matrix = 2 * side**3 / _best_seconds(lambda: torch.mm(a, b, out=c), device)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    # The library of convolutions is another one, on some processors a faster one: the floor takes the better of both.
+    x = torch.randn(32, 256, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    flops = 2 * 32 * 30 * 30 * w.numel()
+    matrix = max(matrix, flops / _best_seconds(lambda: torch.conv2d(x, w), device))
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     copy = 2 * copied / _best_seconds(lambda: target.copy_(source), device)

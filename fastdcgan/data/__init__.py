@@ -52,7 +52,8 @@ def open_dataset(
         cache: where decoded images are kept for later epochs: "device", "host", "disk", "off", or "auto", the first
             of these in which they take up only part of what is free.
         cache_dir: for downloads, kept images and verdicts on files; None for ~/.cache/fastdcgan.
-        crop: "centre", or "random", one place an image drawn from the seed.
+        crop: of oblong files, "centre", or "random": another place every epoch, drawn from the seed, so such images
+            are decoded every time and never kept. `Dataset.take` shows them as the first epoch does.
         strict: make the first unusable file an error instead of leaving it out.
         rank, world_size: which share of each batch `stream` delivers.
 
@@ -64,6 +65,8 @@ def open_dataset(
     for option, value, known in (("loader", loader, LOADERS), ("cache", cache, CACHES), ("crop", crop, CROPS)):
         if value not in known:
             raise UserError(f"--{option} {value} is not known: use one of {', '.join(known)}")
+    if crop == "random" and cache not in ("auto", "off"):
+        raise UserError(f"--crop random is another crop every epoch, which --cache {cache} cannot keep: leave one out")
     if channels not in (None, 1, 3, 4):
         raise UserError(f"--channels {channels} is not possible: use 1 (grey), 3 (colour) or 4 (with transparency)")
     if device.type == "cuda" and device.index is None:
@@ -84,6 +87,8 @@ def open_dataset(
     if path.suffix == ".npy" and path.is_file():
         from fastdcgan.data.packed import open_packed
 
+        if crop == "random":
+            raise UserError(f"{path} holds pictures that are cropped already: leave --crop random out")
         return open_packed(path, image_size, channels, **placed)
     return _files(
         path.stem.split("{")[0].strip("-_.") or "images", open_source(source), strict=strict, **files, **placed
@@ -100,7 +105,7 @@ def _named(
     name: str, image_size: tuple[int, int], channels: int | None, cache_dir: Path, placed: dict[str, Any]
 ) -> Dataset:
     """A set that fits in memory as it is."""
-    from fastdcgan.data import embedded, named
+    from fastdcgan.data import embedded
     from fastdcgan.data.array_dataset import ArrayDataset
 
     if name == "digits":
@@ -108,6 +113,8 @@ def _named(
     elif name == "fake":
         flip, (array, labels, class_names) = True, embedded.fake(image_size, channels or 3, placed["seed"])
     else:
+        from fastdcgan.data import named
+
         known = named.KNOWN[name]
         flip = known.flip
         array, labels, class_names = named.arrays(name, cache_dir / "datasets", image_size, channels or known.channels)

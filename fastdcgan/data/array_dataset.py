@@ -41,7 +41,7 @@ class ArrayDataset(Dataset):
         self.skipped = []
         self._device, self._cache = device, cache
         self._order = Order(self.count, seed, rank, world_size)
-        self._usable = Usable(np.ones(self.count, dtype=bool), lambda i, reason: None)
+        self._usable = Usable(np.ones(self.count, dtype=bool), lambda broken: None)
         self._host = Store.complete(array)
         self._store: Store | None = None
 

@@ -20,7 +20,7 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from fastdcgan.data.header import JPEG, PNG
-from fastdcgan.data.loader import Decoded, Loader, ahead, enter_resized, in_pieces
+from fastdcgan.data.loader import Decoded, Loader, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import UnusableImage
 
@@ -37,11 +37,8 @@ class _Batch:
     work: list[Future[None]]
     encoded: dict[int, bytes] = field(default_factory=dict)  # row -> file, for the rows that DALI decodes
 
-    def for_dali(self) -> tuple[Ids, list[bytes]]:
-        """(image numbers, files) in the order of `rows`."""
-        return self.decoded.ids[self.rows()], [self.encoded[row] for row in self.rows()]
-
     def rows(self) -> list[int]:
+        """The rows that DALI decodes, in the order in which it gets them."""
         return sorted(self.encoded)
 
 
@@ -61,20 +58,19 @@ class DaliLoader(Loader):
         self._pipeline: Pipeline | None = None
         self._max_batch = 0
 
-    def decode(self, requests: Iterable[Ids]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
-        def begin(ids: Ids) -> _Batch:
-            images = torch.empty((len(ids), *self.image_size, self.channels), dtype=torch.uint8)
-            batch = _Batch(Decoded(ids, images), [])
-            batch.work = in_pieces(pool, lambda rows: self._prepare_rows(batch, rows), np.arange(len(ids)))
+        def begin(request: Request) -> _Batch:
+            batch = _Batch(self.begin(request), [])
+            batch.work = in_pieces(pool, lambda rows: self._prepare_rows(batch, rows), np.arange(len(request.ids)))
             return batch
 
         def start(batch: _Batch) -> _Batch:
             for piece in batch.work:
                 piece.result()
             if batch.encoded:
-                self._feed(*batch.for_dali())
+                self._feed(batch, batch.rows())
             return batch
 
         try:
@@ -105,18 +101,18 @@ class DaliLoader(Loader):
                 if self.fast[i]:
                     batch.encoded[row] = data
                 else:
-                    images[row] = self.pillow(i, data)
+                    images[row] = self.pillow(decoded, row, data)
             except UnusableImage as fault:
                 decoded.broken[i] = str(fault)
 
-    def _feed(self, ids: Ids, files: list[bytes]) -> None:
-        """Start decoding in the pipeline; a file it cannot take shows in `_outputs`."""
-        if self._pipeline is None or len(ids) > self._max_batch:
-            self._max_batch = max(len(ids), self._max_batch)
+    def _feed(self, batch: _Batch, rows: list[int]) -> None:
+        """Start decoding these rows in the pipeline; a file it cannot take shows in `_outputs`."""
+        if self._pipeline is None or len(rows) > self._max_batch:
+            self._max_batch = max(len(rows), self._max_batch)
             self._pipeline = self._build(self._max_batch)
-        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in files])
-        self._pipeline.feed_input("anchor", self.boxes[ids, :2])
-        self._pipeline.feed_input("shape", self.boxes[ids, 2:])
+        self._pipeline.feed_input("encoded", [np.frombuffer(batch.encoded[row], np.uint8) for row in rows])
+        self._pipeline.feed_input("anchor", batch.decoded.boxes[rows, :2])
+        self._pipeline.feed_input("shape", batch.decoded.boxes[rows, 2:])
         self._pipeline.schedule_run()
 
     def _build(self, max_batch: int) -> Pipeline:
@@ -147,7 +143,7 @@ class DaliLoader(Loader):
             return []
         pictures = self._outputs()
         if pictures is None:
-            pictures = self._decode_around_the_broken(batch.decoded, *batch.for_dali())
+            pictures = self._decode_around_the_broken(batch, batch.rows())
         return pictures
 
     def _outputs(self) -> list[Any] | None:
@@ -175,24 +171,25 @@ class DaliLoader(Loader):
         self._pipeline.release_outputs()
         return copied
 
-    def _decode_around_the_broken(self, decoded: Decoded, ids: Ids, files: list[bytes]) -> list[Any]:
-        """The same images in halves, until every image DALI cannot decode stands alone; those are left to Pillow."""
-        if len(ids) > 1:
-            half = len(ids) // 2
+    def _decode_around_the_broken(self, batch: _Batch, rows: list[int]) -> list[Any]:
+        """These rows in halves, until every image DALI cannot decode stands alone; those are left to Pillow."""
+        if len(rows) > 1:
+            half = len(rows) // 2
             pictures = []
-            for part in (slice(None, half), slice(half, None)):
-                self._feed(ids[part], files[part])
+            for part in (rows[:half], rows[half:]):
+                self._feed(batch, part)
                 of_part = self._outputs()
                 if of_part is None:
-                    of_part = self._decode_around_the_broken(decoded, ids[part], files[part])
+                    of_part = self._decode_around_the_broken(batch, part)
                 pictures += of_part
             return pictures
-        i = int(ids[0])
+        (row,) = rows
+        i = int(batch.decoded.ids[row])
         self.fast[i] = False
         try:
-            picture = self.pillow(i, files[0])[..., : min(self.channels, 3)]
+            picture = self.pillow(batch.decoded, row, batch.encoded[row])[..., : min(self.channels, 3)]
         except UnusableImage as fault:
-            decoded.broken[i] = str(fault)
+            batch.decoded.broken[i] = str(fault)
             picture = np.zeros((*self.image_size, min(self.channels, 3)), dtype=np.uint8)
         return [picture] if self.device.type == "cpu" else [torch.from_numpy(picture.copy()).to(self.device)]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from fastdcgan.data.loader import Decoded, Loader
+from fastdcgan.data.loader import Decoded, Loader, Request
 from fastdcgan.data.order import Ids, Order
 from fastdcgan.data.store import Store
 
@@ -19,16 +19,18 @@ LEAST_REQUEST = 64  # images decoded together, where a batch is smaller
 class Usable:
     """Which files of a set can be used, shared by all its streams; shrinks when a file breaks while it is decoded."""
 
-    def __init__(self, mask: np.ndarray[tuple[int], np.dtype[np.bool_]], on_broken: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, mask: np.ndarray[tuple[int], np.dtype[np.bool_]], on_broken: Callable[[dict[int, str]], None]
+    ) -> None:
         self.mask = mask  # bool (n,)
         self._on_broken = on_broken
 
     def drop(self, broken: dict[int, str]) -> None:
         """Raises what `on_broken` raises: UserError under --strict, or when too few images are left."""
-        for i, reason in broken.items():
-            if self.mask[i]:
-                self.mask[i] = False
-                self._on_broken(i, reason)
+        new = {i: reason for i, reason in broken.items() if self.mask[i]}
+        if new:
+            self.mask[list(new)] = False
+            self._on_broken(new)
 
 
 class Feed(ABC):
@@ -104,30 +106,32 @@ class StoreFeed(Feed):
     def _nothing_missing(self) -> bool:
         return bool(self.store.present[self.usable.mask].all())
 
-    def _missing(self, cursor: int) -> Iterator[Ids]:
+    def _missing(self, cursor: int) -> Iterator[Request]:
         """Requests for the images that are not in the store, in the order in which they will be needed."""
         requested = self.store.present | ~self.usable.mask
         waiting: Ids = np.empty(0, dtype=np.int64)
         while not requested.all():
             block = self.order.slice(cursor, self._request)
             cursor += self._request
-            new = block[~requested[block]]
+            new = block[~(requested[block] | self.store.present[block])]  # another stream may have brought some
             new = new[np.sort(np.unique(new, return_index=True)[1])]  # a small set may come up twice in a block
-            requested[new] = True
+            requested[block] = True
             waiting = np.concatenate([waiting, new])
             if len(waiting) >= self._request:
-                yield waiting[: self._request]
+                yield Request(waiting[: self._request])
                 waiting = waiting[self._request :]
         if len(waiting):
-            yield waiting
+            yield Request(waiting)
 
 
 class DecodeFeed(Feed):
-    """Images decoded every time they come up, for sets that fit nowhere."""
+    """Images decoded every time they come up: for sets that fit nowhere, and for crops that are new every epoch."""
 
-    def __init__(self, order: Order, cursor: int, usable: Usable, loader: Loader, request: int) -> None:
+    def __init__(
+        self, order: Order, cursor: int, usable: Usable, loader: Loader, request: int, *, random_crop: bool
+    ) -> None:
         super().__init__(order, cursor, usable)
-        self.device = loader.device
+        self.device, self._random_crop = loader.device, random_crop
         self._cursors: deque[Ids] = deque()  # for the requests under way: the cursor behind each image
         self._decoded = loader.decode(self._requests(cursor, request))
         self._ready: torch.Tensor | None = None  # decoded, not yet handed out
@@ -153,12 +157,12 @@ class DecodeFeed(Feed):
     def close(self) -> None:
         self._decoded.close()  # type: ignore[attr-defined]
 
-    def _requests(self, cursor: int, request: int) -> Iterator[Ids]:
+    def _requests(self, cursor: int, request: int) -> Iterator[Request]:
         while True:
             ids, after = self.order.take(cursor, request, self.usable.mask)
             cursor = int(after[-1])
             self._cursors.append(after)
-            yield ids
+            yield Request(ids, self.order.random_places(ids, after) if self._random_crop else None)
 
 
 def sound_rows(decoded: Decoded) -> Ids:

@@ -16,8 +16,8 @@ from fastdcgan.data import room
 from fastdcgan.data.census import Census, remember, take_census
 from fastdcgan.data.dataset import PIECE, Dataset, Stream, require_a_batch
 from fastdcgan.data.feed import LEAST_REQUEST, DecodeFeed, Feed, StoreFeed, Usable, select, sound_rows
-from fastdcgan.data.loader import Loader
-from fastdcgan.data.order import Ids, Order, Position
+from fastdcgan.data.loader import Loader, Request
+from fastdcgan.data.order import Ids, Order, Position, random_places
 from fastdcgan.data.source import EncodedSource, printable
 from fastdcgan.data.store import DiskStore, Shape, Store
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
@@ -91,7 +91,7 @@ class FileDataset(Dataset):
         if store is not None:
             taken[torch.from_numpy(~missing)] = store.read(wanted[~missing])
         rows = np.flatnonzero(missing)
-        requests = (wanted[rows[start : start + PIECE]] for start in range(0, len(rows), PIECE))
+        requests = (self._request(wanted[rows[start : start + PIECE]]) for start in range(0, len(rows), PIECE))
         done = 0
         for decoded in self.loader().decode(requests):
             these = rows[done : done + len(decoded.ids)]
@@ -102,6 +102,11 @@ class FileDataset(Dataset):
                 if int(i) in decoded.broken:
                     taken[row] = self.take([self._stand_in(int(np.searchsorted(self._numbers, i)))])[0]
         return taken
+
+    def _request(self, ids: Ids) -> Request:
+        """These files as the first epoch shows them."""
+        random = self._crop == "random"
+        return Request(ids, random_places(len(self._source), self._seed, 0)[ids] if random else None)
 
     def _stand_in(self, index: int) -> int:
         """The next index after a broken one with a usable image, of the same class where there is one."""
@@ -116,7 +121,7 @@ class FileDataset(Dataset):
         return f"{self._source.fingerprint()} {self._crop} {self._seed * (self._crop == 'random')} {self._loader_name}"
 
     def pieces(self, start: int) -> Iterator[tuple[int, int, list[int], torch.Tensor]]:
-        requests = (self._numbers[first : first + PIECE] for first in range(start, self.count, PIECE))
+        requests = (self._request(self._numbers[first : first + PIECE]) for first in range(start, self.count, PIECE))
         for decoded in self.loader().decode(requests):
             self._usable.drop(decoded.broken)
             rows = sound_rows(decoded)
@@ -138,7 +143,8 @@ class FileDataset(Dataset):
             if isinstance(feed, StoreFeed) and self._store.array.device == self._device:
                 return ResidentStream(feed, batch_size, position)
         else:
-            feed = DecodeFeed(self._order, position.taken, self._usable, self.loader(), request)
+            random = self._crop == "random"
+            feed = DecodeFeed(self._order, position.taken, self._usable, self.loader(), request, random_crop=random)
         shape = (batch_size, *self.shape[1:])
         if self._device.type == "cuda":
             return StagedStream(feed, shape, self._device, position)
@@ -147,18 +153,16 @@ class FileDataset(Dataset):
     def _leave_out_again(self, state: dict[str, Any] | None) -> None:
         """A continued run leaves out what it left out before, so that the order stays the same."""
         if state and state["count"] == len(self._source):
-            self._usable.drop(dict.fromkeys(state["unusable"], "left out since the run began"))
+            for i in state["unusable"]:
+                if self._usable.mask[i]:  # repaired meanwhile: no verdict on the file, only a matter of this run
+                    self._usable.mask[i] = False
+                    self.skipped.append((printable(self._source.names[i]), "left out since the run began"))
 
     def loader(self) -> Loader:
         """A new loader for these images."""
-        places = None
-        if self._crop == "random":
-            # One place an image for the whole run: what is decoded once can only be cropped once.
-            places = np.random.default_rng([self._seed, 1]).random((len(self._source), 2))
         options: dict[str, Any] = {
             "image_size": self.image_size,
             "channels": self.channels,
-            "places": places,
             "threads": room.cores(),
         }
         if self._loader_name == "dali":
@@ -169,12 +173,13 @@ class FileDataset(Dataset):
 
         return TorchLoader(self._source, self._census, **options)
 
-    def _on_broken(self, i: int, reason: str) -> None:
-        name = printable(self._source.names[i])
-        self.skipped.append((name, reason))
-        if self._strict:
-            raise UserError(f"{name}: {reason} (--strict stops at the first unusable file)")
-        self._census.drop(i, reason)
+    def _on_broken(self, broken: dict[int, str]) -> None:
+        for i, reason in broken.items():
+            name = printable(self._source.names[i])
+            self.skipped.append((name, reason))
+            if self._strict:
+                raise UserError(f"{name}: {reason} (--strict stops at the first unusable file)")
+            self._census.drop(i, reason)
         if self._memory is not None:
             remember(self._census, self._source, self._memory)
         left = int(self._usable.mask.sum())
@@ -184,7 +189,9 @@ class FileDataset(Dataset):
             )
 
     def _choose_store(self) -> Store | None:
-        """Where decoded images are kept; None for nowhere."""
+        """Where decoded images are kept; None for nowhere, also where every epoch crops them in another place."""
+        if self._crop == "random":
+            return None
         size, mode, on_device = int(np.prod(self.shape, dtype=np.int64)), self._cache, self._device.type == "cuda"
         on_disk = self._cache_dir / "images" / f"{self.name}-{self._key()}.npy"
         if mode == "auto" and on_disk.exists():
@@ -222,8 +229,7 @@ class FileDataset(Dataset):
 
     def _key(self) -> str:
         """Names the kept images: one file for each path, size and way of decoding."""
-        crop = f"random {self._seed}" if self._crop == "random" else self._crop
-        parts = (self._source.path.absolute(), self.image_size, self.channels, crop, self._loader_name, PICTURES)
+        parts = (self._source.path.absolute(), self.image_size, self.channels, self._loader_name, PICTURES)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,11 +32,20 @@ Begun = TypeVar("Begun")
 AT_ONCE = 16  # images one thread reads or decodes before the next thread may have the interpreter
 
 
+class Request(NamedTuple):
+    """Images wanted together."""
+
+    ids: Ids  # int64 (n,): their numbers
+    places: NDArray[np.float64] | None = None  # (n, 2) in 0..1: where each is cropped (see cover_box); None: centre
+
+
 @dataclass
 class Decoded:
     """The pixels of one request."""
 
     ids: Ids  # int64 (n,): the image numbers, as requested
+    places: NDArray[np.float64]  # (n, 2): where each is cropped
+    boxes: NDArray[np.int32]  # (n, 4): the same as top, left, height, width of the part that is shown
     images: torch.Tensor  # uint8 (n, H, W, C); the rows of broken files mean nothing
     broken: dict[int, str] = field(default_factory=dict)  # image number -> reason
 
@@ -53,24 +62,26 @@ class Loader(ABC):
         *,
         image_size: tuple[int, int],
         channels: int,
-        places: NDArray[np.float64] | None,
         threads: int,
     ) -> None:
-        """`places`: float64 (n, 2) in 0..1, where each image is cropped (see cover_box); None for the centre."""
         self.source, self.census, self.image_size, self.channels = source, census, image_size, channels
-        self.places, self.threads = places, threads
-        self.boxes = cover_boxes(census.sizes, image_size, places)  # int32 (n, 4): top, left, height, width
+        self.threads = threads
+        boxes = cover_boxes(census.sizes, image_size)
         # bool (n,): files for the fast decoder. The rest goes to Pillow: what is odd, and the JPEGs at least twice as
         # large as needed, because libjpeg's scaled decoding, which only Pillow offers, beats any full decoding.
-        scaled = (census.kind == JPEG) & (self.boxes[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
+        scaled = (census.kind == JPEG) & (boxes[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
         self.fast = (census.kind != OTHER) & (census.kind != UNUSABLE) & ~scaled
 
     @abstractmethod
-    def decode(self, requests: Iterable[Ids]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
         """One `Decoded` for each request, in order. Closing the iterator stops the work."""
 
-    def place(self, i: int) -> tuple[float, float]:
-        return (0.5, 0.5) if self.places is None else (float(self.places[i, 0]), float(self.places[i, 1]))
+    def begin(self, request: Request) -> Decoded:
+        """A request with nothing decoded yet."""
+        places = np.full((len(request.ids), 2), 0.5) if request.places is None else request.places
+        boxes = cover_boxes(self.census.sizes[request.ids], self.image_size, places)
+        images = torch.empty((len(request.ids), *self.image_size, self.channels), dtype=torch.uint8)
+        return Decoded(request.ids, places, boxes, images)
 
     def read(self, i: int) -> bytes:
         """The encoded file. Raises UnusableImage."""
@@ -79,19 +90,21 @@ class Loader(ABC):
         except OSError as error:
             raise UnusableImage(why_unreadable(error)) from None
 
-    def pillow(self, i: int, data: bytes) -> NDArray[np.uint8]:
-        return pillow_decode.decode(data, self.image_size, self.channels, self.place(i))
+    def pillow(self, decoded: Decoded, row: int, data: bytes) -> Pixels:
+        """uint8 (H, W, C): what is to be in this row. Raises UnusableImage."""
+        top, left = decoded.places[row].tolist()
+        return pillow_decode.decode(data, self.image_size, self.channels, (top, left))
 
 
 def cover_boxes(
-    sizes: NDArray[np.int32], target: tuple[int, int], places: NDArray[np.float64] | None
+    sizes: NDArray[np.int32], target: tuple[int, int], places: NDArray[np.float64] | float = 0.5
 ) -> NDArray[np.int32]:
     """`pillow_decode.cover_box` of many images: int32 (n, 4) from sizes int32 (n, 2) and places float64 (n, 2)."""
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
     wide = width * target[0] >= height * target[1]
     box_height = np.where(wide, height, np.maximum(1, np.rint(width * target[0] / target[1])))
     box_width = np.where(wide, np.maximum(1, np.rint(height * target[1] / target[0])), width)
-    place = np.full((len(sizes), 2), 0.5) if places is None else places
+    place = np.broadcast_to(places, (len(sizes), 2))
     top, left = (height - box_height) * place[:, 0], (width - box_width) * place[:, 1]
     return np.stack([top, left, box_height, box_width], axis=1).astype(np.int32)
 

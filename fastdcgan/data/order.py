@@ -30,6 +30,13 @@ def permutation(count: int, seed: int, epoch: int) -> Ids:
     return np.argsort(bits, kind="stable").astype(np.int64)
 
 
+@lru_cache(maxsize=4)
+def random_places(count: int, seed: int, epoch: int) -> NDArray[np.float64]:
+    """float64 (count, 2) in 0..1: where each image is cropped in epoch number `epoch` (see pillow_decode.cover_box)."""
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, 1])).random_raw(2 * count)
+    return (bits >> np.uint64(11)).reshape(count, 2).astype(np.float64) * 2.0**-53  # 53 bits: below 1 also as a float
+
+
 class Order:
     """The endless sequence of image numbers that one rank sees; element k is global element rank + world_size * k."""
 
@@ -65,6 +72,18 @@ class Order:
             start += length
         return images[:length], after[:length]
 
+    def random_places(self, images: Ids, after: Ids) -> NDArray[np.float64]:
+        """float64 (n, 2): where the images that `take` gave are cropped at random.
+
+        Another place every epoch, and, whatever the number of ranks, the same one for an image in an epoch.
+        """
+        epochs = (self.rank + self.world_size * (after - 1)) // self.count
+        places = np.empty((len(images), 2))
+        for epoch in np.unique(epochs).tolist():
+            these = epochs == epoch
+            places[these] = random_places(self.count, self.seed, epoch)[images[these]]
+        return places
+
 
 @dataclass
 class Position:
@@ -85,11 +104,17 @@ class Position:
 
     @classmethod
     def resume(cls, order: Order, state: dict[str, Any] | None) -> Position:
-        """The position saved in `state`; the beginning where there is none."""
+        """The position saved in `state`; the beginning where there is none.
+
+        `state` may come from another number of ranks: these begin together where those were, if all had come equally
+        far (ranks drift apart by the broken files that one meets more than another).
+        """
         if state is None:
             return cls()
         taken_by_all = state["taken"] * state["world_size"]
         if state["count"] != order.count:
             say(f"the data changed: {order.count} files where there were {state['count']}; going on with a new epoch")
             taken_by_all = -(-taken_by_all // state["count"]) * order.count
-        return cls(taken_by_all // order.world_size, state["images"])
+        # The first element of this rank, rank + world_size * k, that is not below.
+        taken = max(-((order.rank - taken_by_all) // order.world_size), 0)
+        return cls(taken, state["images"])

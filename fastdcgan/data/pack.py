@@ -44,7 +44,8 @@ def pack(
     at all. Interrupted, even killed, it goes on where it was when the same command is given again.
 
     Args:
-        data, image_size, channels, loader, crop, seed, strict, cache_dir: see `fastdcgan.data.open_dataset`.
+        data, image_size, channels, loader, seed, strict, cache_dir: see `fastdcgan.data.open_dataset`.
+        crop: "centre", or "random", where each image is packed in one place drawn from the seed, for every epoch.
 
     Raises:
         UserError: as `open_dataset`; `out` exists with other content, cannot be written, or does not fit on the disk.

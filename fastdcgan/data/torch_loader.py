@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastdcgan.data.header import JPEG
-from fastdcgan.data.loader import Decoded, Loader, Pixels, ahead, enter_resized, in_pieces
+from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import UnusableImage
 
@@ -25,12 +25,12 @@ class TorchLoader(Loader):
         super().__init__(*args, **kwargs)
         self.fast &= self.census.kind == JPEG
 
-    def decode(self, requests: Iterable[Ids]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
-        def begin(ids: Ids) -> tuple[Decoded, list[Future[None]]]:
-            decoded = Decoded(ids, torch.empty((len(ids), *self.image_size, self.channels), dtype=torch.uint8))
-            work = in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.arange(len(ids)))
+        def begin(request: Request) -> tuple[Decoded, list[Future[None]]]:
+            decoded = self.begin(request)
+            work = in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.arange(len(decoded.ids)))
             return decoded, work
 
         try:
@@ -50,25 +50,25 @@ class TorchLoader(Loader):
             i = int(decoded.ids[row])
             try:
                 data = self.read(i)
-                part = self._fast_decode(i, data) if self.fast[i] else None
+                part = self._fast_decode(decoded, row, data) if self.fast[i] else None
                 if part is None:
-                    images[row] = self.pillow(i, data)
+                    images[row] = self.pillow(decoded, row, data)
                 else:
                     to_resize[row] = part
             except UnusableImage as fault:
                 decoded.broken[i] = str(fault)
         enter_resized(images, list(to_resize), list(to_resize.values()))
 
-    def _fast_decode(self, i: int, data: bytes) -> Pixels | None:
-        """uint8 (h, w, 1 or 3): the part of image i that is shown; None where torchvision cannot."""
+    def _fast_decode(self, decoded: Decoded, row: int, data: bytes) -> Pixels | None:
+        """uint8 (h, w, 1 or 3): the part of this row's image that is shown; None where torchvision cannot."""
         from torchvision.io import ImageReadMode, decode_jpeg
 
         mode = ImageReadMode.GRAY if self.channels == 1 else ImageReadMode.RGB
-        top, left, height, width = self.boxes[i].tolist()
+        top, left, height, width = decoded.boxes[row].tolist()
         try:
             image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=mode)
         except RuntimeError:
             return None
-        if image.shape[1:] != tuple(self.census.sizes[i]):  # rewritten since it was looked at
+        if image.shape[1:] != tuple(self.census.sizes[decoded.ids[row]]):  # rewritten since it was looked at
             return None
         return image[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()

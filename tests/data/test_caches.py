@@ -16,6 +16,7 @@ import torch
 
 from fastdcgan.data import Dataset, default_cache_dir, room
 from fastdcgan.data.loader import Loader
+from fastdcgan.data.order import Order
 from fastdcgan.data.store import DiskStore
 from fastdcgan.errors import UserError
 
@@ -93,11 +94,11 @@ def test_a_changed_source_is_noticed(
     assert torch.equal(more.take(range(COUNT)), fresh)
 
 
-def test_other_sizes_channels_and_crops_are_kept_apart(
+def test_other_sizes_channels_and_loaders_are_kept_apart(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
 ) -> None:
     folder = make_folder(COUNT)
-    ways = [{}, {"image_size": (8, 8)}, {"channels": 1}, {"crop": "random"}, {"crop": "random", "seed": 1}]
+    ways = [{}, {"image_size": (8, 8)}, {"channels": 1}, {"loader": "torch"}]
     for number, way in enumerate(ways, start=1):
         batches(opened(folder, cache="disk", **way).stream(4), 3)
         assert kept_files().count(".npy") == number
@@ -270,7 +271,56 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(Path(fastdcgan.__file__).parent.parent)}
 
 
-def test_two_processes_can_fill_one_file(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+def test_what_one_rank_has_decoded_another_does_not(
+    loader: str, reads: list[int], make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    folder, count = make_folder(800), 800
+    first, second = (
+        opened(folder, loader=loader, cache="disk", rank=rank, world_size=2).stream(50) for rank in range(2)
+    )
+    batches(second, 1)
+    batches(first, 8)  # its half of the first epoch
+    half = set(Order(count, 0, 0, 2).slice(0, count // 2).tolist())
+    first.close()
+    reads.clear()
+    batches(second, 7)
+    second.close()
+    assert not set(reads) & half
+
+
+RANK = """
+import sys, torch
+from pathlib import Path
+from fastdcgan.data import open_dataset
+folder, rank, batches = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+data = open_dataset(folder, image_size=(16, 16), device=torch.device("cpu"), cache="disk", rank=rank, world_size=2)
+stream = data.stream(6)
+for _ in range(batches):
+    stream.advance()
+    print(*stream.index.tolist())  # the whole set is the source, so these are the numbers of the files
+"""
+
+
+def test_two_processes_fill_one_file(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    count = 300
+    folder = make_folder(count)
+    epoch = count // 12  # batches
+    command = [sys.executable, "-c", RANK, str(folder)]
+    runs = [
+        subprocess.Popen([*command, str(rank), str(3 * epoch)], stdout=subprocess.PIPE, text=True, env=environment())
+        for rank in range(2)
+    ]
+    lines = [run.communicate()[0].splitlines() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    for start in range(0, 3 * epoch, epoch):
+        seen = [int(word) for rank in lines for line in rank[start : start + epoch] for word in line.split()]
+        assert sorted(seen) == list(range(count))
+    assert kept_files() == [".json", ".npy"]
+    kept = opened(folder, cache="disk").stream(6).source
+    assert torch.equal(kept, opened(folder, cache="off").take(range(count)))
+
+
+def test_two_streams_fill_one_file(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
     folder = make_folder(COUNT)
     shares = [opened(folder, cache="disk", rank=rank, world_size=2).stream(3) for rank in range(2)]
     deadline = time.monotonic() + 60

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdcgan.data.order import Order, Position, permutation
+from fastdcgan.data.order import Order, Position, permutation, random_places
 
 
 def test_every_epoch_is_a_new_permutation_of_all_images() -> None:
@@ -53,11 +53,24 @@ def test_taking_passes_over_the_unusable_and_says_where_to_go_on(
         assert np.array_equal(images[half:], rest)
 
 
-def test_a_position_survives_another_number_of_ranks() -> None:
-    usable = np.ones(50, dtype=bool)
-    state = Position(taken=30, images=60).state(Order(50, 0, 0, 2), usable)
-    assert Position.resume(Order(50, 0, 0, 4), state).taken == 15
-    assert Position.resume(Order(50, 0), state).taken == 60
+@given(taken=st.integers(0, 100), before=st.integers(1, 6), now=st.integers(1, 6))
+def test_another_number_of_ranks_goes_on_where_the_others_were(taken: int, before: int, now: int) -> None:
+    state = Position(taken, images=7).state(Order(50, 0, before - 1, before), np.ones(50, dtype=bool))
+    elements = []
+    for rank in range(now):
+        position = Position.resume(Order(50, 0, rank, now), state)
+        assert position.images == 7
+        elements += [rank + now * k for k in range(position.taken, position.taken + 3)]
+    assert sorted(elements) == list(range(taken * before, taken * before + 3 * now))
+
+
+def test_random_places_never_change_between_versions_and_differ_by_epoch() -> None:
+    places = random_places(1000, 7, 2)
+    assert places[:2].tolist() == [[0.5231147502091889, 0.11689063983412185], [0.08882013347818207, 0.5943736912593107]]
+    assert 0 <= places.min() < 0.01 < 0.99 < places.max() < 1
+    assert abs(places.mean() - 0.5) < 0.02
+    others = [random_places(1000, 7, 3), random_places(1000, 8, 2)]
+    assert not any((places == other).any() for other in others)
 
 
 def test_a_position_in_a_set_that_has_grown_begins_a_new_epoch(capsys: pytest.CaptureFixture[str]) -> None:

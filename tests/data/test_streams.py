@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fastdcgan.data import Dataset
+from fastdcgan.data.array_dataset import ArrayDataset
+from fastdcgan.data.order import permutation, random_places
+from fastdcgan.data.pillow_decode import decode
+from fastdcgan.errors import UserError
 
 Batches = Callable[..., list[torch.Tensor]]
 CACHES = ["auto", "device", "host", "disk", "off"]
@@ -85,6 +91,7 @@ def test_a_file_that_is_repaired_meanwhile_stays_left_out(
     again = batches(data.stream(BATCH, state), 8)
     assert all(torch.equal(a, b) for a, b in zip(batches(stream, 8), again, strict=True))
     assert ("breaks.jpg", "left out since the run began") in data.skipped
+    assert "breaks.jpg" not in dict(opened(folder, loader=loader).skipped)  # a new run uses it
 
 
 def test_source_and_index_never_move(loader: str, folder: Path, opened: Callable[..., Dataset]) -> None:
@@ -101,20 +108,49 @@ def test_source_and_index_never_move(loader: str, folder: Path, opened: Callable
         stream.close()
 
 
-@pytest.mark.parametrize("cache", ["host", "disk", "off"])
+KINDS = ["array", "packed", "host", "disk", "off"]
+
+
+@pytest.fixture
+def share_of(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], tmp_path: Path
+) -> Callable[..., Dataset]:
+    """share_of("disk", 24, rank=1, world_size=2): that many images of one kind of set, for one rank of several."""
+
+    def open_it(kind: str, count: int, **options: Any) -> Dataset:
+        folder = tmp_path / "pictures"
+        if not folder.exists():
+            make_folder(count)
+        if kind in ("array", "packed"):
+            array = opened(folder, cache="off").take(range(count)).numpy()
+            if kind == "array":
+                return ArrayDataset("mine", array, device=torch.device("cpu"), seed=0, flip=False, **options)
+            np.save(tmp_path / "packed.npy", array)
+            return opened(tmp_path / "packed.npy", **options)
+        return opened(folder, cache=kind, **options)
+
+    return open_it
+
+
+def numbers_in(data: Dataset) -> Callable[[torch.Tensor], list[int]]:
+    """From a batch to the numbers of its images."""
+    number = {image.numpy().tobytes(): i for i, image in enumerate(data.take(range(data.count)))}
+    assert len(number) == data.count
+    return lambda found: [number[image.numpy().tobytes()] for image in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_see_disjoint_shares_that_cover_the_set(
-    world_size: int, cache: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+    world_size: int, kind: str, share_of: Callable[..., Dataset], batches: Batches
 ) -> None:
     count, batch = 24, 4
-    folder = make_folder(count)
-    alone = opened(folder, cache=cache)
-    whole = alone.take(range(count))
-    number = {image.numpy().tobytes(): i for i, image in enumerate(whole)}
+    alone = share_of(kind, count)
+    numbers = numbers_in(alone)
     shares = []
     for rank in range(world_size):
-        stream = opened(folder, cache=cache, rank=rank, world_size=world_size).stream(batch)
-        shares.append([[number[image.numpy().tobytes()] for image in found] for found in batches(stream, 4 * 6)])
+        stream = share_of(kind, count, rank=rank, world_size=world_size).stream(batch)
+        shares.append([numbers(found) for found in batches(stream, 4 * 6)])
         assert stream.images == 4 * 6 * batch * world_size
         stream.close()
     per_epoch = count // (batch * world_size)
@@ -123,8 +159,46 @@ def test_ranks_see_disjoint_shares_that_cover_the_set(
         assert sorted(seen) == list(range(count))
     together = alone.stream(batch * world_size)
     for k, found in enumerate(batches(together, 6)):
-        of_all = [number[image.numpy().tobytes()] for image in found]
-        assert sorted(of_all) == sorted(i for share in shares for i in share[k])
+        assert sorted(numbers(found)) == sorted(i for share in shares for i in share[k])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("saved_by", [0, 1])
+def test_another_number_of_ranks_goes_on_at_the_same_place(
+    saved_by: int, kind: str, share_of: Callable[..., Dataset], batches: Batches
+) -> None:
+    count, batch = 25, 5  # ten images by two ranks, then fifteen by three: one epoch
+    numbers, seen, states = numbers_in(share_of(kind, count)), [], []
+    for rank in range(2):
+        stream = share_of(kind, count, rank=rank, world_size=2).stream(batch)
+        seen += numbers(batches(stream, 1)[0])
+        states.append(json.loads(json.dumps(stream.state())))
+        stream.close()
+    for rank in range(3):
+        stream = share_of(kind, count, rank=rank, world_size=3).stream(batch, states[saved_by])
+        seen += numbers(batches(stream, 1)[0])
+        assert stream.images == count
+        stream.close()
+    assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize("cache", ["disk", "off"])
+def test_each_rank_continues_with_exactly_its_next_batch(
+    cache: str, folder: Path, opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    """Also where the broken files that it met have put it apart from the others."""
+    taken = set()
+    for rank in range(3):
+        options = {"cache": cache, "rank": rank, "world_size": 3}
+        stream = opened(folder, **options).stream(BATCH)
+        batches(stream, 7)
+        state = json.loads(json.dumps(stream.state()))
+        taken.add(state["taken"])
+        again = opened(folder, **options).stream(BATCH, state)
+        assert all(torch.equal(a, b) for a, b in zip(batches(stream, 5), batches(again, 5), strict=True))
+        stream.close()
+        again.close()
+    assert len(taken) > 1
 
 
 def test_every_image_comes_once_an_epoch(
@@ -154,17 +228,78 @@ def test_taking_an_image_that_breaks_gives_one_of_its_class(
     assert len(data.skipped) == 1
 
 
-def test_random_crops_have_one_place_an_image(
-    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+OBLONG = {"0.jpg": (90, 16), "1.jpg": (16, 50), "2.png": (90, 20), "3.jpg": (400, 100), "4.jpg": (300, 300)}
+
+
+@pytest.fixture
+def oblong(make_folder: Callable[..., Path], encoded: Callable[..., bytes]) -> Path:
+    """For the fast decoder, for Pillow, for scaled decoding; a square, which has only one place; and a broken file."""
+    files = {}
+    for number, (name, size) in enumerate(OBLONG.items()):
+        odd = name.endswith(".png")
+        files[name] = encoded(number, "PNG" if odd else "JPEG", size=size, mode="LA" if odd else "RGB")
+    return make_folder(0, files | {"breaks.jpg": encoded(9).replace(b"\xff\xdb", b"\xff\xfe")})
+
+
+def test_random_crops_are_new_every_epoch(
+    loader: str, oblong: Path, opened: Callable[..., Dataset], batches: Batches
 ) -> None:
-    sizes = [(90, 16), (90, 20), (16, 50), (400, 100), (300, 300)]
-    folder = make_folder(0, {f"{k}.jpg": encoded(k, size=size) for k, size in enumerate(sizes)})
-    options: dict[str, Any] = {"loader": loader, "crop": "random"}
-    first, again = (opened(folder, **options).take(range(5)) for _ in range(2))
-    assert torch.equal(first, again)
-    centre, other = opened(folder, loader=loader).take(range(5)), opened(folder, seed=1, **options).take(range(5))
-    differs = [not torch.equal(first[k], centre[k]) and not torch.equal(first[k], other[k]) for k in range(5)]
-    assert differs == [True, True, True, True, False]  # a square has only one place
+    epochs, names = 4, sorted(os.listdir(oblong))
+    data = opened(oblong, loader=loader, crop="random", channels=3, seed=3)
+    in_order = iter(torch.cat(batches(data.stream(5), epochs)))
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in OBLONG}
+    for epoch in range(epochs):
+        places = random_places(len(names), 3, epoch)
+        for i in permutation(len(names), 3, epoch).tolist():
+            if names[i] != "breaks.jpg":
+                picture = next(in_order)
+                seen[names[i]].append(picture)
+                expected = decode((oblong / names[i]).read_bytes(), (16, 16), 3, tuple(places[i].tolist()))
+                assert abs(picture.numpy().astype(int) - expected).max() <= 2, (names[i], epoch)
+    distinct = {name: len({picture.numpy().tobytes() for picture in pictures}) for name, pictures in seen.items()}
+    assert distinct == {name: 1 if name == "4.jpg" else epochs for name in OBLONG}
+    first = data.take([names.index(name) for name in OBLONG])
+    assert torch.equal(first, torch.stack([pictures[0] for pictures in seen.values()]))
+    other_seed = opened(oblong, loader=loader, crop="random", channels=3, seed=4).take([names.index("0.jpg")])
+    assert not torch.equal(other_seed[0], first[0])
+
+
+def test_random_crops_continue_exactly(
+    loader: str, oblong: Path, opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    stream = opened(oblong, loader=loader, crop="random").stream(2)
+    for _ in range(4):  # in the first epoch, in the second, between them, and once more after going on
+        batches(stream, 1)
+        again = opened(oblong, loader=loader, crop="random").stream(2, json.loads(json.dumps(stream.state())))
+        wanted = batches(stream, 7)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, batches(again, 7), strict=True))
+        stream.close()
+        again.close()
+        stream = opened(oblong, loader=loader, crop="random").stream(2, again.state())
+    stream.close()
+
+
+def test_random_crops_are_the_same_for_any_number_of_ranks(
+    make_folder: Callable[..., Path], encoded: Callable[..., bytes], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    folder = make_folder(0, {f"{k}.jpg": encoded(k, size=(90, 16)) for k in range(8)})
+    alone = torch.cat(batches(opened(folder, crop="random").stream(4), 6))
+    shares = [
+        torch.cat(batches(opened(folder, crop="random", rank=rank, world_size=2).stream(4), 3)) for rank in range(2)
+    ]
+    assert torch.equal(torch.stack(shares, dim=1).flatten(0, 1), alone)
+
+
+def test_random_crops_are_never_kept(oblong: Path, opened: Callable[..., Dataset], tmp_path: Path) -> None:
+    stream = opened(oblong, crop="random").stream(2)  # --cache auto
+    assert len(stream.source) == 2
+    stream.close()
+    for cache in ("device", "host", "disk"):
+        with pytest.raises(UserError, match=f"--cache {cache} cannot keep"):
+            opened(oblong, crop="random", cache=cache)
+    np.save(tmp_path / "packed.npy", np.zeros((5, 16, 16, 3), np.uint8))
+    with pytest.raises(UserError, match="cropped already: leave --crop random out"):
+        opened(tmp_path / "packed.npy", crop="random")
 
 
 def test_sizes_that_are_not_square(
@@ -226,6 +361,7 @@ def test_ending_a_stream_waits_for_no_thread(
         waited.append(wait)
         shutdown(pool, wait, **options)
 
+    gc.collect()  # streams that other tests have abandoned
     stream = opened(folder, loader=loader, cache="off").stream(BATCH)
     stream.advance()
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", watched)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from weakref import WeakValueDictionary
 
 from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse
 from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, EncodedSource, is_hidden, printable
@@ -145,7 +146,9 @@ class TarSource(EncodedSource):
     def classes(self) -> tuple[list[int], list[str]] | None:
         found = [label for label in self._labels if label is not None]
         if len(found) < len(self.names):
-            return super().classes() if len(self._shards) == 1 else None
+            folders = super().classes()
+            shard_names = {shard.name for shard in self._shards}  # where an image lies in no folder of its shard
+            return None if folders is None or shard_names.intersection(folders[1]) else folders
         numeric = all(label.isdecimal() for label in found)
         class_names = sorted(set(found), key=int if numeric else str)
         number = {name: label for label, name in enumerate(class_names)}
@@ -165,6 +168,10 @@ class TarSource(EncodedSource):
         return _fingerprint_of_files(self._shards)
 
 
+# By resolved path: LMDB refuses to open a database twice in one process, and several data sets may read one.
+_environments: WeakValueDictionary[Path, Any] = WeakValueDictionary()
+
+
 class LmdbSource(EncodedSource):
     """An LSUN database: every value is an encoded image."""
 
@@ -175,7 +182,10 @@ class LmdbSource(EncodedSource):
         except ImportError:
             raise UserError(f"{path} is an LMDB, which needs one more package: pip install lmdb") from None
         try:
-            self._env: Any = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+            self._env: Any = _environments.get(path.resolve())
+            if self._env is None:
+                self._env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+                _environments[path.resolve()] = self._env
             with self._env.begin() as transaction:
                 self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
         except lmdb.Error as error:

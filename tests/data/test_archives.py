@@ -112,6 +112,22 @@ def test_one_tar_has_classes_from_its_folders(
     assert torch.equal(data.take(range(FILES)), from_folder(loader))
 
 
+def test_several_tars_have_classes_from_their_folders(
+    files: dict[str, bytes], opened: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    for k in range(2):
+        with tarfile.open(tmp_path / f"s-{k}.tar", "w") as archive:
+            for name, data in sorted(files.items())[k::2]:
+                add(archive, name, data)
+    found = opened(tmp_path)
+    assert found.class_names == ["a", "b"]
+    assert found.labels is not None
+    assert sorted(found.labels) == [0] * 3 + [1] * 4
+    with tarfile.open(tmp_path / "s-2.tar", "w") as archive:
+        add(archive, "alone.jpg", files["a/0.jpg"])
+    assert opened(tmp_path).labels is None
+
+
 def test_webdataset_shards_as_written_by_webdataset(
     files: dict[str, bytes],
     from_folder: Callable[[str], torch.Tensor],
@@ -170,6 +186,8 @@ def test_lsun_lmdb(
     data = opened(path, loader=loader)
     assert (data.name, data.count, data.labels) == ("church_lmdb", FILES, None)
     assert torch.equal(data.take(range(FILES)), from_folder(loader))
+    second = opened(path, loader=loader)  # while the first is in use
+    assert torch.equal(second.take(range(FILES)), data.take(range(FILES)))
 
 
 def test_lmdb_missing_package_says_what_to_install(

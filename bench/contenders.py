@@ -38,9 +38,10 @@ class Shape:
     channels: int = 3
     latent_dim: int = 100
     width: int = 64
+    seed: int = 0  # of the first weights
 
     def reference_networks(self) -> tuple[nn.Module, nn.Module]:
-        torch.manual_seed(0)
+        torch.manual_seed(self.seed)
         generator = reference.Generator(self.image_size, self.channels, self.latent_dim, self.width)
         return generator, reference.Discriminator(self.image_size, self.channels, self.width)
 
@@ -145,7 +146,7 @@ def fast_step(
     shape: Shape, source: Tensor, index: Tensor, precision: str, executor: str, flip: bool = False
 ) -> tuple[TrainStep, Callable[[], None]]:
     """This project's step over `source[index]`, and what runs it once."""
-    torch.manual_seed(0)
+    torch.manual_seed(shape.seed)
     generator = build_generator("dcgan", shape.image_size, shape.channels, shape.latent_dim, shape.width)
     discriminator = build_discriminator("dcgan", shape.image_size, shape.channels, shape.width)
     device = source.device

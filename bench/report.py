@@ -3,7 +3,7 @@
     python -m fastdcgan.bench.report
 
 Every figure comes from a file there, which names device, versions, date, commit and command; a device without a file
-is "not yet measured". The table goes between two markers in README.md, the plots into bench/results.
+is "not yet measured". What `readme` makes of them goes between two markers in README.md, the plots into bench/results.
 """
 
 from __future__ import annotations
@@ -17,15 +17,112 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MISSING = "not yet measured"
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
+Results = dict[str, dict[str, Any]]  # file stem -> content
 
 
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files by stem, those that `throughput`, `end_to_end` and `quality` wrote."""
+def results(folder: Path) -> Results:
+    """The files by stem, those that say what was measured."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     return {stem: content for stem, content in found.items() if "measured" in content}
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def readme(found: Results) -> str:
+    """Markdown: the table, the plots, and the other measurements in a line each."""
+    plots = "\n".join(
+        f'<img src="bench/results/{stem}.svg" width="400" alt="{alt}">'
+        for stem, content in found.items()
+        if (alt := plotted(content))
+    )
+    lines = [*end_to_end_lines(found), *data_lines(found), *start_lines(found), *other_lines(found)]
+    return "\n\n".join(part for part in (table(found), plots, "\n".join(lines)) if part)
+
+
+def plotted(content: dict[str, Any]) -> str | None:
+    """What a plot of the file shows; None for a file that has none."""
+    if is_comparison(content) and len({row["batch_size"] for row in content["rows"]}) > 1:
+        return "images a second against batch size, with the floor"
+    return "sample quality against seconds of training" if content["measured"] == "quality" else None
+
+
+def cited(stem: str) -> str:
+    return f"[{stem}.json](bench/results/{stem}.json)"
+
+
+def end_to_end_lines(found: Results) -> list[str]:
+    """From image files to weights: the fastest of ours against the plain example."""
+    lines = []
+    for stem, content in of_kind(found, "end to end"):
+        ours = max(
+            (row for row in content["rows"] if row["contender"].startswith("fast")), key=lambda row: row["later_epochs"]
+        )
+        lines.append(
+            f"- From the files of {content['data']} to weights, batch {ours['batch_size']}, {ours['precision']}:"
+            f" x{ours['first_ratio']:.2f} of the plain example with its loader in the first epoch,"
+            f" x{ours['later_ratio']:.2f} in later ones ({cited(stem)})."
+        )
+    return lines
+
+
+def data_lines(found: Results) -> list[str]:
+    """The data path alone."""
+    lines = []
+    for stem, content in of_kind(found, "data path"):
+        ratios = {row["way"]: row for row in content["ways"]}
+        first = max((row for way, row in ratios.items() if "first epoch" in way), key=lambda row: row["ratio"])
+        lines.append(
+            f"- Loading {content['data']} at {content['image_size']} pixels, first epoch: x{first['ratio']:.1f} of"
+            f" ImageFolder and a DataLoader with two workers ({first['way'].split(',')[0]}); from the cache"
+            f" {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
+        )
+    return lines
+
+
+def start_lines(found: Results) -> list[str]:
+    """How long the first step takes with --compile, with an empty cache and with a full one."""
+    lines = []
+    for stem, content in of_kind(found, "throughput"):
+        warm = found.get(stem.removesuffix("-cold") + "-warm") if stem.endswith("-cold") else None
+        if warm:
+            seconds = [each["rows"][0]["first_step_seconds"] for each in (content, warm)]
+            lines.append(
+                f"- The first compiled step takes {seconds[0]:.0f} s, in later runs, from the compiler's cache,"
+                f" {seconds[1]:.0f} s ({cited(stem)}, {cited(stem.removesuffix('-cold') + '-warm')})."
+            )
+    return lines
+
+
+def other_lines(found: Results) -> list[str]:
+    """Quality parity, the cost of following a run, scaling."""
+    lines = []
+    for stem, content in of_kind(found, "quality"):
+        parity = content["parity"]
+        low, high = parity["interval"]
+        verdict = "within" if parity["holds"] else "not shown to be within"
+        lines.append(
+            f"- The same steps give the same quality: over {parity['seeds']} seeds on {content['data']} the fast step's"
+            f" sliced Wasserstein distance differs from the reference's by {parity['difference']:+.1%} (95% interval"
+            f" {low:+.1%} to {high:+.1%}), {verdict} {parity['margin']:.0%} ({cited(stem)})."
+        )
+    for stem, content in found.items():
+        if "overhead" in content:
+            lines.append(f"- Logs, samples and checkpoints take {content['overhead']['share']:.2%} ({cited(stem)}).")
+    for stem, content in of_kind(found, "scaling"):
+        most = max(row["processes"] for row in content["rows"])
+        weak, strong = (
+            next(r["efficiency"] for r in content["rows"] if r["processes"] == most and r["scaling"] == kind)
+            for kind in ("weak", "strong")
+        )
+        lines.append(
+            f"- {most} processes, one core each: weak scaling {weak:.0%}, strong scaling {strong:.0%} ({cited(stem)})."
+        )
+    return lines
+
+
+def of_kind(found: Results, measured: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(stem, content) for stem, content in found.items() if content["measured"] == measured]
+
+
+def table(found: Results) -> str:
     """Markdown: a row for each file, batch size and precision of ours; for a kind of device without a file, one row."""
     lines = [
         "| device | pixels, batch | plain example | tuned example | fastdcgan | floor"
@@ -135,13 +232,13 @@ def plot_quality(content: dict[str, Any], out: Path) -> None:
     plt.close(figure)
 
 
-def insert(text: str, readme: str) -> str:
+def insert(text: str, page: str) -> str:
     """The README with `text` between the markers.
 
     Raises:
         ValueError: no markers.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"no {BEGIN} and {END}")
@@ -159,9 +256,9 @@ def main() -> None:
             plot_throughput(content, RESULTS / f"{stem}.svg")
         elif content["measured"] == "quality":
             plot_quality(content, RESULTS / f"{stem}.svg")
-    print(table(found))
+    print(readme(found))
     try:
-        README.write_text(insert(table(found), README.read_text()))
+        README.write_text(insert(readme(found), README.read_text()))
     except ValueError as error:
         raise SystemExit(f"{README} was left alone: {error}") from None
 

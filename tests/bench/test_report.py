@@ -69,6 +69,6 @@ def test_every_published_result_says_where_it_comes_from():
 def test_the_readmes_table_is_the_one_made_from_the_results():
     readme = (ROOT / "README.md").read_text()
     if report.BEGIN in readme:
-        assert report.insert(report.table(report.results(report.RESULTS)), readme) == readme, (
+        assert report.insert(report.readme(report.results(report.RESULTS)), readme) == readme, (
             "run python -m fastdcgan.bench.report"
         )

@@ -1,0 +1,46 @@
+"""Whether fewer operations cost quality: the criterion, and (slow) the reference and the fast step held against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastdcgan.bench.contenders import Shape
+from fastdcgan.bench.quality import MARGIN, parity, quality
+
+
+def curves(*differences: float) -> list[dict[str, object]]:
+    """Two curves a seed that end 10 and 10 * (1 + difference) away from the data."""
+    found: list[dict[str, object]] = []
+    for seed, difference in enumerate(differences):
+        for contender, end in (("example", 10.0), ("fast-eager", 10.0 * (1 + difference))):
+            found.append({"contender": contender, "seed": seed, "distances": [99.0, end, end, end]})
+    return found
+
+
+def test_small_differences_that_point_both_ways_are_parity() -> None:
+    found = parity(curves(0.05, -0.04, 0.02, -0.03))
+    assert found["holds"] and found["difference"] == pytest.approx(0.0) and found["seeds"] == 4
+    low, high = found["interval"]
+    # By hand: deviation 0.0424, over the root of 4, times Student's 3.182.
+    assert (low, high) == (pytest.approx(-0.0675, abs=1e-3), pytest.approx(0.0675, abs=1e-3))
+
+
+@pytest.mark.parametrize("differences", [(0.3, 0.31, 0.29, 0.3), (0.5, -0.5, 0.4, -0.4), (0.01,)])
+def test_worse_or_uncertain_or_a_single_seed_is_not(differences: tuple[float, ...]) -> None:
+    assert not parity(curves(*differences))["holds"]
+
+
+@pytest.mark.slow
+def test_the_fast_step_reaches_the_references_quality(tmp_path: Path) -> None:
+    """Real digits, 16x16, four seeds; a discriminator that never moves is told apart by the same measure."""
+    torch.set_num_threads(2)
+    options = {"data": "digits", "device": torch.device("cpu"), "seeds": 4, "command": "", "json": tmp_path / "q.json"}
+    shape = Shape(64, (16, 16), 1, latent_dim=32, width=16)
+    content = quality(shape=shape, steps=300, **options)  # type: ignore[arg-type]
+    assert content["parity"]["holds"], content["parity"]
+    beginnings = [curve["distances"][0] for curve in content["curves"]]
+    ends = [curve["distances"][-1] for curve in content["curves"]]
+    assert min(beginnings) > (1 + MARGIN) * max(ends), "training must show in the measure"

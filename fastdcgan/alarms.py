@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-PATIENCE = 5  # log points in a row before the discriminator has won
+PATIENCE, LASTING = 5, 400  # log points in a row, and steps, before the discriminator has won: early on it often leads
 WON = 0.04  # of D's loss above its lowest possible: with bce D(x) 0.98 and D(G(z)) 0.02
 LARGE = 20.0  # a loss no run that learns has: with bce a probability of 2e-9
 STEEP = 100.0  # times the median gradient norm of the last HISTORY log points
@@ -52,6 +52,7 @@ class Alarms:
             "grad_norm_g": deque(maxlen=HISTORY),
         }
         self.signs: dict[str, int] = {}  # kind -> points in a row that showed it
+        self.raised: set[str] = set()  # kinds that are not over yet
         self.sound: dict[str, int] = {}  # kind -> last step that did not
         self.best_diversity = 0.0
 
@@ -102,6 +103,7 @@ class Alarms:
             f"the discriminator tells all images apart (D(x) {metrics['d_real']:.2f}, D(G(z)) {metrics['d_fake']:.2f},"
             f" loss {metrics['loss_d']:.3f}): the generator learns little from it. Try --instance-noise 0.1, --r1 5, a"
             " smaller --lr or --lr-d, or with few images --diffaugment",
+            LASTING,
         )
         return raised
 
@@ -120,15 +122,18 @@ class Alarms:
             " smaller --lr-g, or --diffaugment",
         )
 
-    def _judge(self, kind: str, step: int, seen: bool, patience: int, message: str) -> list[Alarm]:
-        """The alarm, at the moment that the sign has been there `patience` times in a row."""
+    def _judge(self, kind: str, step: int, seen: bool, patience: int, message: str, lasting: int = 0) -> list[Alarm]:
+        """The alarm, once, when the sign has been there `patience` times in a row and for `lasting` steps."""
         if not seen:
             self.signs[kind], self.sound[kind] = 0, step
+            self.raised.discard(kind)
             return []
         self.signs[kind] = self.signs.get(kind, 0) + 1
-        if self.signs[kind] != patience:
+        sound = self.sound.get(kind, self.start)
+        if kind in self.raised or self.signs[kind] < patience or step - sound < lasting:
             return []
-        return [Alarm(kind, step, self.sound.get(kind, self.start), message)]
+        self.raised.add(kind)
+        return [Alarm(kind, step, sound, message)]
 
 
 def _entropy(share: float) -> float:

@@ -87,14 +87,17 @@ def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], No
 
             yield show
     else:
-        started = last_line = time.monotonic()
+        started: tuple[int, float] | None = None
+        last_line = time.monotonic()
 
         def show(step: int, status: str) -> None:
-            nonlocal last_line
+            nonlocal last_line, started
             now = time.monotonic()
+            if started is None:  # the first step may have compiled: it says nothing of the others
+                started, last_line = (step, now), now
             if now - last_line >= PLAIN_LINE_EVERY or step == total:
                 last_line = now
-                left = (now - started) / max(step - done, 1) * (total - step)
+                left = (now - started[1]) / max(step - started[0], 1) * (total - step)
                 say(f"step {step:,} of {total:,}  {status}  {_clock(left)} left")
 
         yield show

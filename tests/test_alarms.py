@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan import checkpoint, models
-from fastdcgan.alarms import PATIENCE, SETTLED, Alarms
+from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.quality import Quality
@@ -62,17 +62,24 @@ def test_what_is_not_finite_is_said_at_once() -> None:
 
 
 def test_a_discriminator_that_wins_is_said_once_until_it_is_over() -> None:
-    assert watch([WON] * (PATIENCE - 1) + [{}] + [WON] * (PATIENCE - 1)) == []
-    assert watch([{}, *[WON] * 20]) == [("discriminator wins", 20 + 20 * PATIENCE, 20)]
-    assert len(watch([*[WON] * 9, {}, *[WON] * 9])) == 2
-    assert watch([WON] * 20, loss="wgan-gp") == []  # whose loss has no lower end
+    long = LASTING // 20
+    assert watch([WON] * (long - 1) + [{}] + [WON] * (long - 1)) == []
+    assert watch([{}, *[WON] * 2 * long]) == [("discriminator wins", 20 + LASTING, 20)]
+    assert len(watch([*[WON] * 2 * long, {}, *[WON] * 2 * long])) == 2
+    assert watch([WON] * 2 * long, loss="wgan-gp") == []  # whose loss has no lower end
+
+
+def test_a_discriminator_that_leads_for_a_few_seldom_log_points_has_not_won() -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    found = [alarms.look_at_metrics(step, {**HEALTHY, **WON}) for step in range(1000, 9000, 1000)]
+    assert [len(each) for each in found] == [0] * (PATIENCE - 1) + [1] + [0] * (8 - PATIENCE)
 
 
 def test_label_smoothing_raises_the_loss_of_a_perfect_discriminator() -> None:
     perfect = -0.9 * math.log(0.9) - 0.1 * math.log(0.1)
     smoothed = {"loss_d": perfect + 0.01, "d_real": 0.9, "d_fake": 0.0}
-    assert len(watch([smoothed] * PATIENCE, label_smoothing=0.1)) == 1
-    assert watch([smoothed] * PATIENCE) == []
+    assert len(watch([smoothed] * 30, label_smoothing=0.1)) == 1
+    assert watch([smoothed] * 30) == []
 
 
 def test_large_losses() -> None:

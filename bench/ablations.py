@@ -1,4 +1,4 @@
-"""What each technique of the CPU step brings: the step with one of them taken away, in turns with the whole.
+"""What each technique of the CPU step brings: the step with one of them changed, in turns with the whole.
 
 python -m fastdcgan.bench.ablations OUT.json [BATCH_SIZE [REPETITIONS]]
 """
@@ -35,6 +35,10 @@ def direct_convolutions(step: TrainStep) -> None:
     patches.WIDEST_GRID = 0
 
 
+def matrix_products(step: TrainStep) -> None:
+    patches.FAST_SGEMM = True
+
+
 def merged_halves(step: TrainStep) -> None:
     step.merge_halves = True
 
@@ -42,9 +46,11 @@ def merged_halves(step: TrainStep) -> None:
 VARIANTS: dict[str, tuple[str, Change]] = {
     "eager": ("fast-eager", lambda step: None),
     "eager, direct convolutions on every grid": ("fast-eager", direct_convolutions),
+    "eager, matrix products on small grids": ("fast-eager", matrix_products),
     "eager, real and fake as one batch": ("fast-eager", merged_halves),
     "compiled": ("fast-compiled", lambda step: None),
     "compiled, direct convolutions on every grid": ("fast-compiled", direct_convolutions),
+    "compiled, matrix products on small grids": ("fast-compiled", matrix_products),
     "compiled, LeakyReLU not in place": ("fast-compiled", keep_activations),
 }
 
@@ -54,7 +60,7 @@ class Row:
     variant: str
     seconds: list[float] = dataclasses.field(default_factory=list)  # a step
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)  # a step, of processor time over all threads
-    time_to_whole: float = 0.0  # against the same executor with nothing taken away; median over rounds
+    time_to_whole: float = 0.0  # against the same executor with nothing changed; median over rounds
     cpu_time_to_whole: float = 0.0
 
 
@@ -62,25 +68,25 @@ def ablate(shape: Shape, repetitions: int) -> list[Row]:
     """Rounds in which every variant runs one step."""
     quiet()
     source = shape.random_images(1024, torch.device("cpu"))
-    widest = patches.WIDEST_GRID
+    usual = patches.WIDEST_GRID, patches.FAST_SGEMM
     rows, runs = [], []
     for variant, (executor, change) in VARIANTS.items():
         say(f"preparing: {variant}")
         step, run = fast_step(shape, source, torch.arange(shape.batch_size), "fp32", executor)
         change(step)
         run()
-        grid, patches.WIDEST_GRID = patches.WIDEST_GRID, widest
         rows.append(Row(variant))
-        runs.append((run, grid))
+        runs.append((run, (patches.WIDEST_GRID, patches.FAST_SGEMM)))
+        patches.WIDEST_GRID, patches.FAST_SGEMM = usual
     for number in range(repetitions):
         say(f"round {number + 1} of {repetitions}")
-        for row, (run, grid) in zip(rows, runs, strict=True):
-            patches.WIDEST_GRID = grid
+        for row, (run, settings) in zip(rows, runs, strict=True):
+            patches.WIDEST_GRID, patches.FAST_SGEMM = settings
             start, cpu_start = time.perf_counter(), time.process_time()
             run()
             row.cpu_seconds.append(time.process_time() - cpu_start)
             row.seconds.append(time.perf_counter() - start)
-    patches.WIDEST_GRID = widest
+    patches.WIDEST_GRID, patches.FAST_SGEMM = usual
     for row in rows:
         whole = next(each for each in rows if each.variant == row.variant.split(",")[0])
         row.time_to_whole = median(a / b for a, b in zip(row.seconds, whole.seconds, strict=True))

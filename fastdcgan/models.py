@@ -3,7 +3,7 @@
 Substitutions, layer by layer, on channels-last tensors:
 - BatchNorm and the activation after it become one `batch_norm_act`, with statistics per group of the batch;
 - the generator's projection from a 1x1 grid, and the discriminator's last convolution onto one, become matrix products;
-- on a CPU so do convolutions between the smallest grids.
+- on a CPU, where that is faster, so do convolutions between the smallest grids.
 Weights lie in channels-last order, so that these products need no copy of them.
 """
 
@@ -68,23 +68,23 @@ class Logit(nn.Conv2d):
 
 
 class Conv(nn.Conv2d):
-    """k4 s2 p1, by patches where the output grid is small and the device a CPU."""
+    """k4 s2 p1, by patches where those pay."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C_in, 2h, 2w) -> (N, C_out, h, w)."""
-        if x.is_cuda or x.shape[-1] > 2 * patches.WIDEST_GRID:
-            return super().forward(x)
-        return patches.conv2d(x, self.weight)
+        if patches.pay(x, x.shape[-1] // 2):
+            return patches.conv2d(x, self.weight)
+        return super().forward(x)
 
 
 class ConvTranspose(nn.ConvTranspose2d):
-    """Transposed k4 s2 p1, by patches where the input grid is small and the device a CPU."""
+    """Transposed k4 s2 p1, by patches where those pay."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, C_in, h, w) -> (N, C_out, 2h, 2w)."""
-        if x.is_cuda or x.shape[-1] > patches.WIDEST_GRID:
-            return super().forward(x)
-        return patches.conv_transpose2d(x, self.weight)
+        if patches.pay(x, x.shape[-1]):
+            return patches.conv_transpose2d(x, self.weight)
+        return super().forward(x)
 
 
 class Generator(reference.Generator):

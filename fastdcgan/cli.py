@@ -282,6 +282,7 @@ def bench(
         follow: measure also what logs, samples and checkpoints of a run take of its time.
         json: file for the results.
     """
+    silence_torchs_profiler()
     from fastdcgan.bench import contenders
     from fastdcgan.bench.end_to_end import bench_data
     from fastdcgan.bench.throughput import bench as bench_step
@@ -340,6 +341,7 @@ def profile(
         out: folder for table.txt, trace.json and the memory snapshot.
         nsight: write nothing, but mark the steps for Nsight Systems or Nsight Compute (see profiles/README.md).
     """
+    silence_torchs_profiler()
     from fastdcgan.bench.profiling import profile_training
     from fastdcgan.trainer import choose_device, choose_precision
 
@@ -358,6 +360,12 @@ def profile(
         out=out,
         nsight=nsight,
     )
+
+
+def silence_torchs_profiler() -> None:
+    """Keep what its C++ remarks on itself off the terminal; takes effect where torch is not imported yet."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def checked_size(text: str) -> tuple[int, int]:

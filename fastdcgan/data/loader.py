@@ -66,10 +66,10 @@ class Loader(ABC):
     ) -> None:
         self.source, self.census, self.image_size, self.channels = source, census, image_size, channels
         self.threads = threads
-        boxes = cover_boxes(census.sizes, image_size)
+        self.centre = cover_boxes(census.sizes, image_size)  # int32 (n, 4): `Decoded.boxes` of all, cropped centrally
         # bool (n,): files for the fast decoder. The rest goes to Pillow: what is odd, and the JPEGs at least twice as
         # large as needed, because libjpeg's scaled decoding, which only Pillow offers, beats any full decoding.
-        scaled = (census.kind == JPEG) & (boxes[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
+        scaled = (census.kind == JPEG) & (self.centre[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
         self.fast = (census.kind != OTHER) & (census.kind != UNUSABLE) & ~scaled
 
     @abstractmethod
@@ -78,10 +78,11 @@ class Loader(ABC):
 
     def begin(self, request: Request) -> Decoded:
         """A request with nothing decoded yet."""
-        places = np.full((len(request.ids), 2), 0.5) if request.places is None else request.places
-        boxes = cover_boxes(self.census.sizes[request.ids], self.image_size, places)
-        images = torch.empty((len(request.ids), *self.image_size, self.channels), dtype=torch.uint8)
-        return Decoded(request.ids, places, boxes, images)
+        ids, places = request
+        images = torch.empty((len(ids), *self.image_size, self.channels), dtype=torch.uint8)
+        if places is None:
+            return Decoded(ids, np.full((len(ids), 2), 0.5), self.centre[ids], images)
+        return Decoded(ids, places, cover_boxes(self.census.sizes[ids], self.image_size, places), images)
 
     def read(self, i: int) -> bytes:
         """The encoded file. Raises UnusableImage."""

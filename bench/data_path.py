@@ -1,6 +1,6 @@
 """How many images a second reach the training step: ImageFolder + DataLoader against every way of fastdcgan.
 
-    python bench/data_path.py --data DIR [--image-size 64] --json OUT
+    python -m fastdcgan.bench.data_path --data DIR [--image-size 64] --json OUT
 
 DIR is a folder of images. The ways are measured in turn, several rounds, and medians are compared, so that a machine
 that gets busier slows them all. First epochs decode; "cache" gathers batches from kept images.
@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.data import Dataset, open_dataset
 from fastdcgan.data.file_dataset import dali_is_installed
 
@@ -140,18 +141,17 @@ def main() -> None:
         }
         for name, found in rates.items()
     ]
-    result = {
+    command = shlex.join(["python", "-m", "fastdcgan.bench.data_path", *sys.argv[1:]])
+    result = describe(torch.device("cpu"), command) | {
+        "measured": "data path",
+        "data": data.name,
         "images": most,
         "files": kept.count,
         "image_size": size,
         "batch_size": batch,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
         "ways": rows,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, result)
     for row in rows:
         print(f"{row['images_per_second']:>10,} images/s  x{row['ratio']:<7} {row['way']}")
 

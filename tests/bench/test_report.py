@@ -72,3 +72,46 @@ def test_the_readmes_table_is_the_one_made_from_the_results():
         assert report.insert(report.readme(report.results(report.RESULTS)), readme) == readme, (
             "run python -m fastdcgan.bench.report"
         )
+
+
+def test_the_other_measurements_are_a_line_each_with_their_file():
+    both = {"first_ratio": 2.0, "later_ratio": 3.5, "precision": "fp32", "batch_size": 64, "later_epochs": 100.0}
+    found = {
+        "end": {"measured": "end to end", "data": "photos", "rows": [{"contender": "fast-eager", **both}]},
+        "data": {
+            "measured": "data path", "data": "photos", "image_size": 64,
+            "ways": [
+                {"way": "--loader dali --cache host, first epoch", "ratio": 2.5, "images_per_second": 300},
+                {"way": "cache", "ratio": 1000.0, "images_per_second": 123_456},
+            ],
+        },
+        "start-cold": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 41.2, "rounds": [1.0]}]),
+        "start-warm": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 9.7, "rounds": [1.0]}]),
+        "quality": {
+            "measured": "quality", "data": "digits",
+            "parity": {"difference": 0.01, "interval": [-0.05, 0.07], "margin": 0.2, "seeds": 5, "holds": True},
+        },
+        "follow": throughput(rows=[], overhead={"share": 0.0123}),
+        "scaling": {
+            "measured": "scaling",
+            "rows": [
+                {"scaling": kind, "processes": count, "efficiency": efficiency}
+                for kind, count, efficiency in (("weak", 1, 1), ("weak", 2, 0.8), ("strong", 1, 1), ("strong", 2, 0.7))
+            ],
+        },
+    }  # fmt: skip
+    text = report.readme(found)
+    for stem, words in (
+        ("end", "x2.00 of the plain example with its loader in the first epoch, x3.50 in later ones"),
+        (
+            "data",
+            "x2.5 of ImageFolder and a DataLoader with two workers (--loader dali --cache host); from the cache 123,",
+        ),
+        ("start-cold", "takes 41 s, in later runs, from the compiler's cache, 10 s"),
+        ("quality", "+1.0% (95% interval -5.0% to +7.0%), within 20%"),
+        ("follow", "take 1.23%"),
+        ("scaling", "2 processes, one core each: weak scaling 80%, strong scaling 70%"),
+    ):
+        (line,) = [line for line in text.splitlines() if words in line]
+        assert f"bench/results/{stem}.json" in line
+    assert text.count(report.MISSING) == 8, "start times and the like are no comparison"

@@ -415,7 +415,11 @@ def data_pack(
     from fastdcgan.data.pack import pack
 
     size = TrainConfig(data=data, image_size=image_size).size
-    pack(data, image_size=size, out=out, channels=channels, loader=loader, strict=strict)
+    try:
+        pack(data, image_size=size, out=out, channels=channels, loader=loader, strict=strict)
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on from here")
+        raise
 
 
 def stylize(

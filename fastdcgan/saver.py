@@ -91,9 +91,10 @@ def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
 
 
 def position(saved: Checkpoint, world: World) -> dict[str, Any]:
-    """Where this process goes on in the data: where it was, or with another number of processes where all were."""
+    """Where this process goes on in the data: where it was, or with another number of processes where all have been."""
     positions: list[dict[str, Any]] = saved.progress["data"]
     if len(positions) == world.size:
         return positions[world.rank]
     unusable = np.unique(np.concatenate([np.asarray(each["unusable"], dtype=np.int64) for each in positions]))
-    return positions[0] | {"unusable": unusable.tolist()}
+    least = min(positions, key=lambda each: int(each["taken"]))  # they drift apart by the broken files each has met
+    return least | {"unusable": unusable.tolist()}

@@ -90,7 +90,7 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
             device=device,
             seed=config.seed,
             loader=config.loader,
-            cache="off" if config.crop == "random" else config.cache,
+            cache=config.cache,
             cache_dir=config.cache_dir,
             crop=config.crop,
             strict=config.strict,

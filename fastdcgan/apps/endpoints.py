@@ -34,6 +34,7 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
     for word in images:
         if not Path(word).exists():
             raise UserError(f"{word} is neither a seed (a whole number from 0) nor an image file")
+    latents([0], 1, truncation)  # one that is not possible is said before the images are inverted
     if not images:
         generator = open_run(run).generator
         return generator, latents([seeds[word] for word in words], generator.latent_dim, truncation)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.apps.trained import device_of
+from fastdcgan.errors import UserError
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 STAGES = 4  # of an inversion: after each of the first ones the worse half of the starts is given up
@@ -27,7 +28,12 @@ def latents(seeds: Iterable[int], latent_dim: int, truncation: float | None = No
     Args:
         truncation: draw from the normal distribution cut off at plus and minus this (Brock et al. 2019, section 3.1),
             mapped by quantiles, so that a seed's picture changes smoothly with it.
+
+    Raises:
+        UserError: a truncation that is not possible.
     """
+    if truncation is not None and not 0 < truncation < float("inf"):
+        raise UserError(f"--truncation {truncation:g} is not possible: above 0 (2 cuts little off, 0.5 a lot)")
     z = torch.stack([torch.randn(latent_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     if truncation is None:
         return z

@@ -1,24 +1,27 @@
-"""A photograph redrawn by a generator, tile by tile: what it shows stays, what it is drawn with is the run's domain."""
+"""A photograph made anew from pieces of a generator's pictures, chosen so that it can still be recognised."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.apps.latent import invert
+from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import MODES, check_out, fitted, open_picture, save, to_picture, to_tensor
-from fastdcgan.apps.trained import device_of, open_both
+from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError
-from fastdcgan.models import AnyDiscriminator, AnyGenerator
+from fastdcgan.models import AnyGenerator
 
-PRIOR = 0.05  # higher than for an inversion: a tile shall look like the domain rather than be exact
-STEPS = 80
-RESTARTS = 1
+SAMPLES = 192  # generated pictures that pieces are cut from
+PIECES = 4096  # to choose from
+CELLS = 3  # a side: what of a piece has to fit the photograph, so that its detail stays the domain's
+FIT_TO_NEIGHBOURS = 0.6  # weight of the overlaps; the rest is that of the photograph
+CHOICE = 0.1  # any piece whose error is within this share of the least may be taken, or a flat area would repeat one
 MOST_PIXELS = 4096  # a side, of the result
 
 
@@ -26,8 +29,9 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
     """Write the photograph in the style of the run's domain, at its own size (at most 4,096 pixels a side).
 
     Args:
+        run: also a generator alone.
         strength: 0 leaves the photograph, 1 only what the generator draws.
-        tiles: across its shorter side; many small ones follow the photograph, few large ones the domain.
+        tiles: of the generator's pictures, along the photograph's shorter side: many follow it closely.
 
     Raises:
         UserError: a photograph or a run that cannot be used, or a setting that is not possible.
@@ -40,14 +44,15 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
         raise UserError(f"--tiles {tiles} is not possible: 1 to 64")
     if seed < 0:
         raise UserError(f"--seed {seed} is not possible: at least 0")
-    _, generator, discriminator = open_both(run)
+    generator = open_run(run).generator
     picture = open_picture(photo)
     check_out(out, (".png", ".jpg", ".jpeg"))
     scale = min(1.0, MOST_PIXELS / max(picture.size))
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     image = to_tensor(fitted(picture, size, generator.channels))
-    with progress("stylizing", STEPS, "steps") as advance:
-        drawn = redraw(generator, discriminator, image, tiles=tiles, seed=seed, advance=advance)
+    lines = canvas_size((size[1], size[0]), generator.image_size, tiles)[0]
+    with progress("stylizing", lines, "lines") as advance:
+        drawn = redraw(generator, image, tiles=tiles, seed=seed, advance=advance)
     result = to_picture(torch.lerp(image, drawn, strength))
     save(result if out.suffix.lower() == ".png" else result.convert("L" if result.mode == MODES[1] else "RGB"), out)
     say(f"{photo} in the style of {run}: {out}")
@@ -55,63 +60,149 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
 
 def redraw(
     generator: AnyGenerator,
-    discriminator: AnyDiscriminator,
     image: Tensor,
     *,
     tiles: int = 4,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda steps: None,
+    advance: Callable[[int], None] = lambda lines: None,
 ) -> Tensor:
-    """The image, made of overlapping pictures of the generator that fade into each other.
-
-    Each tile of the image is inverted; neighbours overlap by half.
+    """The image, in the domain's colours, quilted of pieces of generated pictures.
 
     Args:
         image: (C, H, W) in -1..1, with the generator's channels.
-        tiles: that would cover the shorter side without overlap.
+        tiles: of the generator's pictures that fit along the shorter side.
+        advance: told of the lines of the canvas done.
 
     Returns:
         (C, H, W) in -1..1.
     """
-    height, width = generator.image_size
-    canvas = canvas_size((image.shape[1], image.shape[2]), (height, width), tiles)
-    small = F.interpolate(image[None], canvas, mode="bilinear", antialias=True, align_corners=False)[0]
-    corners = [
-        (y, x)
-        for y in range(0, canvas[0] - height + 1, height // 2)
-        for x in range(0, canvas[1] - width + 1, width // 2)
-    ]
-    target = torch.stack([small[:, y : y + height, x : x + width] for y, x in corners]).to(device_of(generator))
-
-    def data_loss(pictures: Tensor, which: Tensor) -> Tensor:
-        return (pictures - target[which]).square().flatten(1).mean(1)
-
-    drawn = invert(
-        generator,
-        discriminator,
-        data_loss,
-        len(corners),
-        restarts=RESTARTS,
-        steps=STEPS,
-        prior=PRIOR,
-        seed=seed,
-        advance=advance,
-    ).pictures.cpu()
-    window = torch.outer(_fade(height), _fade(width))
-    total, weight = torch.zeros_like(small), torch.zeros(canvas)
-    for (y, x), tile in zip(corners, drawn, strict=True):
-        total[:, y : y + height, x : x + width] += window * tile
-        weight[y : y + height, x : x + width] += window
-    return F.interpolate((total / weight)[None], image.shape[1:], mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    random = torch.Generator().manual_seed(seed)
+    canvas = canvas_size((image.shape[1], image.shape[2]), generator.image_size, tiles)
+    small = F.interpolate(image[None], canvas, mode="bilinear", antialias=True)[0]
+    samples = generate(generator, latents(range(seed, seed + SAMPLES), generator.latent_dim)).cpu()
+    side = max(4, min(generator.image_size) * 3 // 8)  # smaller ones show the photograph, not the domain
+    quilted = quilt(recoloured(small, samples), cut_out(samples, side, random), random, advance)
+    return F.interpolate(quilted[None], image.shape[1:], mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
 def canvas_size(image: tuple[int, int], tile: tuple[int, int], tiles: int) -> tuple[int, int]:
-    """(height, width) to draw at: in half tiles, `tiles` tiles along the shorter side, the image's proportions."""
+    """(height, width) to draw at: `tiles` tiles along the side that has fewer, the image's proportions."""
     scale = tiles / min(image[0] / tile[0], image[1] / tile[1])
-    halves = [max(2, round(2 * scale * side / each)) for side, each in zip(image, tile, strict=True)]
-    return halves[0] * (tile[0] // 2), halves[1] * (tile[1] // 2)
+    return round(scale * image[0]), round(scale * image[1])
 
 
-def _fade(side: int) -> Tensor:
-    """Weights across a tile that fall to almost nothing at its edges and add up evenly over its neighbours: (side,)."""
-    return torch.sin(torch.pi * (torch.arange(side) + 0.5) / side).square() + 1e-3
+def recoloured(image: Tensor, samples: Tensor) -> Tensor:
+    """The image with the samples' mean colour and covariance of colours, each colour moved as little as possible.
+
+    The linear map between two normal distributions that moves least (Pitié and Kokaram 2007).
+
+    Args:
+        image: (C, H, W) in -1..1.
+        samples: (N, C, h, w) in -1..1.
+    """
+    channels = len(image)
+    given, wanted = image.flatten(1), samples.transpose(0, 1).flatten(1)
+    some = 1e-4 * torch.eye(channels)  # an image of a single colour has no covariance
+    root = _power(given.cov().reshape(channels, channels) + some, 0.5)
+    inverse = _power(given.cov().reshape(channels, channels) + some, -0.5)
+    target = wanted.cov().reshape(channels, channels) + some
+    moved = inverse @ _power(root @ target @ root, 0.5) @ inverse @ (given - given.mean(1, keepdim=True))
+    return (moved + wanted.mean(1, keepdim=True)).reshape(image.shape).clamp(-1, 1)
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.clamp(min=1e-8) ** exponent) @ vectors.T
+
+
+def cut_out(samples: Tensor, side: int, random: torch.Generator) -> Tensor:
+    """Square pieces from anywhere in the samples (N, C, H, W): (PIECES, C, side, side)."""
+    count, _, height, width = samples.shape
+    limits = count, height - side + 1, width - side + 1
+    i, y, x = (torch.randint(limit, (PIECES, 1, 1), generator=random) for limit in limits)
+    span = torch.arange(side)
+    return samples.permute(0, 2, 3, 1)[i, y + span[:, None], x + span].permute(0, 3, 1, 2)
+
+
+def quilt(
+    image: Tensor, pieces: Tensor, random: torch.Generator, advance: Callable[[int], None] = lambda lines: None
+) -> Tensor:
+    """Texture transfer by image quilting (Efros and Freeman 2001), in one pass.
+
+    From the top left, each piece overlaps its neighbours by a quarter. It is chosen, at random among the best, for
+    small differences there and for colours that fit the image's, averaged over CELLS x CELLS cells; and it is cut from
+    its neighbours along the line where both differ least.
+
+    Args:
+        image: (C, H, W), at least as large as a piece.
+        pieces: (M, C, side, side).
+
+    Returns:
+        (C, H, W), every pixel of it from a piece.
+    """
+    height, width = image.shape[1:]
+    side = pieces.shape[-1]
+    overlap = max(2, side // 4)
+    step = side - overlap
+    rows, columns = -(-(height - overlap) // step), -(-(width - overlap) // step)
+    missing = columns * step + overlap - width, rows * step + overlap - height
+    image = F.pad(image[None], (0, missing[0], 0, missing[1]), mode="replicate")[0]
+    canvas = torch.zeros_like(image)
+    coarse = _Known(F.adaptive_avg_pool2d(pieces, CELLS))
+    tops, lefts = _Known(pieces[:, :, :overlap]), _Known(pieces[..., :overlap])
+    for y in range(0, rows * step, step):
+        wanted = image[:, y : y + side].unfold(2, side, step).permute(2, 0, 1, 3)  # (columns, C, side, side)
+        fits = coarse.differences(F.adaptive_avg_pool2d(wanted, CELLS))
+        for column, x in enumerate(range(0, columns * step, step)):
+            here = canvas[:, y : y + side, x : x + side]
+            error = (1 - FIT_TO_NEIGHBOURS) * fits[column]
+            if y > 0:
+                error = error + FIT_TO_NEIGHBOURS * tops.differences(here[None, :, :overlap])[0]
+            if x > 0:
+                error = error + FIT_TO_NEIGHBOURS * lefts.differences(here[None, ..., :overlap])[0]
+            good = (error <= error.min() * (1 + CHOICE)).nonzero()[:, 0]
+            piece = pieces[good[torch.randint(len(good), (1,), generator=random)]][0]
+            new = torch.ones(side, side, dtype=torch.bool)
+            difference = (piece - here).square().sum(0)
+            if y > 0:
+                new[:overlap] &= beyond_seam(difference[:overlap].T).T
+            if x > 0:
+                new[:, :overlap] &= beyond_seam(difference[:, :overlap])
+            canvas[:, y : y + side, x : x + side] = torch.where(new, piece, here)
+        advance(min(step, height - y))
+    return canvas[:, :height, :width]
+
+
+class _Known:
+    """Vectors (m, ...) that many others are compared with."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        self.vectors = vectors.flatten(1)
+        self.squares = self.vectors.square().sum(1)
+
+    def differences(self, others: Tensor) -> Tensor:
+        """Mean squared difference of each of others (n, ...) from each of the vectors: (n, m)."""
+        flat = others.flatten(1)
+        squares = torch.addmm(self.squares, flat, self.vectors.T, alpha=-2) + flat.square().sum(1, keepdim=True)
+        return squares.clamp_(min=0) / flat.shape[1]
+
+
+def beyond_seam(cost: Tensor) -> Tensor:
+    """Cut along the cheapest way from the first row to the last that moves by one column a row at most.
+
+    Args:
+        cost: (n, m).
+
+    Returns:
+        bool (n, m): True on the way and to the right of it.
+    """
+    total = cost.numpy().copy()
+    for i in range(1, len(total)):
+        above = np.pad(total[i - 1], 1, constant_values=np.inf)
+        total[i] += np.minimum(np.minimum(above[:-2], above[1:-1]), above[2:])
+    ends = [int(total[-1].argmin())]
+    for row in total[-2::-1]:
+        first = max(0, ends[-1] - 1)
+        ends.append(first + int(row[first : ends[-1] + 2].argmin()))
+    return torch.arange(cost.shape[1]) >= torch.tensor(ends[::-1])[:, None]

@@ -89,3 +89,12 @@ def test_impossible_walks_are_explained(run, tmp_path, points, out, complaint):
 def test_nothing_to_add_is_explained(run, tmp_path):
     with pytest.raises(UserError, match="nothing to add"):
         arithmetic(run, [], [["1"]], out=tmp_path / "sum.png")
+
+
+@pytest.mark.parametrize("truncation", [0.0, -1.0, float("nan"), float("inf")])
+def test_impossible_truncations_are_explained(run, tmp_path, truncation):
+    with pytest.raises(UserError, match="--truncation"):
+        interpolate(run, ["1", "2"], out=tmp_path / "walk.png", steps=2, truncation=truncation)
+    with pytest.raises(UserError, match="--truncation"):
+        arithmetic(run, [["1"]], [], out=tmp_path / "sum.png", truncation=truncation)
+    assert not list(tmp_path.iterdir())

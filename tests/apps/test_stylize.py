@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastdcgan.apps.features import activations
 from fastdcgan.apps.pictures import open_picture, save, to_picture
-from fastdcgan.apps.stylize import canvas_size, redraw, stylize
+from fastdcgan.apps.stylize import beyond_seam, canvas_size, quilt, recoloured, redraw, stylize
 from fastdcgan.errors import UserError
 
 
@@ -29,30 +29,30 @@ def gram(features: Tensor) -> Tensor:
 
 def test_style_moves_to_the_domain_and_content_stays(networks, digits):
     generator, discriminator = networks
-    photo = photograph(48, 48)
-    drawn = redraw(generator, discriminator, photo, tiles=3)
+    photo = photograph(96, 96)
+    drawn = redraw(generator, photo, tiles=6)
 
     def style(images: Tensor) -> list[Tensor]:
         return [gram(each) for each in activations(discriminator, images)]
 
-    def tiles_of(image: Tensor) -> Tensor:
-        return F.unfold(image[None], 16, stride=16)[0].T.reshape(-1, 1, 16, 16)
+    def windows_of(image: Tensor) -> Tensor:
+        return F.unfold(image[None], 16, stride=4)[0].T.reshape(-1, 1, 16, 16)
 
     domain = style(digits)
 
     def distance(image: Tensor) -> list[float]:
-        found = style(tiles_of(image))
+        found = style(windows_of(image))
         return [((a - b).norm() / b.norm()).item() for a, b in zip(found, domain, strict=True)]
 
     before, after = distance(photo), distance(drawn)
     print("style distance before", before, "after", after)
-    assert sum(after) < sum(before) and after[-1] < 0.8 * before[-1]
+    assert sum(after) < 0.92 * sum(before) and after[-1] < 0.88 * before[-1]
 
     def blurred(image: Tensor) -> Tensor:
         return F.avg_pool2d(image, 4)
 
     content = (blurred(drawn) - blurred(photo)).square().mean()
-    page = digits[:9].reshape(3, 3, 16, 16).permute(0, 2, 1, 3).reshape(1, 48, 48)
+    page = digits[:36].reshape(6, 6, 16, 16).permute(0, 2, 1, 3).reshape(1, 96, 96)
     random = (blurred(page) - blurred(photo)).square().mean()
     print("content distance", content, "of a random page of the domain", random)
     assert content < 0.5 * random
@@ -70,11 +70,56 @@ def test_any_size_and_strength(run, tmp_path):
     assert open_picture(tmp_path / "out.jpg").size == (40, 30)
 
 
-def test_the_canvas_keeps_proportions_in_half_tiles():
+def test_the_canvas_keeps_proportions():
     assert canvas_size((300, 400), (64, 64), 3) == (192, 256)
     assert canvas_size((10, 1000), (16, 16), 1) == (16, 1600)
-    height, width = canvas_size((100, 90), (64, 96), 2)
-    assert height % 32 == 0 and width % 48 == 0
+    assert canvas_size((100, 90), (64, 96), 2) == (213, 192)
+
+
+def test_a_generator_alone_is_enough(run, digit_files, tmp_path):
+    (weights,) = run.glob("checkpoints/step-000400/average.safetensors")
+    stylize(weights, digit_files[0], out=tmp_path / "out.png", tiles=1)
+    assert open_picture(tmp_path / "out.png").size == (16, 16)
+
+
+def test_colours_become_the_samples():
+    random = torch.Generator().manual_seed(0)
+    mixed = torch.randn(3, 3, generator=random)
+    image = 0.2 * torch.randn(3, 40, 50, generator=random)
+    samples = torch.einsum("cd,ndhw->nchw", 0.1 * mixed, torch.randn(9, 3, 20, 20, generator=random)) + 0.1
+    found, wanted = recoloured(image, samples).flatten(1), samples.transpose(0, 1).flatten(1)
+    assert torch.allclose(found.mean(1), wanted.mean(1), atol=0.01)
+    assert torch.allclose(found.cov(), wanted.cov(), atol=0.003)
+    within = samples[:1].clamp(-1, 1)
+    assert (recoloured(within[0], within) - within[0]).abs().max() < 0.01  # what has them already stays
+    assert torch.isfinite(recoloured(torch.full((3, 8, 8), 0.5), samples)).all()
+
+
+def test_the_seam_takes_the_cheapest_way():
+    cost = torch.ones(4, 5)
+    for row, column in enumerate((1, 2, 2, 3)):
+        cost[row, column] = 0
+    assert beyond_seam(cost).int().argmax(1).tolist() == [1, 2, 2, 3]
+    assert beyond_seam(cost)[0].tolist() == [False, True, True, True, True]
+
+
+def test_a_quilt_of_pieces_of_the_image_is_the_image():
+    """Every piece the quilt needs is there, so each is chosen and no seam shows."""
+    image = torch.rand(3, 22, 31, generator=torch.Generator().manual_seed(0)) * 2 - 1  # 22 = 2 + 5 * 4, 31 > 2 + 7 * 4
+    padded = F.pad(image[None], (0, 3, 0, 0), mode="replicate")[0]
+    pieces = padded.unfold(1, 6, 1).unfold(2, 6, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 6, 6)
+    lines: list[int] = []
+    quilted = quilt(image, pieces, torch.Generator().manual_seed(0), lines.append)
+    assert torch.equal(quilted, image)
+    assert len(lines) == 5 and sum(lines) >= 20
+
+
+def test_flat_areas_do_not_repeat_one_piece():
+    random = torch.Generator().manual_seed(0)
+    pieces = 0.05 * torch.randn(500, 1, 8, 8, generator=random)
+    quilted = quilt(torch.zeros(1, 50, 50), pieces, random)
+    blocks = quilted.unfold(1, 4, 6).unfold(2, 4, 6).reshape(-1, 16)
+    assert len(blocks.unique(dim=0)) > 0.5 * len(blocks)
 
 
 @pytest.mark.parametrize("setting", [{"strength": 1.5}, {"strength": float("nan")}, {"tiles": 0}, {"seed": -1}])

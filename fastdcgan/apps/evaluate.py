@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import batches, circumstances, open_images, require_whole, shuffled
-from fastdcgan.apps.latent import BATCH, generate, latents
+from fastdcgan.apps.latent import BATCH, check_seed, generate, latents
 from fastdcgan.apps.neighbours import prdc
 from fastdcgan.apps.pictures import check_out, save, sheet
 from fastdcgan.apps.trained import device_of, open_both
@@ -55,7 +55,7 @@ def evaluate(
         UserError: data, runs or settings that cannot be used; --fid where torch-fidelity is not installed.
     """
     require_whole("--images", images, FEWEST)
-    require_whole("--seed", seed, 0)
+    check_seed(seed)
     if inception_weights is not None and not inception_weights.is_file():
         raise UserError(f"--inception-weights {inception_weights} does not exist: leave it out to fetch the usual file")
     if fid and importlib.util.find_spec("torch_fidelity") is None:

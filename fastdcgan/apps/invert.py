@@ -10,7 +10,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastdcgan.apps.features import activations
-from fastdcgan.apps.latent import Inversion, invert
+from fastdcgan.apps.latent import Inversion, check_seed, invert
 from fastdcgan.apps.pictures import check_out, names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
@@ -104,7 +104,8 @@ def nearest(
 
 def check_search(restarts: int, steps: int, seed: int) -> None:
     """Raises UserError for settings of an inversion that are not possible."""
-    for flag, value, least in (("--restarts", restarts, 1), ("--steps", steps, 4), ("--seed", seed, 0)):
+    check_seed(seed)
+    for flag, value, least in (("--restarts", restarts, 1), ("--steps", steps, 4)):
         if value < least:
             raise UserError(f"{flag} {value} is too small: at least {least}")
 

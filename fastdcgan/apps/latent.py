@@ -17,6 +17,7 @@ from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 STAGES = 4  # of an inversion: after each of the first ones the worse half of the starts is given up
 BATCH = 64
+LAST_SEED = 2**63 - 1
 
 # (pictures (M, C, H, W) in -1..1, which of the N targets each belongs to (M,)) -> loss of each (M,)
 DataLoss = Callable[[Tensor, Tensor], Tensor]
@@ -30,8 +31,11 @@ def latents(seeds: Iterable[int], latent_dim: int, truncation: float | None = No
             mapped by quantiles, so that a seed's picture changes smoothly with it.
 
     Raises:
-        UserError: a truncation that is not possible.
+        UserError: a truncation or a seed that is not possible.
     """
+    seeds = list(seeds)
+    for seed in seeds:
+        check_seed(seed)
     if truncation is not None and not 0 < truncation < float("inf"):
         raise UserError(f"--truncation {truncation:g} is not possible: above 0 (2 cuts little off, 0.5 a lot)")
     z = torch.stack([torch.randn(latent_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -39,6 +43,12 @@ def latents(seeds: Iterable[int], latent_dim: int, truncation: float | None = No
         return z
     edge = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
     return torch.special.ndtri(edge + (1 - 2 * edge) * torch.special.ndtr(z.double())).float()
+
+
+def check_seed(seed: int) -> None:
+    """Raises UserError for one that PyTorch does not take."""
+    if not 0 <= seed <= LAST_SEED:
+        raise UserError(f"--seed {seed} is not possible: from 0 to {LAST_SEED}")
 
 
 @torch.no_grad()

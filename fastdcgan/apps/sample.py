@@ -25,9 +25,7 @@ def sample(
     """
     if count < 1:
         raise UserError(f"--count {count} is too small: at least 1")
-    if seed < 0:
-        raise UserError(f"--seed {seed} is not possible: at least 0")
-    latents([seed], 1, truncation)  # one that is not possible is said before anything is written
+    latents([seed], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
     one_grid = out.suffix.lower() == ".png"
     check_out(out, (".png",) if one_grid else ())

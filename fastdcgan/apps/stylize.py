@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.apps.latent import generate, latents
+from fastdcgan.apps.latent import check_seed, generate, latents
 from fastdcgan.apps.pictures import MODES, check_out, fitted, open_picture, save, to_picture, to_tensor
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
@@ -42,8 +42,7 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
         )
     if not 1 <= tiles <= 64:
         raise UserError(f"--tiles {tiles} is not possible: 1 to 64")
-    if seed < 0:
-        raise UserError(f"--seed {seed} is not possible: at least 0")
+    check_seed(seed)
     generator = open_run(run).generator
     picture = open_picture(photo)
     check_out(out, (".png", ".jpg", ".jpeg"))

@@ -77,6 +77,7 @@ def test_a_group_less_itself_leaves_the_other(run, tmp_path):
         (["1"], "walk.gif", "at least two"),
         (["1", "x.png"], "walk.gif", "x.png is neither"),
         (["1", "-2"], "walk.gif", "-2 is neither"),
+        (["1", str(2**64)], "walk.gif", "seed"),
         (["1", "2"], "walk.avi", "end it in"),
     ],
 )

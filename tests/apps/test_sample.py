@@ -45,7 +45,12 @@ def test_truncated_latents_keep_their_order_within_the_bounds():
 
 @pytest.mark.parametrize(
     ("setting", "complaint"),
-    [({"count": 0}, "--count"), ({"seed": -1}, "--seed"), ({"truncation": 0.0}, "--truncation")],
+    [
+        ({"count": 0}, "--count"),
+        ({"seed": -1}, "--seed"),
+        ({"seed": 2**64}, "--seed"),
+        ({"truncation": 0.0}, "--truncation"),
+    ],
 )
 def test_impossible_settings_are_named_and_nothing_is_written(run, tmp_path, setting, complaint):
     with pytest.raises(UserError, match=complaint):

@@ -122,7 +122,9 @@ def test_flat_areas_do_not_repeat_one_piece():
     assert len(blocks.unique(dim=0)) > 0.5 * len(blocks)
 
 
-@pytest.mark.parametrize("setting", [{"strength": 1.5}, {"strength": float("nan")}, {"tiles": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "setting", [{"strength": 1.5}, {"strength": float("nan")}, {"tiles": 0}, {"seed": -1}, {"seed": 2**64}]
+)
 def test_impossible_settings_are_explained(run, digit_files, tmp_path, setting):
     with pytest.raises(UserError, match="--" + next(iter(setting))):
         stylize(run, digit_files[0], out=tmp_path / "new" / "out.png", **setting)

@@ -19,7 +19,7 @@ TRIALS = 2  # the first one warms up, the second one is measured
 class Pace:
     """The intervals of a run: those asked for, and the usual ones, stretched where they would take more than SHARE.
 
-    A GPU does the usual 20 steps in less time than it takes to write a line about them.
+    Where a step is short, the usual number of them takes less time than writing a line about them does.
 
     Args:
         asked: steps by name, a key of USUAL; None leaves it to this class.

@@ -150,7 +150,7 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
         + (f", going on from step {done:,}" if done else "")
     )
     if device.type == "cuda" and not config.compile:
-        say("hint: --compile records the whole step as one CUDA graph, which is several times faster")
+        say("hint: --compile records the whole step as one CUDA graph")
 
     pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
     with stop_signals() as stop, training_progress(done, total) as show:

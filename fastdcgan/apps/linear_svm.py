@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+import scipy.optimize
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MEMORY = 20  # pairs of differences that L-BFGS keeps
@@ -25,29 +28,27 @@ class LinearSVM:
             labels: int64 (N,), 0 .. classes - 1.
             c: weight of the loss against the regularisation.
             iterations: of L-BFGS, at most.
-            tolerance: end where the gradient's norm has fallen to this share of what it was at first.
+            tolerance: end where the gradient's largest value has fallen to this share of what it was at first.
         """
         classes = int(labels.max()) + 1
         target = torch.full((len(labels), classes), -1.0, device=features.device)
         target[torch.arange(len(labels)), labels] = 1.0
-        self.weight = torch.zeros(features.shape[1] + 1, classes, device=features.device)
-        optimizer = torch.optim.LBFGS(
-            [self.weight], max_iter=1, history_size=MEMORY, line_search_fn="strong_wolfe", tolerance_grad=0
-        )
+        shape = features.shape[1] + 1, classes
+        self.weight = torch.zeros(shape, device=features.device)
 
-        def loss() -> Tensor:  # with its gradient written out: autograd would keep more
+        def loss(weight: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            """The objective and its gradient; sums that the line search compares are in float64."""
+            self.weight = torch.from_numpy(weight.reshape(shape)).to(features)
             margin = (1 - target * self.scores(features)).clamp_(min=0)
             slope = (-2 * c) * target * margin
-            self.weight.grad = self.weight + torch.cat([(slope.T @ features).T, slope.sum(0, keepdim=True)])
-            return self.weight.square().sum() / 2 + c * margin.square().sum()
+            gradient = self.weight + torch.cat([(slope.T @ features).T, slope.sum(0, keepdim=True)])
+            value = weight @ weight / 2 + c * margin.double().square().sum().item()
+            return float(value), gradient.double().cpu().numpy().ravel()
 
-        loss()
-        assert self.weight.grad is not None
-        at_first = self.weight.grad.norm()
-        for _ in range(iterations):
-            optimizer.step(loss)
-            if self.weight.grad.norm() <= tolerance * at_first:
-                break
+        zero = np.zeros(self.weight.numel())
+        steepest = np.abs(loss(zero)[1]).max()
+        options = {"maxiter": iterations, "maxcor": MEMORY, "gtol": tolerance * steepest, "ftol": 0.0}
+        loss(scipy.optimize.minimize(loss, zero, jac=True, method="L-BFGS-B", options=options).x)
 
     def scores(self, features: Tensor) -> Tensor:
         """(N, d) -> (N, classes)."""

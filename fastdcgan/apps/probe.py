@@ -27,7 +27,7 @@ from fastdcgan.models import AnyDiscriminator
 POOLED = 4  # the grid every layer is max-pooled to
 HELD_OUT = 0.2  # of each class, where there is no test set
 CHOICE = 2500  # images at most that the SVM's regularisation is chosen on
-STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the loss against the regularisation: c times the number of images
+STRENGTHS = (0.1, 0.3, 1.0, 10.0)  # of the loss against the regularisation: c times the number of images
 
 
 def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, images: int = 5000, seed: int = 0) -> None:

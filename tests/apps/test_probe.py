@@ -50,6 +50,25 @@ def test_the_solver_agrees_with_scikit_learn(c):
     assert np.allclose(ours.weight[-1].numpy(), theirs.intercept_, atol=2e-3)
 
 
+def test_the_solver_ends_at_the_minimum_of_many_features_that_go_together():
+    """Where a descent in float32 alone stalls: the gradient there, in float64, is all but gone."""
+    random = torch.Generator().manual_seed(0)
+    few = torch.randn(1000, 60, generator=random) @ torch.randn(60, 3000, generator=random)
+    features = few + 0.1 * torch.randn(1000, 3000, generator=random)
+    features = (features - features.mean(0)) / features.std(0)
+    noise = 3 * torch.randn(1000, 10, generator=random)
+    labels = (features[:, :30] @ torch.randn(30, 10, generator=random) + noise).argmax(1)
+    found = LinearSVM(features, labels, c=1e-3, tolerance=1e-3).weight.double()
+    signs = 2.0 * torch.nn.functional.one_hot(labels, 10).double() - 1
+
+    def gradient(weight: torch.Tensor) -> torch.Tensor:
+        weight = weight.clone().requires_grad_()
+        margin = (1 - signs * (features.double() @ weight[:-1] + weight[-1])).clamp(min=0)
+        return torch.autograd.grad(weight.square().sum() / 2 + 1e-3 * margin.square().sum(), weight)[0]
+
+    assert gradient(found).norm() < 2e-3 * gradient(torch.zeros_like(found)).norm()
+
+
 def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelled):
     train, train_numbers, test, test_numbers = choose(str(labelled), None, networks[1], 10_000, seed=0)
     assert train is test and not set(train_numbers) & set(test_numbers)

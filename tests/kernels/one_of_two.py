@@ -38,3 +38,5 @@ def run(x: torch.Tensor) -> torch.Tensor:
 y = (torch.compile(run, fullgraph=True) if joint["compiled"] else run)(x)
 gradients = torch.autograd.grad(y, (x, weight, bias), share(joint["dy"]))
 torch.save([y.detach(), *gradients, running_mean, running_var], folder / f"rank-{rank}.pt")
+dist.barrier()  # neither leaves while the other may still be talking to it
+dist.destroy_process_group()  # or its threads outlive the interpreter, which then sometimes aborts

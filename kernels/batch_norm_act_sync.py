@@ -66,7 +66,12 @@ def forward(
     """y, and of all processes mean (groups, C) and inverse deviation (groups, C)."""
     x = as_rows(x)
     rows = x.numel() // (x.shape[1] * groups)
-    own = triton_moments(x, groups, weight.dtype) if triton else moments(x, groups, weight.dtype)
+    if triton:
+        from fastdcgan.kernels import batch_norm_act_sync_triton as fused
+
+        own = fused.moments(x, groups, weight.dtype)
+    else:
+        own = moments(x, groups, weight.dtype)
     means, m2s = gather(torch.stack(own)).unbind(1)  # (processes, groups, C) each
     everyone = rows * len(means)
     # Relative to the first mean, as in the kernels: a sum of large near-equal numbers would lose what tells them apart.
@@ -76,7 +81,7 @@ def forward(
         running_mean.lerp_(group_mean, momentum)
         running_var.lerp_(group_var * (everyone / (everyone - 1)), momentum)
     if triton:
-        return triton_normalize(x, weight, bias, mean, var, eps, negative_slope)
+        return fused.normalize(x, weight, bias, mean, var, eps, negative_slope)
     inverse = (var + eps).rsqrt()
     z = (in_groups(x, groups).to(weight.dtype) - spread(mean, x)) * spread(inverse * weight, x) + spread(bias, x)
     y = torch.where(z > 0, z, z * negative_slope).to(x.dtype).reshape(x.shape)
@@ -105,7 +110,9 @@ def backward(
     groups, channels = mean.shape
     rows = x.numel() // (channels * groups)
     if triton:
-        own = triton_sums(x, dy, weight, bias, mean, inverse, negative_slope)
+        from fastdcgan.kernels import batch_norm_act_sync_triton as fused
+
+        own = fused.sums(x, dy, weight, bias, mean, inverse, negative_slope)
     else:
         normalized = (in_groups(x, groups).to(weight.dtype) - spread(mean, x)) * spread(inverse, x)
         dy_ = in_groups(dy, groups).to(weight.dtype)
@@ -114,7 +121,7 @@ def backward(
         own = torch.stack((dz.sum(over), (dz * normalized).sum(over)))
     mean_dz, mean_dzx = (gather(own).mean(0) / rows).unbind(0)  # (groups, C), over the rows of all processes
     if triton:
-        dx = triton_gradient(x, dy, weight, bias, mean, inverse, mean_dz, mean_dzx, negative_slope)
+        dx = fused.gradient(x, dy, weight, bias, mean, inverse, mean_dz, mean_dzx, negative_slope)
     else:
         dx = dz - spread(mean_dz, x) - normalized * spread(mean_dzx, x)
         dx = as_rows((dx * spread(inverse * weight, x)).to(x.dtype).reshape(x.shape))
@@ -149,106 +156,3 @@ def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     over = tuple(i for i in range(parts.dim()) if i not in (0, 2))
     mean = parts.mean(over, keepdim=True)
     return mean.flatten(1), (parts - mean).square().sum(over)
-
-
-# The same steps with the kernels of `batch_norm_act_triton`, each launched for itself. A kernel that combines the
-# partial results of many programs is given one partial result: that of all processes.
-
-
-def triton_moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    from fastdcgan.kernels import batch_norm_act_triton as kernels
-    from fastdcgan.kernels.batch_norm_act_op import launch_plan
-
-    plan, rows, grid, cut = launch_plan(x, groups, dtype)
-    partial_mean, partial_m2 = torch.empty((2, groups, plan.splits, x.shape[1]), dtype=dtype, device=x.device)
-    kernels.statistics[grid](x, partial_mean, partial_m2, rows, **cut)
-    share = plan.turns * plan.block_rows
-    counts = (rows - share * torch.arange(plan.splits, device=x.device)).clamp(max=share).to(dtype)[:, None]
-    first = partial_mean[:, :1]
-    mean = first + ((partial_mean - first) * counts).sum(1, keepdim=True) / rows
-    m2 = (partial_m2 + (partial_mean - mean).square() * counts).sum(1)
-    return mean.flatten(1), m2
-
-
-def triton_normalize(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, negative_slope: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fastdcgan.kernels import batch_norm_act_triton as kernels
-    from fastdcgan.kernels.batch_norm_act_op import launch_plan
-
-    groups, channels = mean.shape
-    _, rows, grid, cut = launch_plan(x, groups, weight.dtype)
-    y, out_mean, inverse = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
-    nobodys = mean.new_zeros((2, channels))  # the kernel's running statistics, for those of the run moved already
-    kernels.normalize[grid](
-        x,
-        y,
-        weight,
-        bias,
-        *nobodys.unbind(0),
-        mean.contiguous(),
-        (var * rows).contiguous(),
-        out_mean,
-        inverse,
-        rows,
-        GROUPS=groups,
-        SPLITS_POW2=1,
-        TRAINING=True,
-        MOMENTUM=0.0,
-        EPS=eps,
-        SLOPE=negative_slope,
-        **cut | {"SPLITS": 1},
-    )
-    return y, out_mean, inverse
-
-
-def triton_sums(
-    x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, negative_slope: float
-) -> Tensor:
-    """(2, groups, C): sums of dz and of dz times the normalised x, over the rows of this process."""
-    from fastdcgan.kernels import batch_norm_act_triton as kernels
-    from fastdcgan.kernels.batch_norm_act_op import launch_plan
-
-    groups, channels = mean.shape
-    plan, rows, grid, cut = launch_plan(x, groups, weight.dtype)
-    partial = weight.new_empty((2, groups, plan.splits, channels))
-    kernels.sums[grid](x, dy, weight, bias, mean, inverse, *partial.unbind(0), rows, SLOPE=negative_slope, **cut)
-    return partial.sum(2)
-
-
-def triton_gradient(
-    x: Tensor,
-    dy: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    inverse: Tensor,
-    mean_dz: Tensor,
-    mean_dzx: Tensor,
-    negative_slope: float,
-) -> Tensor:
-    from fastdcgan.kernels import batch_norm_act_triton as kernels
-    from fastdcgan.kernels.batch_norm_act_op import launch_plan
-
-    groups, channels = mean.shape
-    _, rows, grid, cut = launch_plan(x, groups, weight.dtype)
-    dx, nobodys = torch.empty_like(x), weight.new_empty((2, channels))
-    kernels.gradient[grid](
-        x,
-        dy,
-        dx,
-        weight,
-        bias,
-        mean,
-        inverse,
-        (mean_dz * rows).contiguous(),
-        (mean_dzx * rows).contiguous(),
-        *nobodys.unbind(0),
-        rows,
-        GROUPS=groups,
-        SPLITS_POW2=1,
-        TRAINING=True,
-        SLOPE=negative_slope,
-        **cut | {"SPLITS": 1},
-    )
-    return dx

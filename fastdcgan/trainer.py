@@ -185,7 +185,7 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
             if saves:
                 with pace.measured("checkpoint"):
                     saver.save(step, stream, done, watch.quality.distance(step.average) if watch else None)
-            if run and pace.settled:
+            if run and pace.settled and (logs or samples or saves):
                 run.keep_intervals(pace.every)
             if logs or samples:
                 raised = world.share(raised)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastdcgan.apps.distances import unit_range
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, require_whole, shuffled
+from fastdcgan.apps.latent import check_seed
 from fastdcgan.apps.linear_svm import LinearSVM
 from fastdcgan.apps.pictures import check_out, save
 from fastdcgan.apps.trained import device_of, open_both
@@ -43,7 +44,7 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
         UserError: data without classes, or a run that cannot be used.
     """
     require_whole("--images", images, 10)
-    require_whole("--seed", seed, 0)
+    check_seed(seed)
     run_found, _, discriminator = open_both(run)
     check_out(out, (".json",))
     train, train_numbers, test, test_numbers = choose(data, test_data, discriminator, images, seed)

@@ -6,9 +6,12 @@ import numpy as np
 import scipy.optimize
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 MEMORY = 20  # pairs of differences that L-BFGS keeps
+ROWS = 1000  # of a Gram matrix computed at once
+JITTER = 1e-5  # of an image's mean square, added to its own: a Gram matrix in float32 is otherwise not quite positive
 
 
 class LinearSVM:
@@ -48,7 +51,9 @@ class LinearSVM:
         zero = np.zeros(self.weight.numel())
         steepest = np.abs(loss(zero)[1]).max()
         options = {"maxiter": iterations, "maxcor": MEMORY, "gtol": tolerance * steepest, "ftol": 0.0}
-        loss(scipy.optimize.minimize(loss, zero, jac=True, method="L-BFGS-B", options=options).x)
+        with threadpool_limits(1, "blas"):  # scipy's threads would wait for work on the cores that torch's need
+            found = scipy.optimize.minimize(loss, zero, jac=True, method="L-BFGS-B", options=options)
+        loss(found.x)
 
     def scores(self, features: Tensor) -> Tensor:
         """(N, d) -> (N, classes)."""
@@ -57,3 +62,34 @@ class LinearSVM:
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Share of the images (N, d) whose highest score is their label's."""
         return (self.scores(features).argmax(1) == labels).float().mean().item()
+
+
+class Coordinates:
+    """Fewer numbers for images with more features than there are images, the same classifier (Schölkopf et al. 2001).
+
+    The best weights are a sum of training images, so only the scalar products between these matter: any features with
+    the same Gram matrix serve. `values` are the triangular ones, N numbers an image instead of d.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        """From float32 (N, d); where d is not above N they stay as they are."""
+        self._features = features
+        self.values = features
+        if features.shape[0] < features.shape[1]:
+            gram = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
+            for start in range(0, len(features), ROWS):  # only the lower triangle is looked at
+                stop = start + ROWS
+                gram[start:stop, :stop] = features[start:stop] @ features[:stop].T
+            gram.diagonal().add_(JITTER * gram.diagonal().mean())
+            self.values = torch.linalg.cholesky(gram).to(features)
+
+    def of_first(self, count: int) -> Tensor:
+        """`values` of the first `count` images, without the columns that are zero in all of them."""
+        return self.values[:count] if self.values is self._features else self.values[:count, :count]
+
+    def weight(self, found: Tensor) -> Tensor:
+        """A weight (d + 1, classes) for features from one for `values`, (N + 1, classes); the last row is intercepts."""
+        if self.values is self._features:
+            return found
+        shares = torch.linalg.solve_triangular(self.values.T, found[:-1], upper=True)
+        return torch.cat([self._features.T @ shares, found[-1:]])

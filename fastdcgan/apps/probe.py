@@ -17,7 +17,7 @@ from fastdcgan.apps.distances import unit_range
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, require_whole, shuffled
 from fastdcgan.apps.latent import check_seed
-from fastdcgan.apps.linear_svm import LinearSVM
+from fastdcgan.apps.linear_svm import Coordinates, LinearSVM
 from fastdcgan.apps.pictures import check_out, save
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
@@ -162,16 +162,19 @@ def classify(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     for features in (train, test):
         features.sub_(mean).div_(deviation)
 
-    cut = min(CHOICE, len(train)) * 4 // 5
-    fit, check = slice(0, cut), slice(cut, min(CHOICE, len(train)))
+    seen = Coordinates(train)
+    few = seen.of_first(CHOICE)
+    cut = len(few) * 4 // 5
     accuracies = [
-        LinearSVM(train[fit], train_labels[fit], strength / cut, iterations=40).accuracy(
-            train[check], train_labels[check]
+        LinearSVM(few[:cut], train_labels[:cut], strength / cut, iterations=40).accuracy(
+            few[cut:], train_labels[cut : len(few)]
         )
         for strength in STRENGTHS
     ]
     best = STRENGTHS[max(range(len(STRENGTHS)), key=accuracies.__getitem__)]
-    accuracy = LinearSVM(train, train_labels, best / len(train)).accuracy(test, test_labels)
+    svm = LinearSVM(seen.values, train_labels, best / len(train))
+    svm.weight = seen.weight(svm.weight)
+    accuracy = svm.accuracy(test, test_labels)
     return {
         "accuracy": accuracy,
         "interval": wilson(accuracy, len(test)),

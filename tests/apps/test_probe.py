@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from sklearn.svm import LinearSVC
 
-from fastdcgan.apps.linear_svm import LinearSVM
+from fastdcgan.apps.linear_svm import Coordinates, LinearSVM
 from fastdcgan.apps.probe import choose, classify, pooled_features, probe, wilson
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
@@ -67,6 +67,28 @@ def test_the_solver_ends_at_the_minimum_of_many_features_that_go_together():
         return torch.autograd.grad(weight.square().sum() / 2 + 1e-3 * margin.square().sum(), weight)[0]
 
     assert gradient(found).norm() < 2e-3 * gradient(torch.zeros_like(found)).norm()
+
+
+@pytest.mark.parametrize("images", [300, 120])  # all, and the first of them: one factor serves both
+def test_coordinates_give_the_same_classifier(images):
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 900, generator=random)
+    features -= features.mean(0)  # so that the Gram matrix is singular, as in `classify`
+    labels = torch.arange(300) % 3
+    direct = LinearSVM(features[:images], labels[:images], c=1e-3, tolerance=1e-4)
+    seen = Coordinates(features)
+    short = LinearSVM(seen.of_first(images), labels[:images], c=1e-3, tolerance=1e-4)
+    assert seen.values.shape == (300, 300) and len(short.weight) == images + 1
+    # 1e-3: both searches end at 1e-4 of the first gradient; the jitter is a tenth of that.
+    assert (short.weight.norm() / direct.weight.norm()).item() == pytest.approx(1, abs=1e-3)
+    if images == len(features):
+        assert (seen.weight(short.weight) - direct.weight).norm() < 1e-3 * direct.weight.norm()
+
+
+def test_coordinates_leave_few_features_as_they_are():
+    features = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
+    seen, weight = Coordinates(features), torch.randn(21, 3)
+    assert seen.of_first(100).equal(features[:100]) and seen.weight(weight) is weight
 
 
 def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelled):

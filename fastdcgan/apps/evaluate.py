@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -81,13 +83,13 @@ def evaluate(
             parts.append(generate(generator, latents(seeds, generator.latent_dim)).cpu())
             advance(len(seeds))
     fake = torch.cat(parts)
+    sets = {"generated": fake, "other real images": other}
+    inception: dict[str, dict[str, float]] = {}
+    if fid:  # first, because it may fail
+        with spinner(f"looking at {3 * count:,} pictures with the Inception network"):
+            inception = inception_scores(real, sets, inception_weights)
     with spinner(f"comparing {count:,} generated pictures with as many real ones"):
-        results = {
-            "generated": measure(real, fake, judge, seed),
-            "other real images": measure(real, other, judge, seed),
-        }
-    if fid:
-        results["generated"] |= inception_scores(real, fake, inception_weights)
+        results = {name: measure(real, images, judge, seed) | inception.get(name, {}) for name, images in sets.items()}
     print(table(results))
     report = {
         "run": str(run),
@@ -141,40 +143,47 @@ def features_of(discriminator: AnyDiscriminator, real: Tensor, fake: Tensor) -> 
     return torch.cat([a for a, _ in scaled], dim=1), torch.cat([b for _, b in scaled], dim=1)
 
 
-def inception_scores(real: Tensor, fake: Tensor, weights: Path | None) -> dict[str, float]:
-    """FID, KID and inception score through torch-fidelity.
+def inception_scores(real: Tensor, sets: dict[str, Tensor], weights: Path | None) -> dict[str, dict[str, float]]:
+    """FID, KID and inception score of each set (N, C, H, W) in -1..1 against `real`, through torch-fidelity.
 
     Raises:
         UserError: the Inception network's weights cannot be had.
     """
     import torch_fidelity
 
-    def as_set(images: Tensor) -> list[Tensor]:
+    def as_set(images: Tensor) -> _Listed:
         colour = images[:, :3].expand(-1, 3, -1, -1) if images.shape[1] != 4 else images[:, :3]
-        return list(to_uint8(colour))
+        return _Listed(list(to_uint8(colour)))
 
-    try:
-        found = torch_fidelity.calculate_metrics(
-            input1=_Listed(as_set(fake)),
-            input2=_Listed(as_set(real)),
-            cuda=torch.cuda.is_available(),
-            isc=True,
-            fid=True,
-            kid=True,
-            kid_subset_size=min(1000, len(fake)),
-            feature_extractor_weights_path=None if weights is None else str(weights),
-            verbose=False,
-        )
-    except Exception as error:  # from a network or a file that is not its weights
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--fid: the Inception network cannot be loaded ({reason}); name it with --inception-weights"
-        ) from error
-    return {
-        "fid": found["frechet_inception_distance"],
-        "kid": found["kernel_inception_distance_mean"],
-        "inception_score": found["inception_score_mean"],
-    }
+    scores = {}
+    # The folder keeps what the network says of `real` for the next set. The warning is of more workers than cores.
+    with TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore", category=UserWarning):
+        for name, images in sets.items():
+            try:
+                found = torch_fidelity.calculate_metrics(
+                    input1=as_set(images),
+                    input2=as_set(real),
+                    input2_cache_name="real",
+                    cache_root=folder,
+                    cuda=torch.cuda.is_available(),
+                    isc=True,
+                    fid=True,
+                    kid=True,
+                    kid_subset_size=min(1000, len(images)),
+                    feature_extractor_weights_path=None if weights is None else str(weights),
+                    verbose=False,
+                )
+            except Exception as error:  # from a network or a file that is not its weights
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"--fid: the Inception network cannot be loaded ({reason}); name it with --inception-weights"
+                ) from error
+            scores[name] = {
+                "fid": found["frechet_inception_distance"],
+                "kid": found["kernel_inception_distance_mean"],
+                "inception_score": found["inception_score_mean"],
+            }
+    return scores
 
 
 class _Listed(torch.utils.data.Dataset[Tensor]):

@@ -88,7 +88,7 @@ class Coordinates:
         return self.values[:count] if self.values is self._features else self.values[:count, :count]
 
     def weight(self, found: Tensor) -> Tensor:
-        """A weight (d + 1, classes) for features from one for `values`, (N + 1, classes); the last row is intercepts."""
+        """(N + 1, classes), weights for `values`, to (d + 1, classes), for features; the last row is the intercepts."""
         if self.values is self._features:
             return found
         shares = torch.linalg.solve_triangular(self.values.T, found[:-1], upper=True)

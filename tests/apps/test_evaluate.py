@@ -18,7 +18,7 @@ from fastdcgan.apps.distances import (
     sliced_wasserstein,
     ssim,
 )
-from fastdcgan.apps.evaluate import evaluate, measure
+from fastdcgan.apps.evaluate import evaluate, inception_scores, measure
 from fastdcgan.apps.features import untrained as fresh_discriminator
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.neighbours import prdc
@@ -107,6 +107,43 @@ def test_precision_and_recall_tell_collapse_from_noise():
     assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.2
     far = prdc(real, 3 * torch.randn(400, 4, generator=random))
     assert far["precision"] < 0.5 and far["recall"] > 0.8
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """Random ones, for the real ones cannot be had everywhere: distances in random features are distances too."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="none")
+    for weight in network.parameters():
+        if weight.ndim == 4:
+            torch.nn.init.kaiming_normal_(weight)  # torch's own would let the signal die away
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_scores_rank_sets(inception_weights):
+    real = images(24, 16)
+    near, far = (real + 0.1 * images(24, 16, seed=1)).clamp(-1, 1), images(24, 16, seed=2).clamp(-0.1, 0.1)
+    scores = inception_scores(real, {"near": near, "far": far}, inception_weights)
+    print(scores)
+    assert 0 < 10 * scores["near"]["fid"] < scores["far"]["fid"]
+    assert 10 * abs(scores["near"]["kid"]) < scores["far"]["kid"]
+    assert all(score["inception_score"] >= 1 for score in scores.values())
+
+
+def test_a_file_without_the_inception_network_is_explained(run, tmp_path):
+    (tmp_path / "wrong.pth").write_text("not weights")
+    with pytest.raises(UserError, match="name it with --inception-weights"):
+        evaluate(
+            run, data="digits", out=tmp_path / "e.json", images=32, fid=True, inception_weights=tmp_path / "wrong.pth"
+        )
+    assert not (tmp_path / "e.json").exists()
 
 
 def test_impossible_settings_are_explained(run, tmp_path, monkeypatch):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from scipy.sparse import coo_array
+from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import spsolve
+from sklearn.feature_extraction.image import grid_to_graph
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -147,6 +148,7 @@ def poisson(source: Tensor, target: Tensor, hole: Tensor) -> Tensor:
     """Blend source into the target's hole: its gradients, the target's values at the rim (Pérez et al. 2003, eq. 7).
 
     Solved exactly for holes of any shape, also those that reach the picture's edge, where no value is prescribed.
+    (OpenCV's seamlessClone does not fill the rim of the hole: what was to be replaced stays there.)
 
     Args:
         source, target: (C, H, W) in -1..1.
@@ -155,28 +157,13 @@ def poisson(source: Tensor, target: Tensor, hole: Tensor) -> Tensor:
     Returns:
         (C, H, W) in -1..1, equal to target outside the hole.
     """
-    inside = hole.numpy()
-    guide, known = (image.permute(1, 2, 0).double().numpy() for image in (source, target))
-    height, width = inside.shape
-    ys, xs = np.nonzero(inside)
-    number = np.zeros((height, width), dtype=np.int64)
-    number[ys, xs] = unknown = np.arange(len(ys))
-    neighbours = np.zeros(len(ys))
-    right = np.zeros((len(ys), guide.shape[2]))
-    rows, columns = [], []
-    for dy, dx in ((0, 1), (1, 0), (0, -1), (-1, 0)):
-        there = (ys + dy >= 0) & (ys + dy < height) & (xs + dx >= 0) & (xs + dx < width)
-        i, here, next_ = unknown[there], (ys[there], xs[there]), (ys[there] + dy, xs[there] + dx)
-        neighbours[i] += 1
-        right[i] += guide[here] - guide[next_] + np.where(inside[next_][:, None], 0, known[next_])
-        rows.append(i[inside[next_]])
-        columns.append(number[next_][inside[next_]])
-    off = np.concatenate(rows), np.concatenate(columns)
-    values = np.concatenate([neighbours, np.full(len(off[0]), -1.0)])
-    matrix = coo_array((values, (np.concatenate([unknown, off[0]]), np.concatenate([unknown, off[1]]))))
+    inside = hole.flatten().numpy()
+    guide, known = (image.flatten(1).T.double().numpy() for image in (source, target))  # (H * W, C)
+    rows = laplacian(grid_to_graph(*hole.shape, dtype=np.float64)).tocsr()[inside]
+    right = rows @ guide - rows[:, ~inside] @ known[~inside]
     blended = known.copy()
-    blended[ys, xs] = spsolve(matrix.tocsc(), right).reshape(right.shape)
-    return torch.from_numpy(blended).permute(2, 0, 1).clamp(-1, 1).to(target.dtype)
+    blended[inside] = spsolve(rows[:, inside].tocsc(), right).reshape(right.shape)
+    return torch.from_numpy(blended).T.reshape(target.shape).clamp(-1, 1).to(target.dtype)
 
 
 def read_mask(path: Path, image: Path, size: tuple[int, int] | torch.Size, fit: bool) -> Tensor:

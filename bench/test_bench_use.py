@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fastdcgan import checkpoint
+from fastdcgan.apps.sample import sample
 from fastdcgan.bench.contenders import Shape, fast_step
 from fastdcgan.checkpoint import Checkpoint
 from fastdcgan.models import Generator
@@ -24,6 +26,20 @@ def test_sampling(benchmark, images_per_second, device, batch):
         return generator(latents)
 
     images_per_second(sample, batch)
+
+
+def test_sample_command(benchmark, device, tmp_path):
+    """`fastdcgan sample RUN --count 256 --out DIR`, from the weights' file to the PNGs."""
+    benchmark.group = f"sample {SIZE}x{SIZE}"
+    weights = {name: weight.contiguous() for name, weight in Generator(SIZE).state_dict().items()}
+    save_file(weights, tmp_path / "generator.safetensors")
+    benchmark.pedantic(
+        lambda: sample(tmp_path / "generator.safetensors", out=tmp_path / "pictures", count=256),
+        warmup_rounds=1,
+        rounds=3,
+    )
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 256
+    benchmark.extra_info["images_per_second"] = round(256 / benchmark.stats.stats.median)
 
 
 @pytest.fixture(scope="module")

@@ -426,14 +426,14 @@ def stylize(
     run: Positional[Path],
     photo: Positional[Path],
     strength: float = 0.7,
-    tiles: int = 4,
+    tiles: int = 8,
     out: Path = Path("stylized.png"),
     seed: int = 0,
 ) -> None:
     """Redraw a photograph with what a generator has learned to draw.
 
     Args:
-        run: a run folder or a checkpoint folder, trained on the domain whose style is wanted.
+        run: a run folder, a checkpoint folder or a generator's file, trained on the domain whose style is wanted.
         photo: an image file of any size.
         strength: from 0, the photograph, to 1, only what the generator draws.
         tiles: pictures of the generator across the photograph's shorter side: many follow it closely, few look more

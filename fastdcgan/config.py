@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from fastdcgan import image_size
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_seed
 
 # What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
 PRESETS = {
@@ -144,12 +144,12 @@ class TrainConfig:
             ("sample_every", 1),
             ("checkpoint_every", 1),
             ("keep", 1),
-            ("seed", 0),
             ("r1_every", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{flag(name)} {value} is too small: at least {least}")
+        check_seed(self.seed)
         if self.batch_size < 2:
             raise UserError(f"--batch-size {self.batch_size} is too small: BatchNorm needs at least 2 images")
         if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
@@ -181,10 +181,6 @@ class TrainConfig:
             raise UserError(f"--image-size: {error}") from None
         if self.arch == "tutorial" and (height, width) != (28, 28):
             raise UserError("--arch tutorial has 28x28 pixels only: leave --image-size out or give 28")
-        if self.cache not in ("auto", "off") and self.crop == "random":
-            raise UserError(
-                f"--crop random is another crop every epoch: it cannot be cached, so leave --cache {self.cache} out"
-            )
 
     @property
     def size(self) -> tuple[int, int]:

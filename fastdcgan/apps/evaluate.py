@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import batches, circumstances, open_images, require_whole, shuffled
-from fastdcgan.apps.latent import BATCH, check_seed, generate, latents
+from fastdcgan.apps.latent import BATCH, generate, latents
 from fastdcgan.apps.neighbours import prdc
 from fastdcgan.apps.pictures import check_out, save, sheet
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say, spinner
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_seed
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.monitor import to_uint8
 

@@ -192,7 +192,7 @@ def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]] | Non
             ("steps", f"{run.step:,} of {run.config.batch_size} images"),
         ]
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    other = "" if format == "safetensors" else f" {FILES[format]} is the same network as {format}."
+    other = "" if format == "safetensors" else f"\nThe same network as {format}: [{FILES[format]}]({FILES[format]}).\n"
     text = f"""---
 library_name: fastdcgan
 pipeline_tag: unconditional-image-generation
@@ -213,8 +213,7 @@ from fastdcgan import from_pretrained
 generator = from_pretrained(".")
 images = generator(torch.randn(16, {generator.latent_dim}))  # (16, {generator.channels}, {height}, {width}) in -1..1
 ```
-{other}
-"""
+{other}"""
     if numbers is not None:
         names = list(numbers)
         lines = [

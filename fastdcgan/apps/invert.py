@@ -10,11 +10,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastdcgan.apps.features import activations
-from fastdcgan.apps.latent import Inversion, check_seed, invert
+from fastdcgan.apps.latent import Inversion, invert
 from fastdcgan.apps.pictures import check_out, names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_seed
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.003

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.apps.trained import device_of
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_seed
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 STAGES = 4  # of an inversion: after each of the first ones the worse half of the starts is given up
 BATCH = 64
-LAST_SEED = 2**63 - 1
 
 # (pictures (M, C, H, W) in -1..1, which of the N targets each belongs to (M,)) -> loss of each (M,)
 DataLoss = Callable[[Tensor, Tensor], Tensor]
@@ -43,12 +42,6 @@ def latents(seeds: Iterable[int], latent_dim: int, truncation: float | None = No
         return z
     edge = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
     return torch.special.ndtri(edge + (1 - 2 * edge) * torch.special.ndtr(z.double())).float()
-
-
-def check_seed(seed: int) -> None:
-    """Raises UserError for one that PyTorch does not take."""
-    if not 0 <= seed <= LAST_SEED:
-        raise UserError(f"--seed {seed} is not possible: from 0 to {LAST_SEED}")
 
 
 @torch.no_grad()

@@ -16,13 +16,12 @@ from torch.nn import functional as F
 from fastdcgan.apps.distances import unit_range
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, require_whole, shuffled
-from fastdcgan.apps.latent import check_seed
 from fastdcgan.apps.linear_svm import Coordinates, LinearSVM
 from fastdcgan.apps.pictures import check_out, save
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.data import Dataset
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_seed
 from fastdcgan.models import AnyDiscriminator
 
 POOLED = 4  # the grid every layer is max-pooled to

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.apps.latent import check_seed, generate, latents
+from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import MODES, check_out, fitted, open_picture, save, to_picture, to_tensor
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_seed
 from fastdcgan.models import AnyGenerator
 
 SAMPLES = 192  # generated pictures that pieces are cut from
@@ -25,7 +25,7 @@ CHOICE = 0.1  # any piece whose error is within this share of the least may be t
 MOST_PIXELS = 4096  # a side, of the result
 
 
-def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: int = 4, seed: int = 0) -> None:
+def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: int = 8, seed: int = 0) -> None:
     """Write the photograph in the style of the run's domain, at its own size (at most 4,096 pixels a side).
 
     Args:
@@ -61,7 +61,7 @@ def redraw(
     generator: AnyGenerator,
     image: Tensor,
     *,
-    tiles: int = 4,
+    tiles: int = 8,
     seed: int = 0,
     advance: Callable[[int], None] = lambda lines: None,
 ) -> Tensor:

@@ -31,11 +31,12 @@ GPU_DECODE_FROM_BYTES = 16_384  # a typical file this large is worth sending to 
 
 @dataclass
 class _Batch:
-    """A request whose files are being read, and whose odd images are being decoded, in the pool."""
+    """A request that the pool is at work on."""
 
     decoded: Decoded
-    work: list[Future[None]]
-    encoded: dict[int, bytes] = field(default_factory=dict)  # row -> file, for the rows that DALI decodes
+    reading: list[Future[None]]  # of the files for DALI, into `encoded`
+    decoding: list[Future[None]]  # of all others, by Pillow, into `decoded`
+    encoded: dict[int, bytes] = field(default_factory=dict)  # row -> file
 
     def rows(self) -> list[int]:
         """The rows that DALI decodes, in the order in which it gets them."""
@@ -62,12 +63,14 @@ class DaliLoader(Loader):
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
         def begin(request: Request) -> _Batch:
-            batch = _Batch(self.begin(request), [])
-            batch.work = in_pieces(pool, lambda rows: self._prepare_rows(batch, rows), np.arange(len(request.ids)))
+            batch = _Batch(self.begin(request), [], [])
+            fast = self.fast[request.ids]
+            batch.reading = in_pieces(pool, lambda rows: self._read_rows(batch, rows), np.flatnonzero(fast))
+            batch.decoding = in_pieces(pool, lambda rows: self._decode_rows(batch, rows), np.flatnonzero(~fast))
             return batch
 
         def start(batch: _Batch) -> _Batch:
-            for piece in batch.work:
+            for piece in batch.reading:
                 piece.result()
             if batch.encoded:
                 self._feed(batch, batch.rows())
@@ -90,20 +93,24 @@ class DaliLoader(Loader):
             pool.shutdown(wait=False, cancel_futures=True)
             self._pipeline = None
 
-    def _prepare_rows(self, batch: _Batch, rows: Ids) -> None:
-        """Read these rows' files; decode those that are not for DALI."""
-        decoded = batch.decoded
-        images = decoded.images.numpy()
+    def _read_rows(self, batch: _Batch, rows: Ids) -> None:
+        """Read these rows' files for DALI."""
         for row in rows.tolist():
-            i = int(decoded.ids[row])
+            i = int(batch.decoded.ids[row])
             try:
-                data = self.read(i)
-                if self.fast[i]:
-                    batch.encoded[row] = data
-                else:
-                    images[row] = self.pillow(decoded, row, data)
+                batch.encoded[row] = self.read(i)
             except UnusableImage as fault:
-                decoded.broken[i] = str(fault)
+                batch.decoded.broken[i] = str(fault)
+
+    def _decode_rows(self, batch: _Batch, rows: Ids) -> None:
+        """Decode these rows' files with Pillow."""
+        images = batch.decoded.images.numpy()
+        for row in rows.tolist():
+            i = int(batch.decoded.ids[row])
+            try:
+                images[row] = self.pillow(batch.decoded, row, self.read(i))
+            except UnusableImage as fault:
+                batch.decoded.broken[i] = str(fault)
 
     def _feed(self, batch: _Batch, rows: list[int]) -> None:
         """Start decoding these rows in the pipeline; a file it cannot take shows in `_outputs`."""
@@ -194,7 +201,9 @@ class DaliLoader(Loader):
         return [picture] if self.device.type == "cpu" else [torch.from_numpy(picture.copy()).to(self.device)]
 
     def _finish(self, batch: _Batch, pictures: list[Any]) -> Decoded:
-        """Enter DALI's pictures beside those that Pillow has already entered."""
+        """Enter DALI's pictures beside Pillow's."""
+        for piece in batch.decoding:
+            piece.result()
         decoded = batch.decoded
         if not pictures:
             return decoded

@@ -14,6 +14,7 @@ from fastdcgan.errors import UserError
 
 HEAD_BYTES = 65536  # most files are read whole by this; a frame header behind longer metadata costs a second read
 TAIL_BYTES = 64
+KEPT_BYTES = 256 << 20  # of small files, held in memory from the first look at them until they are decoded
 MOST_ENCODED_BYTES = 1 << 30
 
 
@@ -44,12 +45,14 @@ class EncodedSource(ABC):
 
         The class is the innermost folder's name, so `train/cat` and `test/cat` are one class.
         """
-        folders = [unicodedata.normalize("NFC", PurePosixPath(name).parent.name) for name in self.names]
-        class_names = sorted(set(folders))
+        folders = [name.rpartition("/")[0] for name in self.names]
+        class_of = {folder: unicodedata.normalize("NFC", PurePosixPath(folder).name) for folder in set(folders)}
+        class_names = sorted(set(class_of.values()))
         if len(class_names) < 2:
             return None
         number = {name: label for label, name in enumerate(class_names)}
-        return [number[folder] for folder in folders], class_names
+        label_of = {folder: number[name] for folder, name in class_of.items()}
+        return [label_of[folder] for folder in folders], class_names
 
 
 def printable(name: str) -> str:
@@ -72,32 +75,35 @@ PASSING = ("vanished", "no permission", "cannot be read")
 
 def is_hidden(name: str) -> bool:
     """Whether a relative path is hidden, or is what macOS adds to archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    return "/." in f"/{name}" or "__MACOSX" in name.split("/")
 
 
 class FolderSource(EncodedSource):
     """A folder of images, flat or nested. Links are followed, each folder is visited once, hidden files stay out."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.unusable = path, []
-        self._root, self._sizes = str(path), list[int]()
-        digest = hashlib.sha256()
-        self.names, other_suffixes = [], set()
-        for name, size, modified in sorted(self._walk("", set())):
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES or self._starts_like_an_image(name):
+        self.path, self.unusable, self._root = path, [], str(path)
+        found = dict(self._walk("", set()))
+        self.names, self._sizes, other_suffixes, facts = [], list[int](), set(), []
+        for name in sorted(found):
+            suffix = os.path.splitext(name)[1]
+            if suffix.lower() in IMAGE_SUFFIXES or self._starts_like_an_image(name):
+                status = found[name]
                 self.names.append(name)
-                self._sizes.append(size)
-                digest.update(f"{size} {modified} ".encode() + os.fsencode(name) + b"\n")
+                self._sizes.append(status.st_size)
+                facts.append(f"{status.st_size} {status.st_mtime_ns} {name}\n")
             else:
-                other_suffixes.add(PurePosixPath(name).suffix or "no extension")
-        self._fingerprint = digest.hexdigest()
+                other_suffixes.add(suffix or "no extension")
+        self._fingerprint = hashlib.sha256(os.fsencode("".join(facts))).hexdigest()
+        self._kept: dict[int, bytes] = {}
+        self._room = KEPT_BYTES
         if not self.names:
             unreadable = f" ({self.unusable[0][0]}: {self.unusable[0][1]})" if self.unusable else ""
-            found = f"it holds only {', '.join(sorted(other_suffixes)[:4])} files" if other_suffixes else "it is empty"
-            raise UserError(f"no images in the folder {path}: {found}{unreadable}; give a folder of .jpg or .png files")
+            holds = f"it holds only {', '.join(sorted(other_suffixes)[:4])} files" if other_suffixes else "it is empty"
+            raise UserError(f"no images in the folder {path}: {holds}{unreadable}; give a folder of .jpg or .png files")
 
-    def _walk(self, relative: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-        """(name, size, time of last change) of every file; `visited` breaks loops of links."""
+    def _walk(self, relative: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result]]:
+        """(name, its status) of every file; `visited` breaks loops of links."""
         folder = self.path / relative
         try:
             status = folder.stat()
@@ -118,7 +124,7 @@ class FolderSource(EncodedSource):
                     continue
                 status = entry.stat()
                 if entry.is_file():
-                    yield name, status.st_size, status.st_mtime_ns
+                    yield name, status
             except OSError as error:
                 reason = "broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
                 self.unusable.append((printable(name), reason))
@@ -131,6 +137,10 @@ class FolderSource(EncodedSource):
             return False
 
     def read(self, i: int) -> bytes:
+        kept = self._kept.pop(i, None)
+        if kept is not None:
+            self._room += len(kept)
+            return kept
         # Plain system calls: for small files a Python file object costs as much as decoding the header.
         handle = os.open(f"{self._root}/{self.names[i]}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
         try:
@@ -145,6 +155,9 @@ class FolderSource(EncodedSource):
     def glimpse(self, i: int) -> Glimpse:
         if self._sizes[i] < HEAD_BYTES:
             data = self.read(i)
+            if len(data) <= self._room:
+                self._room -= len(data)
+                self._kept[i] = data
             return Glimpse(data, data[-TAIL_BYTES:], len(data), lambda: data)
         with open(f"{self._root}/{self.names[i]}", "rb", buffering=0) as file:
             head = file.read(HEAD_BYTES)

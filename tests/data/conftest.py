@@ -35,6 +35,12 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a set too large for its files to be held in memory between the first look at them and their decoding."""
+    monkeypatch.setattr("fastdcgan.data.source.KEPT_BYTES", 0)
+
+
 @pytest.fixture(params=["dali", "torch"])
 def loader(request: pytest.FixtureRequest) -> str:
     if request.param == "dali" and not dali_is_installed():

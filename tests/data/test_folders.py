@@ -98,6 +98,24 @@ def test_a_folder_of_any_shape_lists_each_visible_image_once(files: list[tuple[s
         assert [source.read(i) for i in range(len(source))] == [(root / path).read_bytes() for path in source.names]
 
 
+def test_small_files_are_read_once_until_they_are_decoded(
+    make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(4)
+    contents = [(folder / f"good-000{i}.jpg").read_bytes() for i in range(4)]
+    monkeypatch.setattr("fastdcgan.data.source.KEPT_BYTES", len(contents[0]) + len(contents[1]))
+    source = FolderSource(folder)
+    for i in range(4):
+        assert source.glimpse(i).whole() == contents[i]
+    for i in range(4):
+        (folder / f"good-000{i}.jpg").write_bytes(b"changed")
+    assert [source.read(i) for i in range(4)] == [*contents[:2], b"changed", b"changed"]  # there is room for two
+    assert [source.read(i) for i in range(4)] == [b"changed"] * 4  # handed out once
+    source.glimpse(2)
+    (folder / "good-0002.jpg").write_bytes(b"again")
+    assert source.read(2) == b"changed"  # and the room is free again
+
+
 def test_the_fingerprint_changes_with_every_change(make_folder: Callable[..., Path]) -> None:
     folder = make_folder(3)
     prints = [FolderSource(folder).fingerprint(), FolderSource(folder).fingerprint()]
@@ -160,6 +178,7 @@ def data_path(data: Dataset) -> str:
     return str(data._source.path)  # type: ignore[attr-defined]
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_a_run_that_loses_too_many_images_says_so(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], loader: str
 ) -> None:

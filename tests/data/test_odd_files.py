@@ -203,6 +203,7 @@ def test_strict_stops_at_the_first_unusable_file(
         check(str(folder), strict=True)
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_a_file_that_vanishes_after_it_was_listed_costs_that_file(
     loader: str,
     make_folder: Callable[..., Path],
@@ -216,6 +217,7 @@ def test_a_file_that_vanishes_after_it_was_listed_costs_that_file(
     assert data.skipped == [("good-0003.jpg", "vanished after it was listed")]
 
 
+@pytest.mark.usefixtures("nothing_held")
 def test_a_file_that_becomes_another_after_it_was_looked_at_is_still_decoded(
     loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
 ) -> None:

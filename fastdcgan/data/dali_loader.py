@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 import nvidia.dali.fn as fn
+import nvidia.dali.tensors as tensors
 import nvidia.dali.types
 import torch
 from nvidia.dali.pipeline import Pipeline
 
 from fastdcgan.data.header import JPEG, PNG
-from fastdcgan.data.loader import Decoded, Loader, Request, ahead, enter_resized, in_pieces
+from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import UnusableImage
+
+Pictures = list[Any] | Pixels
 
 types: Any = nvidia.dali.types  # its names are made at run time, where type checkers do not see them
 BATCHES_AHEAD = 2
@@ -117,7 +120,9 @@ class DaliLoader(Loader):
         if self._pipeline is None or len(rows) > self._max_batch:
             self._max_batch = max(len(rows), self._max_batch)
             self._pipeline = self._build(self._max_batch)
-        self._pipeline.feed_input("encoded", [np.frombuffer(batch.encoded[row], np.uint8) for row in rows])
+        # Made here, not by feed_input, which looks at every array for whose it might be: twice as long.
+        encoded = tensors.TensorListCPU([tensors.TensorCPU(batch.encoded[row]) for row in rows])
+        self._pipeline.feed_input("encoded", encoded)
         self._pipeline.feed_input("anchor", batch.decoded.boxes[rows, :2])
         self._pipeline.feed_input("shape", batch.decoded.boxes[rows, 2:])
         self._pipeline.schedule_run()
@@ -144,7 +149,7 @@ class DaliLoader(Loader):
         pipeline.build()
         return pipeline
 
-    def _collect(self, batch: _Batch) -> list[Any]:
+    def _collect(self, batch: _Batch) -> Pictures:
         """What DALI made of the batch, one picture each of `batch.rows()`; the broken ones are entered as such."""
         if not batch.encoded:
             return []
@@ -153,10 +158,11 @@ class DaliLoader(Loader):
             pictures = self._decode_around_the_broken(batch, batch.rows())
         return pictures
 
-    def _outputs(self) -> list[Any] | None:
+    def _outputs(self) -> Pictures | None:
         """A copy of what the pipeline made; None where it died of a broken image.
 
-        A list of numpy uint8 (h, w, 1 or 3), not yet resized, from the CPU; of torch uint8 (H, W, 1 or 3) from the GPU.
+        numpy uint8 (h, w, 1 or 3) each, not yet resized, from the CPU, one array where all have one size; a list of
+        torch uint8 (H, W, 1 or 3) from the GPU.
         """
         assert self._pipeline is not None
         try:
@@ -166,7 +172,7 @@ class DaliLoader(Loader):
             return None
         if self.device.type == "cpu":
             dense = output.is_dense_tensor()
-            copied = list(np.array(output.as_tensor())) if dense else [np.array(picture) for picture in output]
+            copied = np.array(output.as_tensor()) if dense else [np.array(picture) for picture in output]
         else:
             # share_outputs has waited for DALI's stream. The copy runs on a stream of its own, so that waiting for it,
             # before DALI may reuse the memory, does not wait for the training step.
@@ -178,11 +184,11 @@ class DaliLoader(Loader):
         self._pipeline.release_outputs()
         return copied
 
-    def _decode_around_the_broken(self, batch: _Batch, rows: list[int]) -> list[Any]:
+    def _decode_around_the_broken(self, batch: _Batch, rows: list[int]) -> Pictures:
         """These rows in halves, until every image DALI cannot decode stands alone; those are left to Pillow."""
         if len(rows) > 1:
             half = len(rows) // 2
-            pictures = []
+            pictures: list[Any] = []
             for part in (rows[:half], rows[half:]):
                 self._feed(batch, part)
                 of_part = self._outputs()
@@ -200,19 +206,19 @@ class DaliLoader(Loader):
             picture = np.zeros((*self.image_size, min(self.channels, 3)), dtype=np.uint8)
         return [picture] if self.device.type == "cpu" else [torch.from_numpy(picture.copy()).to(self.device)]
 
-    def _finish(self, batch: _Batch, pictures: list[Any]) -> Decoded:
+    def _finish(self, batch: _Batch, pictures: Pictures) -> Decoded:
         """Enter DALI's pictures beside Pillow's."""
         for piece in batch.decoding:
             piece.result()
         decoded = batch.decoded
-        if not pictures:
+        if not len(pictures):
             return decoded
         if self.device.type == "cpu":
             enter_resized(decoded.images.numpy(), batch.rows(), pictures)
             return decoded
         decoded.images = decoded.images.to(self.device)
         rows = torch.tensor(batch.rows(), device=self.device)
-        decoded.images[rows, ..., : pictures[0].shape[2]] = torch.stack(pictures)
+        decoded.images[rows, ..., : pictures[0].shape[2]] = torch.stack(list(pictures))
         if self.channels == 4:
             decoded.images[rows, ..., 3] = 255
         return decoded

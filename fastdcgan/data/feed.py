@@ -104,7 +104,7 @@ class StoreFeed(Feed):
         return len(good)
 
     def _nothing_missing(self) -> bool:
-        return bool(self.store.present[self.usable.mask].all())
+        return not (self.usable.mask & ~self.store.present).any()
 
     def _missing(self, cursor: int) -> Iterator[Request]:
         """Requests for the images that are not in the store, in the order in which they will be needed."""

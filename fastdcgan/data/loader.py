@@ -110,28 +110,34 @@ def cover_boxes(
     return np.stack([top, left, box_height, box_width], axis=1).astype(np.int32)
 
 
-def enter_resized(out: Pixels, rows: Sequence[int], parts: Sequence[Pixels]) -> None:
+def enter_resized(out: Pixels, rows: Sequence[int], parts: Sequence[Pixels] | Pixels) -> None:
     """Resize the parts and put them into these rows of `out`.
 
     Args:
         out: uint8 (n, H, W, C).
-        parts: uint8 (h, w, 1 or 3) each. Those of one size are resized together, by torch: several times as fast as
-            one by one, and the same for every loader.
+        parts: uint8 (h, w, 1 or 3) each, in one array where they have one size. Those of one size are resized
+            together, by torch: several times as fast as one by one, and the same for every loader.
     """
+    if isinstance(parts, np.ndarray):
+        _enter_resized_alike(out, rows, parts)
+        return
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for k, part in enumerate(parts):
         by_size[part.shape].append(k)
+    for numbers in by_size.values():
+        _enter_resized_alike(out, [rows[k] for k in numbers], np.stack([parts[k] for k in numbers]))
+
+
+def _enter_resized_alike(out: Pixels, rows: Sequence[int], images: Pixels) -> None:
+    """The same for parts of one size, (k, h, w, 1 or 3)."""
     image_size = out.shape[1:3]
-    for size, numbers in by_size.items():
-        images = np.stack([parts[k] for k in numbers])
-        if size[:2] != image_size:
-            channels_last = torch.from_numpy(images).permute(0, 3, 1, 2)  # three times as fast as channels first
-            resized = torch.nn.functional.interpolate(channels_last, image_size, mode="bilinear", antialias=True)
-            images = resized.permute(0, 2, 3, 1).numpy()
-        these = [rows[k] for k in numbers]
-        out[these, ..., : images.shape[3]] = images
-        if out.shape[3] == 4:
-            out[these, ..., 3] = 255
+    if images.shape[1:3] != image_size:
+        channels_last = torch.from_numpy(images).permute(0, 3, 1, 2)  # three times as fast as channels first
+        resized = torch.nn.functional.interpolate(channels_last, image_size, mode="bilinear", antialias=True)
+        images = resized.permute(0, 2, 3, 1).numpy()
+    out[rows, ..., : images.shape[3]] = images
+    if out.shape[3] == 4:
+        out[rows, ..., 3] = 255
 
 
 def in_pieces(pool: ThreadPoolExecutor, work: Callable[[Ids], None], ids: Ids) -> list[Future[None]]:

@@ -194,7 +194,7 @@ class DaliLoader(Loader):
                 of_part = self._outputs()
                 if of_part is None:
                     of_part = self._decode_around_the_broken(batch, part)
-                pictures += of_part
+                pictures.extend(of_part)
             return pictures
         (row,) = rows
         i = int(batch.decoded.ids[row])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -83,15 +84,13 @@ class FolderSource(EncodedSource):
 
     def __init__(self, path: Path) -> None:
         self.path, self.unusable, self._root = path, [], str(path)
-        found = dict(self._walk("", set()))
         self.names, self._sizes, other_suffixes, facts = [], list[int](), set(), []
-        for name in sorted(found):
+        for name, size, modified in sorted(self._walk("", set())):
             suffix = os.path.splitext(name)[1]
             if suffix.lower() in IMAGE_SUFFIXES or self._starts_like_an_image(name):
-                status = found[name]
                 self.names.append(name)
-                self._sizes.append(status.st_size)
-                facts.append(f"{status.st_size} {status.st_mtime_ns} {name}\n")
+                self._sizes.append(size)
+                facts.append(f"{size} {modified} {name}\n")
             else:
                 other_suffixes.add(suffix or "no extension")
         self._fingerprint = hashlib.sha256(os.fsencode("".join(facts))).hexdigest()
@@ -99,11 +98,11 @@ class FolderSource(EncodedSource):
         self._room = KEPT_BYTES
         if not self.names:
             unreadable = f" ({self.unusable[0][0]}: {self.unusable[0][1]})" if self.unusable else ""
-            holds = f"it holds only {', '.join(sorted(other_suffixes)[:4])} files" if other_suffixes else "it is empty"
-            raise UserError(f"no images in the folder {path}: {holds}{unreadable}; give a folder of .jpg or .png files")
+            found = f"it holds only {', '.join(sorted(other_suffixes)[:4])} files" if other_suffixes else "it is empty"
+            raise UserError(f"no images in the folder {path}: {found}{unreadable}; give a folder of .jpg or .png files")
 
-    def _walk(self, relative: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result]]:
-        """(name, its status) of every file; `visited` breaks loops of links."""
+    def _walk(self, relative: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
+        """(name, size, time of last change) of every file; `visited` breaks loops of links."""
         folder = self.path / relative
         try:
             status = folder.stat()
@@ -119,12 +118,11 @@ class FolderSource(EncodedSource):
             if is_hidden(entry.name):
                 continue
             try:
-                if entry.is_dir():
-                    yield from self._walk(name, visited)
-                    continue
                 status = entry.stat()
-                if entry.is_file():
-                    yield name, status
+                if stat.S_ISDIR(status.st_mode):
+                    yield from self._walk(name, visited)
+                elif stat.S_ISREG(status.st_mode):
+                    yield name, status.st_size, status.st_mtime_ns
             except OSError as error:
                 reason = "broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
                 self.unusable.append((printable(name), reason))

@@ -106,7 +106,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         ("end", "x2.00 of the plain example with its loader in the first epoch, x3.50 in later ones"),
         (
             "data",
-            "x2.5 of ImageFolder and a DataLoader with two workers, x3.1 with --loader dali --cache off; from the cache 12",
+            "x2.5 of ImageFolder and a DataLoader with two workers, x3.1 with --loader dali --cache off; from",
         ),
         ("start-cold", "takes 41 s, in later runs, from the compiler's cache, 10 s"),
         ("quality", "+1.0% (95% interval -5.0% to +7.0%), within 20%"),

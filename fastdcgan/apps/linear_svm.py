@@ -11,7 +11,9 @@ from torch import Tensor
 
 MEMORY = 20  # pairs of differences that L-BFGS keeps
 ROWS = 1000  # of a Gram matrix computed at once
-JITTER = 1e-5  # of an image's mean square, added to its own: a Gram matrix in float32 is otherwise not quite positive
+# Added to a Gram matrix's diagonal, as shares of its mean: rounding to float32 leaves it not quite positive. The least
+# that serves is taken; features that go together closely, or an image given twice, need more.
+JITTERS = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
 class LinearSVM:
@@ -80,8 +82,13 @@ class Coordinates:
             for start in range(0, len(features), ROWS):  # only the lower triangle is looked at
                 stop = start + ROWS
                 gram[start:stop, :stop] = features[start:stop] @ features[:stop].T
-            gram.diagonal().add_(JITTER * gram.diagonal().mean())
-            self.values = torch.linalg.cholesky(gram).to(features)
+            mean = gram.diagonal().mean().clamp(min=1e-9)  # 0 where no feature differs
+            for jitter in JITTERS:
+                gram.diagonal().add_(jitter * mean)
+                factor, failed = torch.linalg.cholesky_ex(gram)
+                if not failed:
+                    break
+            self.values = factor.to(features)
 
     def of_first(self, count: int) -> Tensor:
         """`values` of the first `count` images, without the columns that are zero in all of them."""

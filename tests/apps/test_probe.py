@@ -85,6 +85,24 @@ def test_coordinates_give_the_same_classifier(images):
         assert (seen.weight(short.weight) - direct.weight).norm() < 1e-3 * direct.weight.norm()
 
 
+@pytest.mark.parametrize("kind", ["one direction", "twice", "constant"])
+def test_coordinates_of_features_that_go_together(kind):
+    random = torch.Generator().manual_seed(0)
+    features = {
+        "one direction": torch.rand(1000, 1, generator=random) @ torch.rand(1, 12_000, generator=random),
+        "twice": torch.randn(500, 2000, generator=random).repeat(2, 1),
+        "constant": torch.zeros(1000, 2000),
+    }[kind]
+    features -= features.mean(0)
+    seen = Coordinates(features).values
+    gram = features @ features.T
+    # 1.2e-2: the largest share that may have been added to the diagonal, all of JITTERS.
+    assert (seen @ seen.T - gram).abs().max() <= 1.2e-2 * gram.diagonal().mean() + 1e-9
+    assert (
+        0 <= classify(features, torch.arange(1000) % 2, features[:10].clone(), torch.zeros(10).long())["accuracy"] <= 1
+    )
+
+
 def test_coordinates_leave_few_features_as_they_are():
     features = torch.randn(300, 20, generator=torch.Generator().manual_seed(0))
     seen, weight = Coordinates(features), torch.randn(21, 3)

@@ -122,6 +122,8 @@ def test_a_killed_process_ends_the_other_and_a_restart_goes_on(tmp_path: Path) -
         known = checkpoint.complete(run)[-1:]
         while checkpoint.complete(run)[-1:] == known and process.poll() is None:
             time.sleep(0.02)
+        if process.poll() is not None:
+            pytest.fail(f"ended before kill {kill}: {process.communicate()[1]}")
         workers = children(process.pid)
         os.kill(workers[kill], signal.SIGKILL)
         ended = time.monotonic()

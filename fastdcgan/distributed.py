@@ -131,9 +131,15 @@ def join(device: torch.device) -> World:
                 f" give torchrun --nproc-per-node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl")  # what is said between processes does not wait for the GPU
+        backend = "cpu:gloo,cuda:nccl"  # what is said between processes does not wait for the GPU
     else:
-        dist.init_process_group("gloo")
+        backend = "gloo"
+    # torchrun's store outlives a restart: without a name of their own the new processes could read the addresses of
+    # those that are gone.
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, local_rank)
 
 

@@ -28,7 +28,7 @@ def test_sampling(benchmark, images_per_second, device, batch):
     images_per_second(sample, batch)
 
 
-def test_sample_command(benchmark, device, tmp_path):
+def test_sample_command(benchmark, tmp_path):
     """`fastdcgan sample RUN --count 256 --out DIR`, from the weights' file to the PNGs."""
     benchmark.group = f"sample {SIZE}x{SIZE}"
     weights = {name: weight.contiguous() for name, weight in Generator(SIZE).state_dict().items()}

@@ -69,8 +69,7 @@ def forward(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean (groups, C) and inverse deviation (groups, C); groups is 1 in evaluation mode."""
-    channels = x.shape[1]
-    plan = kernels.plan(x.numel() // (channels * groups), channels, groups)
+    plan = plan_for(x, groups)
     with torch.cuda.device_of(x):
         return launch_forward(
             x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan
@@ -95,8 +94,7 @@ def backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias."""
-    groups, channels = mean.shape
-    plan = kernels.plan(x.numel() // (channels * groups), channels, groups)
+    plan = plan_for(x, len(mean))
     with torch.cuda.device_of(x):
         return launch_backward(x, dy, weight, bias, mean, inverse, training, negative_slope, plan)
 
@@ -110,15 +108,43 @@ def launch_forward(
     x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan: kernels.Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = as_rows(x)
-    y = torch.empty_like(x)
-    rows, channels = x.numel() // (x.shape[1] * groups), x.shape[1]
-    mean = weight.new_empty((groups, channels))
-    inverse = torch.empty_like(mean)
-    partial_mean = weight.new_empty((groups, plan.splits, channels))
-    partial_m2 = torch.empty_like(partial_mean)
-    grid, cut = _grid_and_cut(plan, channels, groups, weight.dtype)
     if training:
-        kernels.statistics[grid](x, partial_mean, partial_m2, rows, **cut)
+        partial = launch_statistics(x, groups, weight.dtype, plan)
+    else:
+        partial = (weight.new_empty((groups, 1, x.shape[1])),) * 2  # not read
+    return launch_normalize(
+        x, weight, bias, running_mean, running_var, partial, training, momentum, eps, negative_slope, plan
+    )
+
+
+def launch_backward(
+    x, dy, weight, bias, mean, inverse, training, negative_slope, plan: kernels.Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, dy = as_rows(x), as_rows(dy)
+    partial = launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan)
+    return launch_gradient(x, dy, weight, bias, mean, inverse, partial, training, negative_slope, plan)
+
+
+# One launch each, for x and dy with their rows in order (`as_rows`). What the first launch of a pass leaves for the
+# second is `partial`: two of (groups, splits, C), where the second takes any number of splits.
+
+
+def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
+    """partial: means and sums of squared deviations."""
+    rows, grid, cut = _launch(plan, x, groups, plan.splits, accumulator)
+    mean = torch.empty((groups, plan.splits, x.shape[1]), dtype=accumulator, device=x.device)
+    m2 = torch.empty_like(mean)
+    kernels.statistics[grid](x, mean, m2, rows, **cut)
+    return mean, m2
+
+
+def launch_normalize(
+    x, weight, bias, running_mean, running_var, partial, training, momentum, eps, negative_slope, plan: kernels.Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, splits, channels = partial[0].shape
+    y, mean = torch.empty_like(x), weight.new_empty((groups, channels))
+    inverse = torch.empty_like(mean)
+    rows, grid, cut = _launch(plan, x, groups, splits, weight.dtype)
     kernels.normalize[grid](
         x,
         y,
@@ -126,13 +152,12 @@ def launch_forward(
         bias,
         running_mean,
         running_var,
-        partial_mean,
-        partial_m2,
+        *partial,
         mean,
         inverse,
         rows,
         GROUPS=groups,
-        SPLITS_POW2=triton.next_power_of_2(plan.splits),
+        SPLITS_POW2=triton.next_power_of_2(splits),
         TRAINING=training,
         MOMENTUM=momentum,
         EPS=eps,
@@ -142,17 +167,22 @@ def launch_forward(
     return y, mean, inverse
 
 
-def launch_backward(
-    x, dy, weight, bias, mean, inverse, training, negative_slope, plan: kernels.Plan
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, dy = as_rows(x), as_rows(dy)
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
+    """partial: sums of dz and of dz times the normalised x."""
     groups, channels = mean.shape
-    rows = x.numel() // (channels * groups)
-    partial_dz = weight.new_empty((groups, plan.splits, channels))
-    partial_dzx = torch.empty_like(partial_dz)
-    grid, cut = _grid_and_cut(plan, channels, groups, weight.dtype)
-    kernels.sums[grid](x, dy, weight, bias, mean, inverse, partial_dz, partial_dzx, rows, SLOPE=negative_slope, **cut)
+    dz = weight.new_empty((groups, plan.splits, channels))
+    dzx = torch.empty_like(dz)
+    rows, grid, cut = _launch(plan, x, groups, plan.splits, weight.dtype)
+    kernels.sums[grid](x, dy, weight, bias, mean, inverse, dz, dzx, rows, SLOPE=negative_slope, **cut)
+    return dz, dzx
+
+
+def launch_gradient(
+    x, dy, weight, bias, mean, inverse, partial, training, negative_slope, plan: kernels.Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    groups, splits, _ = partial[0].shape
+    rows, grid, cut = _launch(plan, x, groups, splits, weight.dtype)
     kernels.gradient[grid](
         x,
         dy,
@@ -161,13 +191,12 @@ def launch_backward(
         bias,
         mean,
         inverse,
-        partial_dz,
-        partial_dzx,
+        *partial,
         dweight,
         dbias,
         rows,
         GROUPS=groups,
-        SPLITS_POW2=triton.next_power_of_2(plan.splits),
+        SPLITS_POW2=triton.next_power_of_2(splits),
         TRAINING=training,
         SLOPE=negative_slope,
         **cut,
@@ -205,23 +234,23 @@ def differentiable_gradients(
     )
 
 
-def launch_plan(x, groups: int, accumulator: torch.dtype):
-    """The plan for x (N, C, ...) in `groups` groups, the rows of a group, and the launches' grid and constants."""
+def plan_for(x, groups: int) -> kernels.Plan:
+    """The plan for x (N, C, ...) in `groups` groups."""
     channels = x.shape[1]
-    rows = x.numel() // (channels * groups)
-    plan = kernels.plan(rows, channels, groups)
-    return plan, rows, *_grid_and_cut(plan, channels, groups, accumulator)
+    return kernels.plan(x.numel() // (channels * groups), channels, groups)
 
 
-def _grid_and_cut(plan: kernels.Plan, channels: int, groups: int, accumulator: torch.dtype):
+def _launch(plan: kernels.Plan, x, groups: int, splits: int, accumulator: torch.dtype):
+    """The rows of a group, the grid, and the constants of a launch that writes or reads `splits` partial results."""
+    channels = x.shape[1]
     grid = (plan.splits, triton.cdiv(channels, plan.block_cols), groups)
     cut = {
         "C": channels,
-        "SPLITS": plan.splits,
+        "SPLITS": splits,
         "TURNS": plan.turns,
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
         "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
         "num_warps": plan.num_warps,
     }
-    return grid, cut
+    return x.numel() // (channels * groups), grid, cut

@@ -8,15 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdcgan.kernels import batch_norm_act_triton as kernels
-from fastdcgan.kernels.batch_norm_act_op import launch_plan
+from fastdcgan.kernels import batch_norm_act_op as op
 
 
 def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    plan, rows, grid, cut = launch_plan(x, groups, dtype)
-    partial_mean, partial_m2 = torch.empty((2, groups, plan.splits, x.shape[1]), dtype=dtype, device=x.device)
-    kernels.statistics[grid](x, partial_mean, partial_m2, rows, **cut)
-    share = plan.turns * plan.block_rows
+    plan = op.plan_for(x, groups)
+    partial_mean, partial_m2 = op.launch_statistics(x, groups, dtype, plan)
+    rows, share = x.numel() // (x.shape[1] * groups), plan.turns * plan.block_rows
     counts = (rows - share * torch.arange(plan.splits, device=x.device)).clamp(max=share).to(dtype)[:, None]
     first = partial_mean[:, :1]
     mean = first + ((partial_mean - first) * counts).sum(1, keepdim=True) / rows
@@ -28,40 +26,22 @@ def normalize(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, channels = mean.shape
-    _, rows, grid, cut = launch_plan(x, groups, weight.dtype)
-    y, out_mean, inverse = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
-    nobodys = mean.new_zeros((2, channels))  # the kernel's running statistics, for those of the run moved already
-    kernels.normalize[grid](
-        x,
-        y,
-        weight,
-        bias,
-        *nobodys.unbind(0),
-        mean.contiguous(),
-        (var * rows).contiguous(),
-        out_mean,
-        inverse,
-        rows,
-        GROUPS=groups,
-        SPLITS_POW2=1,
-        TRAINING=True,
-        MOMENTUM=0.0,
-        EPS=eps,
-        SLOPE=negative_slope,
-        **cut | {"SPLITS": 1},
+    rows = x.numel() // (channels * groups)
+    nobodys_mean, nobodys_var = mean.new_zeros((2, channels)).unbind(0)  # the run's own have moved already
+    joint = mean[:, None].contiguous(), (var * rows)[:, None].contiguous()
+    return op.launch_normalize(
+        x, weight, bias, nobodys_mean, nobodys_var, joint, True, 0.0, eps, negative_slope, op.plan_for(x, groups)
     )
-    return y, out_mean, inverse
 
 
 def sums(
     x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse: Tensor, negative_slope: float
 ) -> Tensor:
     """(2, groups, C): sums of dz and of dz times the normalised x, over the rows of this process."""
-    groups, channels = mean.shape
-    plan, rows, grid, cut = launch_plan(x, groups, weight.dtype)
-    partial = weight.new_empty((2, groups, plan.splits, channels))
-    kernels.sums[grid](x, dy, weight, bias, mean, inverse, *partial.unbind(0), rows, SLOPE=negative_slope, **cut)
-    return partial.sum(2)
+    plan = op.plan_for(x, len(mean))
+    return torch.stack(
+        [part.sum(1) for part in op.launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan)]
+    )
 
 
 def gradient(
@@ -76,24 +56,7 @@ def gradient(
     negative_slope: float,
 ) -> Tensor:
     groups, channels = mean.shape
-    _, rows, grid, cut = launch_plan(x, groups, weight.dtype)
-    dx, nobodys = torch.empty_like(x), weight.new_empty((2, channels))
-    kernels.gradient[grid](
-        x,
-        dy,
-        dx,
-        weight,
-        bias,
-        mean,
-        inverse,
-        (mean_dz * rows).contiguous(),
-        (mean_dzx * rows).contiguous(),
-        *nobodys.unbind(0),
-        rows,
-        GROUPS=groups,
-        SPLITS_POW2=1,
-        TRAINING=True,
-        SLOPE=negative_slope,
-        **cut | {"SPLITS": 1},
-    )
-    return dx
+    rows = x.numel() // (channels * groups)
+    joint = (mean_dz * rows)[:, None].contiguous(), (mean_dzx * rows)[:, None].contiguous()
+    plan = op.plan_for(x, groups)
+    return op.launch_gradient(x, dy, weight, bias, mean, inverse, joint, True, negative_slope, plan)[0]

@@ -155,14 +155,14 @@ def inception_scores(real: Tensor, sets: dict[str, Tensor], weights: Path | None
         colour = images[:, :3].expand(-1, 3, -1, -1) if images.shape[1] != 4 else images[:, :3]
         return _Listed(list(to_uint8(colour)))
 
-    scores = {}
+    scores, reference = {}, as_set(real)
     # The folder keeps what the network says of `real` for the next set. The warning is of more workers than cores.
     with TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore", category=UserWarning):
         for name, images in sets.items():
             try:
                 found = torch_fidelity.calculate_metrics(
                     input1=as_set(images),
-                    input2=as_set(real),
+                    input2=reference,
                     input2_cache_name="real",
                     cache_root=folder,
                     cuda=torch.cuda.is_available(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class _Batch:
     decoded: Decoded
     reading: list[Future[None]]  # of the files for DALI, into `encoded`
     decoding: list[Future[None]]  # of all others, by Pillow, into `decoded`
-    encoded: dict[int, bytes] = field(default_factory=dict)  # row -> file
+    encoded: dict[int, bytes]  # row -> file
 
     def rows(self) -> list[int]:
         """The rows that DALI decodes, in the order in which it gets them."""
@@ -66,11 +66,14 @@ class DaliLoader(Loader):
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
         def begin(request: Request) -> _Batch:
-            batch = _Batch(self.begin(request), [], [])
-            fast = self.fast[request.ids]
-            batch.reading = in_pieces(pool, lambda rows: self._read_rows(batch, rows), np.flatnonzero(fast))
-            batch.decoding = in_pieces(pool, lambda rows: self._decode_rows(batch, rows), np.flatnonzero(~fast))
-            return batch
+            decoded, fast = self.begin(request), self.fast[request.ids]
+            encoded: dict[int, bytes] = {}
+            return _Batch(
+                decoded,
+                in_pieces(pool, lambda rows: self.each(decoded, rows, encoded.__setitem__), np.flatnonzero(fast)),
+                in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.flatnonzero(~fast)),
+                encoded,
+            )
 
         def start(batch: _Batch) -> _Batch:
             for piece in batch.reading:
@@ -96,24 +99,14 @@ class DaliLoader(Loader):
             pool.shutdown(wait=False, cancel_futures=True)
             self._pipeline = None
 
-    def _read_rows(self, batch: _Batch, rows: Ids) -> None:
-        """Read these rows' files for DALI."""
-        for row in rows.tolist():
-            i = int(batch.decoded.ids[row])
-            try:
-                batch.encoded[row] = self.read(i)
-            except UnusableImage as fault:
-                batch.decoded.broken[i] = str(fault)
-
-    def _decode_rows(self, batch: _Batch, rows: Ids) -> None:
+    def _decode_rows(self, decoded: Decoded, rows: Ids) -> None:
         """Decode these rows' files with Pillow."""
-        images = batch.decoded.images.numpy()
-        for row in rows.tolist():
-            i = int(batch.decoded.ids[row])
-            try:
-                images[row] = self.pillow(batch.decoded, row, self.read(i))
-            except UnusableImage as fault:
-                batch.decoded.broken[i] = str(fault)
+        images = decoded.images.numpy()
+
+        def decode(row: int, data: bytes) -> None:
+            images[row] = self.pillow(decoded, row, data)
+
+        self.each(decoded, rows, decode)
 
     def _feed(self, batch: _Batch, rows: list[int]) -> None:
         """Start decoding these rows in the pipeline; a file it cannot take shows in `_outputs`."""

@@ -91,6 +91,15 @@ class Loader(ABC):
         except OSError as error:
             raise UnusableImage(why_unreadable(error)) from None
 
+    def each(self, decoded: Decoded, rows: Ids, work: Callable[[int, bytes], None]) -> None:
+        """work(row, encoded file) for each of these rows; one that raises UnusableImage is entered as broken."""
+        for row in rows.tolist():
+            i = int(decoded.ids[row])
+            try:
+                work(row, self.read(i))
+            except UnusableImage as fault:
+                decoded.broken[i] = str(fault)
+
     def pillow(self, decoded: Decoded, row: int, data: bytes) -> Pixels:
         """uint8 (H, W, C): what is to be in this row. Raises UnusableImage."""
         top, left = decoded.places[row].tolist()

@@ -12,7 +12,6 @@ import torch
 from fastdcgan.data.header import JPEG
 from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
-from fastdcgan.data.pillow_decode import UnusableImage
 
 BATCHES_AHEAD = 2
 
@@ -46,17 +45,15 @@ class TorchLoader(Loader):
         """Decode these rows of the request into `decoded`."""
         images = decoded.images.numpy()
         to_resize: dict[int, Pixels] = {}
-        for row in rows.tolist():
-            i = int(decoded.ids[row])
-            try:
-                data = self.read(i)
-                part = self._fast_decode(decoded, row, data) if self.fast[i] else None
-                if part is None:
-                    images[row] = self.pillow(decoded, row, data)
-                else:
-                    to_resize[row] = part
-            except UnusableImage as fault:
-                decoded.broken[i] = str(fault)
+
+        def decode(row: int, data: bytes) -> None:
+            part = self._fast_decode(decoded, row, data) if self.fast[decoded.ids[row]] else None
+            if part is None:
+                images[row] = self.pillow(decoded, row, data)
+            else:
+                to_resize[row] = part
+
+        self.each(decoded, rows, decode)
         enter_resized(images, list(to_resize), list(to_resize.values()))
 
     def _fast_decode(self, decoded: Decoded, row: int, data: bytes) -> Pixels | None:

@@ -29,6 +29,8 @@ class Store:
     @classmethod
     def in_memory(cls, shape: Shape, device: torch.device) -> Store:
         # On the CPU the pages come into being as rows are written.
+        if device.type == "cpu":
+            return cls(torch.from_numpy(np.empty(shape, dtype=np.uint8)), np.zeros(shape[0], dtype=bool))
         return cls(torch.empty(shape, dtype=torch.uint8, device=device), np.zeros(shape[0], dtype=bool))
 
     @classmethod

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdcgan.data.order import Ids
+from fastdcgan.data.prefault import empty
 
 Shape = tuple[int, int, int, int]
 
@@ -28,10 +29,9 @@ class Store:
 
     @classmethod
     def in_memory(cls, shape: Shape, device: torch.device) -> Store:
-        # On the CPU the pages come into being as rows are written.
-        if device.type == "cpu":
-            return cls(torch.from_numpy(np.empty(shape, dtype=np.uint8)), np.zeros(shape[0], dtype=bool))
-        return cls(torch.empty(shape, dtype=torch.uint8, device=device), np.zeros(shape[0], dtype=bool))
+        on_host = device.type == "cpu"
+        array = torch.from_numpy(empty(shape)) if on_host else torch.empty(shape, dtype=torch.uint8, device=device)
+        return cls(array, np.zeros(shape[0], dtype=bool))
 
     @classmethod
     def complete(cls, array: NDArray[np.uint8]) -> Store:

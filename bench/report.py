@@ -70,7 +70,8 @@ def data_lines(found: Results) -> list[str]:
         ratios = {row["way"]: row for row in content["ways"]}
         first = [row for way, row in ratios.items() if "first epoch" in way]
         usual, best = first[0], max(first, key=lambda row: row["ratio"])  # the default comes first
-        also = "" if best is usual else f", x{best['ratio']:.1f} with {best['way'].split(',')[0]}"
+        others = [row for row in first[1:] if row is best or row["way"] == f"{usual['way']}, memory at hand"]
+        also = "".join(f", x{row['ratio']:.1f} with {row['way'].replace(', first epoch', '')}" for row in others)
         lines.append(
             f"- Loading {content['data']} at {content['image_size']} pixels, first epoch: x{usual['ratio']:.1f} of"
             f" ImageFolder and a DataLoader with two workers{also}; from the cache"

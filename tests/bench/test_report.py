@@ -82,9 +82,9 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
             "measured": "data path", "data": "photos", "image_size": 64,
             "ways": [
                 {"way": "--loader dali --cache host, first epoch", "ratio": 2.5, "images_per_second": 300},
-                {"way": "--loader dali --cache host, first epoch, memory at hand", "ratio": 2.8, "images_per_second": 1},
+                {"way": "--loader dali --cache host, first epoch, memory at hand", "ratio": 2.8},
                 {"way": "--loader dali --cache off, first epoch", "ratio": 3.1, "images_per_second": 372},
-                {"way": "--loader torch --cache host, first epoch, memory at hand", "ratio": 3.0, "images_per_second": 1},
+                {"way": "--loader torch --cache host, first epoch, memory at hand", "ratio": 3.0},
                 {"way": "cache", "ratio": 1000.0, "images_per_second": 123_456},
             ],
         },

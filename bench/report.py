@@ -70,7 +70,7 @@ def data_lines(found: Results) -> list[str]:
         ratios = {row["way"]: row for row in content["ways"]}
         first = [row for way, row in ratios.items() if "first epoch" in way]
         usual, best = first[0], max(first, key=lambda row: row["ratio"])  # the default comes first
-        at_hand = ratios.get(f"{usual['way']}, memory at hand")
+        at_hand = ratios.get(f"{usual['way']}, memory at hand", usual)
         others = [row for row in first[1:] if row is best or (row is at_hand and row["ratio"] > 1.1 * usual["ratio"])]
         also = "".join(f", x{row['ratio']:.1f} with {row['way'].replace(', first epoch', '')}" for row in others)
         lines.append(

@@ -77,6 +77,7 @@ else
 fi
 section kernels 60 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 128 1024 --image-sizes 64 --groups 2 \
     --json "$OUT/kernels.json"
+section "next kernels" 40 "$PYTHON" -m fastdcgan.bench.next_kernels --json "$OUT/next-kernels.json"
 section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
 section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
 if has PIL && has torchvision; then

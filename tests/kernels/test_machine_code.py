@@ -22,6 +22,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from fastdcgan.bench import next_kernels
 from fastdcgan.kernels import adam_step_triton, batch_norm_act_op, batch_norm_act_triton, uint8_to_float_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -122,3 +123,37 @@ def test_uint8_to_float(compiled, tmp_path, capability):
     out = torch.empty((8, 3, 64, 64), dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     uint8_to_float_triton.gather(images, torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.bool), out)
     check(launches[0], capability, tmp_path, wide_loads=False, wide_stores=True)
+
+
+@pytest.mark.parametrize("capability", [80, 90])  # an experiment: on sm_100 it would need smaller tiles not to spill
+@pytest.mark.parametrize(("channels_in", "channels_out", "side"), next_kernels.LAYERS)
+def test_the_convolution_with_statistics(compiled, tmp_path, capability, channels_in, channels_out, side):
+    launches = compiled(capability)
+    x, weight = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+        for shape in ((256, channels_in, side, side), (channels_out, channels_in, 4, 4))
+    )
+    parameters = tuple(torch.empty(channels_out, device="meta") for _ in range(4))
+    next_kernels.epilogue(x, weight, parameters, 2)
+    assert [kernel.src.name for kernel in launches] == ["convolve", "normalize"]
+    check(launches[0], capability, tmp_path, wide_loads=False, wide_stores=True, registers=255)
+    multiply = {80: "mma.sync", 90: "wgmma.mma_async"}[capability]
+    assert multiply in launches[0].asm["ptx"], "not on the matrix units"
+    assert "cp.async" in launches[0].asm["ptx"], "loads wait for their use"
+
+
+@pytest.mark.parametrize("one_launch", [False, True], ids=["dependent", "cooperative"])
+def test_the_other_launches(compiled, tmp_path, one_launch):
+    launches = compiled(90)
+    x = torch.empty((256, 128, 16, 16), dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    parameters = tuple(torch.empty(128, device="meta") for _ in range(4))
+    next_kernels.in_turn(x, parameters, 2, torch.empty(1, dtype=torch.int32, device="meta") if one_launch else None)
+    for kernel in launches:
+        check(kernel, 90, tmp_path, wide_loads=True, wide_stores=kernel is launches[-1], registers=128)
+    if one_launch:
+        (only,) = launches
+        assert only.metadata.launch_cooperative_grid and "griddepcontrol" not in only.asm["ptx"]
+    else:
+        first, second = launches
+        assert "griddepcontrol.launch_dependents" in first.asm["ptx"]
+        assert "griddepcontrol.wait" in second.asm["ptx"] and second.metadata.launch_pdl

@@ -1,4 +1,4 @@
-"""The experiments of bench/next_kernels.py give the right numbers. Two of three need a GPU, as programs must run at once."""
+"""The experiments of bench/next_kernels.py give the right numbers. Two of three need a GPU: programs side by side."""
 
 from __future__ import annotations
 

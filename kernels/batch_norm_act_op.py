@@ -70,10 +70,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean (groups, C) and inverse deviation (groups, C); groups is 1 in evaluation mode."""
     plan = plan_for(x, groups)
-    with torch.cuda.device_of(x):
-        return launch_forward(
-            x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan
-        )
+    return launch_forward(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan
+    )
 
 
 @forward.register_fake
@@ -94,9 +93,7 @@ def backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias."""
-    plan = plan_for(x, len(mean))
-    with torch.cuda.device_of(x):
-        return launch_backward(x, dy, weight, bias, mean, inverse, training, negative_slope, plan)
+    return launch_backward(x, dy, weight, bias, mean, inverse, training, negative_slope, plan_for(x, len(mean)))
 
 
 @backward.register_fake
@@ -125,8 +122,8 @@ def launch_backward(
     return launch_gradient(x, dy, weight, bias, mean, inverse, partial, training, negative_slope, plan)
 
 
-# One launch each, for x and dy with their rows in order (`as_rows`). What the first launch of a pass leaves for the
-# second is `partial`: two of (groups, splits, C), where the second takes any number of splits.
+# One launch each, on x's device, for x and dy with their rows in order (`as_rows`). What the first launch of a pass
+# leaves for the second is `partial`: two of (groups, splits, C), of the plan's splits or of one that stands for all.
 
 
 def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
@@ -134,7 +131,8 @@ def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Pl
     rows, grid, cut = _launch(plan, x, groups, plan.splits, accumulator)
     mean = torch.empty((groups, plan.splits, x.shape[1]), dtype=accumulator, device=x.device)
     m2 = torch.empty_like(mean)
-    kernels.statistics[grid](x, mean, m2, rows, **cut)
+    with torch.cuda.device_of(x):
+        kernels.statistics[grid](x, mean, m2, rows, **cut)
     return mean, m2
 
 
@@ -145,25 +143,26 @@ def launch_normalize(
     y, mean = torch.empty_like(x), weight.new_empty((groups, channels))
     inverse = torch.empty_like(mean)
     rows, grid, cut = _launch(plan, x, groups, splits, weight.dtype)
-    kernels.normalize[grid](
-        x,
-        y,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        *partial,
-        mean,
-        inverse,
-        rows,
-        GROUPS=groups,
-        SPLITS_POW2=triton.next_power_of_2(splits),
-        TRAINING=training,
-        MOMENTUM=momentum,
-        EPS=eps,
-        SLOPE=negative_slope,
-        **cut,
-    )
+    with torch.cuda.device_of(x):
+        kernels.normalize[grid](
+            x,
+            y,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            *partial,
+            mean,
+            inverse,
+            rows,
+            GROUPS=groups,
+            SPLITS_POW2=triton.next_power_of_2(splits),
+            TRAINING=training,
+            MOMENTUM=momentum,
+            EPS=eps,
+            SLOPE=negative_slope,
+            **cut,
+        )
     return y, mean, inverse
 
 
@@ -173,7 +172,8 @@ def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: kernel
     dz = weight.new_empty((groups, plan.splits, channels))
     dzx = torch.empty_like(dz)
     rows, grid, cut = _launch(plan, x, groups, plan.splits, weight.dtype)
-    kernels.sums[grid](x, dy, weight, bias, mean, inverse, dz, dzx, rows, SLOPE=negative_slope, **cut)
+    with torch.cuda.device_of(x):
+        kernels.sums[grid](x, dy, weight, bias, mean, inverse, dz, dzx, rows, SLOPE=negative_slope, **cut)
     return dz, dzx
 
 
@@ -183,24 +183,25 @@ def launch_gradient(
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     groups, splits, _ = partial[0].shape
     rows, grid, cut = _launch(plan, x, groups, splits, weight.dtype)
-    kernels.gradient[grid](
-        x,
-        dy,
-        dx,
-        weight,
-        bias,
-        mean,
-        inverse,
-        *partial,
-        dweight,
-        dbias,
-        rows,
-        GROUPS=groups,
-        SPLITS_POW2=triton.next_power_of_2(splits),
-        TRAINING=training,
-        SLOPE=negative_slope,
-        **cut,
-    )
+    with torch.cuda.device_of(x):
+        kernels.gradient[grid](
+            x,
+            dy,
+            dx,
+            weight,
+            bias,
+            mean,
+            inverse,
+            *partial,
+            dweight,
+            dbias,
+            rows,
+            GROUPS=groups,
+            SPLITS_POW2=triton.next_power_of_2(splits),
+            TRAINING=training,
+            SLOPE=negative_slope,
+            **cut,
+        )
     return dx, dweight, dbias
 
 

@@ -33,7 +33,8 @@ populates = pytest.mark.skipif(not can_populate(), reason="this system makes pag
 
 @populates
 def test_pages_are_there_before_the_first_write() -> None:
-    array = np.empty(SIZE + 1, dtype=np.uint8)[1:]  # a start that is on no page's edge
+    # Pages nobody has touched, as np.empty's may have been; and a start that is on no page's edge.
+    array = np.frombuffer(mmap.mmap(-1, SIZE + 1), dtype=np.uint8)[1:]
     before = resident()
     prefault(weakref.ref(array))
     assert resident() - before >= SIZE - 2 * PIECE_BYTES  # all but the cut pieces at the two ends

@@ -7,6 +7,7 @@ for which everything here is free.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -134,6 +135,9 @@ def join(device: torch.device) -> World:
         backend = "cpu:gloo,cuda:nccl"  # what is said between processes does not wait for the GPU
     else:
         backend = "gloo"
+    # If there is a process group when this module is imported, it is kept to the end, and with it its threads, which may
+    # then be freeing tensors while the interpreter ends, and abort. Any training imports it sooner or later.
+    importlib.import_module("torch._dynamo")
     # torchrun's store outlives a restart: without a name of their own the new processes could read the addresses of
     # those that are gone.
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]

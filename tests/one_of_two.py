@@ -34,3 +34,6 @@ for noise, real in zip(joint["noise"], joint["real"], strict=True):
     step.update()
 torch.save(step.weights(), folder / f"rank-{rank}.pt")
 world.leave()
+if sys.platform == "linux":
+    threads = [Path(f"/proc/self/task/{thread}/comm").read_text() for thread in os.listdir("/proc/self/task")]
+    assert not any("gloo" in name for name in threads), f"may still be at work while the interpreter ends: {threads}"

@@ -3,6 +3,7 @@
 python one_of_two.py FOLDER RANK, FOLDER with a file joint.pt
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fastdcgan.kernels import batch_norm_act
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
+importlib.import_module("torch._dynamo")  # before there is a group: see fastdcgan.distributed.join
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 joint = torch.load(folder / "joint.pt")
 groups, options = joint["groups"], joint["options"]

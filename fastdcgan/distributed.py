@@ -135,7 +135,7 @@ def join(device: torch.device) -> World:
         backend = "cpu:gloo,cuda:nccl"  # what is said between processes does not wait for the GPU
     else:
         backend = "gloo"
-    # If there is a process group when this module is imported, it is kept to the end, and with it its threads, which may
+    # A process group that is there when this module is imported is kept to the end, and its threads with it: they may
     # then be freeing tensors while the interpreter ends, and abort. Any training imports it sooner or later.
     importlib.import_module("torch._dynamo")
     # torchrun's store outlives a restart: without a name of their own the new processes could read the addresses of

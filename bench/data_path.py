@@ -74,9 +74,7 @@ def opened(data: Path, size: int, loader: str, cache: str, cache_dir: str) -> Da
     )
 
 
-def first_epoch(
-    data: Path, size: int, batch: int, most: int, loader: str, cache: str, memory_at_hand: bool = False
-) -> float:
+def first_epoch(data: Path, size: int, batch: int, most: int, loader: str, cache: str, memory_at_hand: bool) -> float:
     """images/s from nothing, as in the first epoch of a first run: listing and looking at the files included."""
     with TemporaryDirectory() as cache_dir:
         started, delivered = time.perf_counter(), 0
@@ -133,12 +131,9 @@ def main() -> None:
             "ImageFolder + DataLoader(num_workers=2)": lambda: image_folder(data, size, batch, most)
         }
         for loader in ("dali", "torch") if dali_is_installed() else ("torch",):
-            for cache in ("host", "off"):
-                one = functools.partial(first_epoch, data, size, batch, most, loader, cache)
-                ways[f"--loader {loader} --cache {cache}, first epoch"] = one
-                if cache == "host":
-                    at_hand = functools.partial(one, memory_at_hand=True)
-                    ways[f"--loader {loader} --cache {cache}, first epoch, memory at hand"] = at_hand
+            for cache, at_hand in (("host", False), ("host", True), ("off", False)):
+                one = functools.partial(first_epoch, data, size, batch, most, loader, cache, at_hand)
+                ways[f"--loader {loader} --cache {cache}, first epoch{', memory at hand' * at_hand}"] = one
         ways["cache"] = lambda: from_cache(resident)
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):

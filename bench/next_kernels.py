@@ -20,7 +20,7 @@ import argparse
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -36,59 +36,51 @@ LAYERS = [(64, 128, 32), (128, 256, 16), (256, 512, 8)]  # channels in and out, 
 BATCHES = [128, 1024]
 MULTIPROCESSORS = 132  # of an H100 and an H200: as many programs convolve at once
 MOMENTUM, EPS, SLOPE = 0.1, 1e-5, 0.2
+OPTIONS: dict[str, Any] = {"training": True, "momentum": MOMENTUM, "eps": EPS, "negative_slope": SLOPE}
 
 
-class Cut(NamedTuple):
-    """How the rows (sample, height, width) and columns (channels) of a convolution's output are shared out."""
-
-    block_rows: int
-    block_cols: int
-    block_k: int
-    turns: int
-    splits: int
-
-
-def cut(rows: int, channels_in: int, channels_out: int, groups: int) -> Cut:
-    """For `groups` groups of `rows` rows each: one wave of programs, each with TURNS tiles one below the other."""
-    block_rows, block_cols = 128, min(128, triton.next_power_of_2(channels_out))
-    tiles = triton.cdiv(rows, block_rows) * triton.cdiv(channels_out, block_cols) * groups
+def plan(rows: int, channels: int, groups: int) -> kernels.Plan:
+    """The cut of a convolution's output, `groups` groups of `rows` rows each: one wave of programs."""
+    block_rows, block_cols = 128, min(128, triton.next_power_of_2(channels))
+    tiles = triton.cdiv(rows, block_rows) * triton.cdiv(channels, block_cols) * groups
     turns = triton.cdiv(tiles, MULTIPROCESSORS)
-    return Cut(block_rows, block_cols, min(64, channels_in), turns, triton.cdiv(rows, block_rows * turns))
+    return kernels.Plan(block_rows, block_cols, turns, triton.cdiv(rows, block_rows * turns), num_warps=8)
 
 
 @triton.jit
 def convolve(
     x_ptr,  # [GROUPS, rows of samples, 2 * HEIGHT, 2 * WIDTH, C_IN]
-    weight_ptr,  # [C_OUT, 4, 4, C_IN]
-    y_ptr,  # [GROUPS, rows, C_OUT]
-    partial_mean_ptr,  # [GROUPS, SPLITS, C_OUT]
-    partial_m2_ptr,  # [GROUPS, SPLITS, C_OUT]
+    weight_ptr,  # [C, 4, 4, C_IN]
+    y_ptr,  # [GROUPS, rows, C]
+    partial_mean_ptr,  # [GROUPS, SPLITS, C]
+    partial_m2_ptr,  # [GROUPS, SPLITS, C]
     rows,  # of a group: samples x HEIGHT x WIDTH
     HEIGHT: tl.constexpr,  # of y
     WIDTH: tl.constexpr,
     C_IN: tl.constexpr,  # a multiple of BLOCK_K
-    C_OUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    C: tl.constexpr,
     SPLITS: tl.constexpr,
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
 ):
     """y = k4 s2 p1 convolution of x as a matrix product whose left side is gathered; the partials are those of y."""
     split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
-    in_c = cols < C_OUT
+    in_c = cols < C
     x_ptr += group.to(tl.int64) * rows * (4 * C_IN)  # each of y's rows stands for four of x's pixels
-    y_ptr += group.to(tl.int64) * rows * C_OUT
+    y_ptr += group.to(tl.int64) * rows * C
     place = tl.arange(0, BLOCK_K)
     count = 0.0
-    mean = tl.zeros([BLOCK_COLS], tl.float32)
-    m2 = tl.zeros([BLOCK_COLS], tl.float32)
+    mean = tl.zeros([BLOCK_COLS], ACCUMULATOR)
+    m2 = tl.zeros([BLOCK_COLS], ACCUMULATOR)
     for turn in range(TURNS):
         row = (split * TURNS + turn) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         inside = row < rows
         sample, top, left = row // (HEIGHT * WIDTH), row // WIDTH % HEIGHT * 2 - 1, row % WIDTH * 2 - 1
-        total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
         for step in range(16 * C_IN // BLOCK_K):
             tap = step * BLOCK_K // C_IN
             h, w = top + tap // 4, left + tap % 4
@@ -107,10 +99,10 @@ def convolve(
             total = tl.dot(a, b, total, input_precision="ieee")
         y = total.to(y_ptr.dtype.element_ty)
         mask = inside[:, None] & in_c[None, :]
-        tl.store(y_ptr + row[:, None] * C_OUT + cols[None, :], y, mask=mask)
+        tl.store(y_ptr + row[:, None] * C + cols[None, :], y, mask=mask)
         if STATISTICS:  # of y as it was stored; tiles are combined as Chan, Golub and LeVeque (1983) do
-            stored = tl.where(mask, y.to(tl.float32), 0.0)
-            here = tl.sum(inside.to(tl.float32), axis=0)
+            stored = tl.where(mask, y.to(ACCUMULATOR), 0.0)
+            here = tl.sum(inside.to(ACCUMULATOR), axis=0)
             tile_mean = tl.sum(stored, axis=0) / tl.maximum(here, 1.0)
             away = tl.where(mask, stored - tile_mean[None, :], 0.0)
             both = count + here
@@ -119,12 +111,14 @@ def convolve(
             mean += shift * (here / both)
             count = both
     if STATISTICS:
-        out = (group * SPLITS + split) * C_OUT + cols
+        out = (group * SPLITS + split) * C + cols
         tl.store(partial_mean_ptr + out, mean, mask=in_c)
         tl.store(partial_m2_ptr + out, m2, mask=in_c)
 
 
-def convolution(x: Tensor, weight: Tensor, groups: int, statistics: bool) -> tuple[Tensor, tuple[Tensor, Tensor], Cut]:
+def convolution(
+    x: Tensor, weight: Tensor, groups: int, statistics: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor], kernels.Plan]:
     """A k4 s2 p1 convolution, with the partial statistics of each of `groups` slices of its result.
 
     Args:
@@ -133,18 +127,18 @@ def convolution(x: Tensor, weight: Tensor, groups: int, statistics: bool) -> tup
         statistics: False leaves the partials as they are.
 
     Returns:
-        y (N, C_out, h, w) channels_last; means and sums of squared deviations (groups, splits, C_out) float32; the cut.
+        y (N, C_out, h, w) channels_last; means and squared deviations (groups, splits, C_out) float32; the plan.
     """
     samples, channels_in, height, width = x.shape
     channels_out = len(weight)
     if x.numel() >= 2**31:
         raise ValueError(f"x has {x.numel():,} elements, more than 32 bits can count")
     y = x.new_empty((samples, channels_out, height // 2, width // 2)).contiguous(memory_format=torch.channels_last)
-    rows = samples // groups * (height // 2) * (width // 2)
-    shared = cut(rows, channels_in, channels_out, groups)
+    shared = plan(y.numel() // (channels_out * groups), channels_out, groups)
     mean = torch.empty((groups, shared.splits, channels_out), dtype=torch.float32, device=x.device)
     m2 = torch.empty_like(mean)
-    convolve[(shared.splits, triton.cdiv(channels_out, shared.block_cols), groups)](
+    rows, grid, cut = batch_norm_act_op.launch_cut(shared, y, groups, shared.splits, torch.float32)
+    convolve[grid](
         x,
         weight,
         y,
@@ -154,15 +148,10 @@ def convolution(x: Tensor, weight: Tensor, groups: int, statistics: bool) -> tup
         HEIGHT=height // 2,
         WIDTH=width // 2,
         C_IN=channels_in,
-        C_OUT=channels_out,
-        SPLITS=shared.splits,
-        TURNS=shared.turns,
-        BLOCK_ROWS=shared.block_rows,
-        BLOCK_COLS=shared.block_cols,
-        BLOCK_K=shared.block_k,
+        BLOCK_K=min(64, channels_in),
         STATISTICS=statistics,
-        num_warps=8,
         num_stages=3,
+        **cut,
     )
     return y, (mean, m2), shared
 
@@ -174,9 +163,9 @@ def epilogue(x: Tensor, conv_weight: Tensor, parameters: Parameters, groups: int
     """BatchNorm and LeakyReLU of a convolution that brings its own statistics."""
     y, partial, shared = convolution(x, conv_weight, groups, statistics=True)
     # `normalize` takes the partials for those of its own splits, so its splits have as many rows.
-    plan = kernels.Plan(shared.block_rows, 32, shared.turns, shared.splits, num_warps=8)
+    narrow = shared._replace(block_cols=32)
     launch = batch_norm_act_op.launch_normalize
-    return launch(y, *parameters, partial, True, MOMENTUM, EPS, SLOPE, plan)[0]
+    return launch(y, *parameters, partial, True, MOMENTUM, EPS, SLOPE, narrow)[0]
 
 
 @triton.jit
@@ -248,25 +237,14 @@ def normalize_in_turn(
 
 def in_turn(x: Tensor, parameters: Parameters, groups: int, counter: Tensor | None) -> Tensor:
     """BatchNorm and LeakyReLU of x (N, C, h, w) by dependent launches; with a counter (int32, once 0) in one launch."""
-    channels = x.shape[1]
-    plan = batch_norm_act_op.plan_for(x, groups)
+    shared = batch_norm_act_op.plan_for(x, groups)
     weight, bias, running_mean, running_var = parameters
-    mean, inverse = (weight.new_empty((groups, channels)) for _ in range(2))
-    partial_mean, partial_m2 = (weight.new_empty((groups, plan.splits, channels)) for _ in range(2))
+    mean, inverse = (weight.new_empty((groups, x.shape[1])) for _ in range(2))
+    partial_mean, partial_m2 = (weight.new_empty((groups, shared.splits, x.shape[1])) for _ in range(2))
     y = torch.empty_like(x)
-    rows = x.numel() // (channels * groups)
-    shared = {
-        "C": channels,
-        "SPLITS": plan.splits,
-        "TURNS": plan.turns,
-        "BLOCK_ROWS": plan.block_rows,
-        "BLOCK_COLS": plan.block_cols,
-        "ACCUMULATOR": tl.float32,
-        "num_warps": plan.num_warps,
-    }
-    grid = (plan.splits, triton.cdiv(channels, plan.block_cols), groups)
+    rows, grid, cut = batch_norm_act_op.launch_cut(shared, x, groups, shared.splits, weight.dtype)
     if counter is None:
-        statistics_and_release[grid](x, partial_mean, partial_m2, rows, **shared)
+        statistics_and_release[grid](x, partial_mean, partial_m2, rows, **cut)
     normalize_in_turn[grid](
         x,
         y,
@@ -280,7 +258,7 @@ def in_turn(x: Tensor, parameters: Parameters, groups: int, counter: Tensor | No
         inverse,
         rows,
         GROUPS=groups,
-        SPLITS_POW2=triton.next_power_of_2(plan.splits),
+        SPLITS_POW2=triton.next_power_of_2(shared.splits),
         MOMENTUM=MOMENTUM,
         EPS=EPS,
         SLOPE=SLOPE,
@@ -288,13 +266,14 @@ def in_turn(x: Tensor, parameters: Parameters, groups: int, counter: Tensor | No
         ONE_LAUNCH=counter is not None,
         launch_pdl=counter is None,
         launch_cooperative_grid=counter is not None,
-        **shared,
+        **cut,
     )
     return y
 
 
-def saved_bytes(y: Tensor, splits: int, groups: int) -> int:
+def saved_bytes(y: Tensor, groups: int) -> int:
     """One read of y, less its partials written and, by every program of `normalize`, read: once from memory."""
+    splits = plan(y.numel() // (y.shape[1] * groups), y.shape[1], groups).splits
     return y.numel() * y.element_size() - 2 * 2 * 4 * groups * splits * y.shape[1]
 
 
@@ -313,20 +292,12 @@ def measure(batch: int, channels_in: int, channels_out: int, side: int, groups: 
         torch.ones(channels_out, device=device),
     )
     counter = torch.zeros(1, dtype=torch.int32, device=device)
-    options: dict[str, Any] = {
-        "training": True,
-        "momentum": MOMENTUM,
-        "eps": EPS,
-        "negative_slope": SLOPE,
-        "groups": groups,
-    }
 
     def cudnn() -> Tensor:
         return torch.nn.functional.conv2d(x, filters, stride=2, padding=1)
 
     y = cudnn()
-    shared = cut(y.numel() // (channels_out * groups), channels_in, channels_out, groups)
-    shipped = functools.partial(batch_norm_act, backend="triton", **options)
+    shipped = functools.partial(batch_norm_act, backend="triton", groups=groups, **OPTIONS)
     ways: dict[str, Callable[[], Tensor]] = {
         "convolution, cuDNN": cudnn,
         "convolution, Triton": lambda: convolution(x, filters, groups, statistics=False)[0],
@@ -351,7 +322,7 @@ def measure(batch: int, channels_in: int, channels_out: int, side: int, groups: 
         except Exception as error:  # one way that cannot run here must not hide the others
             found[name] = {"error": str(error)[:300]}
         print(f"{batch}x{channels_in}x{side}x{side} to {channels_out}: {name:26} {found[name]}", flush=True)
-    saved = saved_bytes(y, shared.splits, groups)
+    saved = saved_bytes(y, groups)
     if "ms" in found["copy of y"]:
         found["saved"] = {"bytes": saved, "ms": found["copy of y"]["ms"] * saved / (2 * y.numel() * y.element_size())}
     return {"batch": batch, "channels": [channels_in, channels_out], "side": side, "groups": groups, "ways": found}
@@ -365,8 +336,7 @@ def main() -> None:
         for channels_in, channels_out, side in LAYERS:
             for batch in BATCHES:
                 y = torch.empty((2 * batch, channels_out, side // 2, side // 2), dtype=torch.bfloat16, device="meta")
-                splits = cut(y.numel() // (2 * channels_out), channels_in, channels_out, 2).splits
-                saved, flops = saved_bytes(y, splits, 2), 2 * y.numel() * channels_in * 16
+                saved, flops = saved_bytes(y, 2), 2 * y.numel() * channels_in * 16
                 print(f"batch 2 x {batch}, {channels_in} to {channels_out} channels: saves {saved / 1e6:.1f} MB of")
                 print(f"    {3 * y.numel() * 2 / 1e6:.1f} that BatchNorm forward moves, beside {flops / 1e9:.1f} GFLOP")
         raise SystemExit("no GPU here: these are the predicted bytes; times need one")

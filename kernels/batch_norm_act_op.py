@@ -128,7 +128,7 @@ def launch_backward(
 
 def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
     """partial: means and sums of squared deviations."""
-    rows, grid, cut = _launch(plan, x, groups, plan.splits, accumulator)
+    rows, grid, cut = launch_cut(plan, x, groups, plan.splits, accumulator)
     mean = torch.empty((groups, plan.splits, x.shape[1]), dtype=accumulator, device=x.device)
     m2 = torch.empty_like(mean)
     with torch.cuda.device_of(x):
@@ -142,7 +142,7 @@ def launch_normalize(
     groups, splits, channels = partial[0].shape
     y, mean = torch.empty_like(x), weight.new_empty((groups, channels))
     inverse = torch.empty_like(mean)
-    rows, grid, cut = _launch(plan, x, groups, splits, weight.dtype)
+    rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):
         kernels.normalize[grid](
             x,
@@ -171,7 +171,7 @@ def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: kernel
     groups, channels = mean.shape
     dz = weight.new_empty((groups, plan.splits, channels))
     dzx = torch.empty_like(dz)
-    rows, grid, cut = _launch(plan, x, groups, plan.splits, weight.dtype)
+    rows, grid, cut = launch_cut(plan, x, groups, plan.splits, weight.dtype)
     with torch.cuda.device_of(x):
         kernels.sums[grid](x, dy, weight, bias, mean, inverse, dz, dzx, rows, SLOPE=negative_slope, **cut)
     return dz, dzx
@@ -182,7 +182,7 @@ def launch_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     groups, splits, _ = partial[0].shape
-    rows, grid, cut = _launch(plan, x, groups, splits, weight.dtype)
+    rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):
         kernels.gradient[grid](
             x,
@@ -241,7 +241,7 @@ def plan_for(x, groups: int) -> kernels.Plan:
     return kernels.plan(x.numel() // (channels * groups), channels, groups)
 
 
-def _launch(plan: kernels.Plan, x, groups: int, splits: int, accumulator: torch.dtype):
+def launch_cut(plan: kernels.Plan, x, groups: int, splits: int, accumulator: torch.dtype):
     """The rows of a group, the grid, and the constants of a launch that writes or reads `splits` partial results."""
     channels = x.shape[1]
     grid = (plan.splits, triton.cdiv(channels, plan.block_cols), groups)

@@ -42,8 +42,7 @@ def test_the_convolution_and_its_statistics(device, assert_close, monkeypatch, c
     given = [p.clone() for p in parameters]
     z = next_kernels.epilogue(x, weight, parameters, groups)
     exact = [p.double() for p in given]
-    options = {"training": True, "momentum": next_kernels.MOMENTUM, "eps": next_kernels.EPS, "negative_slope": 0.2}
-    truth = batch_norm_act(y.double(), *exact, groups=groups, backend="reference", **options)
+    truth = batch_norm_act(y.double(), *exact, groups=groups, backend="reference", **next_kernels.OPTIONS)
     assert_close("BatchNorm and LeakyReLU", z, truth)
     assert_close("running_mean", parameters[2], exact[2], "sum")
     assert_close("running_var", parameters[3], exact[3], "sum")
@@ -55,8 +54,7 @@ def test_the_other_launches_give_the_shipped_bits(device, one_launch):
     x, _, parameters = drawn(64, 64, 64, (16, 16), torch.bfloat16, device)
     counter = torch.zeros(1, dtype=torch.int32, device=device) if one_launch else None
     given = [p.clone() for p in parameters]
-    options = {"training": True, "momentum": next_kernels.MOMENTUM, "eps": next_kernels.EPS, "negative_slope": 0.2}
     for _ in range(20):  # the counter goes on from launch to launch
         y = next_kernels.in_turn(x, parameters, 2, counter)
-        assert torch.equal(y, batch_norm_act(x, *given, groups=2, backend="triton", **options))
+        assert torch.equal(y, batch_norm_act(x, *given, groups=2, backend="triton", **next_kernels.OPTIONS))
         assert all(torch.equal(a, b) for a, b in zip(parameters, given, strict=True))

@@ -144,7 +144,7 @@ def launch_normalize(
     inverse = torch.empty_like(mean)
     rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):
-        kernels.normalize[grid](
+        kernels.normalize[grid[0] + 1, *grid[1:]](
             x,
             y,
             weight,
@@ -184,7 +184,7 @@ def launch_gradient(
     groups, splits, _ = partial[0].shape
     rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):
-        kernels.gradient[grid](
+        kernels.gradient[grid[0] + 1, *grid[1:]](
             x,
             dy,
             dx,
@@ -251,6 +251,7 @@ def launch_cut(plan: kernels.Plan, x, groups: int, splits: int, accumulator: tor
         "TURNS": plan.turns,
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
+        "STAGES": plan.stages,
         "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
         "num_warps": plan.num_warps,
     }

@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     turns: int
     splits: int
     num_warps: int
+    stages: int = 3
 
 
 PROGRAMS = 256  # about two for each multiprocessor of an H200, and few enough partials to read again
@@ -97,32 +98,36 @@ def statistics(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
     split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
     start = split * (TURNS * BLOCK_ROWS)
     x_ptr += (group.to(tl.int64) * rows + start) * C
     row = tl.arange(0, BLOCK_ROWS)
-    # Welford's update for each place in the tile on its own: no exchange between threads inside the loop.
-    mean = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
-    m2 = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
-    count = tl.zeros([BLOCK_ROWS], ACCUMULATOR)
-    for turn in range(TURNS):
-        inside = row < rows - start - turn * BLOCK_ROWS
-        mask = inside[:, None] & (cols < C)[None, :]
-        x = tl.load(x_ptr + row[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACCUMULATOR)
-        count += inside.to(ACCUMULATOR)
-        away = tl.where(mask, x - mean, 0.0)
-        mean += away * (1.0 / tl.maximum(count, 1.0))[:, None]
-        m2 += tl.where(mask, away * (x - mean), 0.0)
+    offsets = row[:, None] * C + cols[None, :]
+    in_c = (cols < C)[None, :]
+    # Each place in the tile sums what its values are above its first one: no exchange between threads inside the loop,
+    # and nothing large to cancel. The first row of a split always exists.
+    first = tl.load(x_ptr + cols, mask=cols < C, other=0.0).to(ACCUMULATOR)[None, :]
+    own = tl.load(x_ptr + offsets, mask=(row < rows - start)[:, None] & in_c, other=0.0).to(ACCUMULATOR)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
+    squares = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
+    for turn in tl.range(1, TURNS, num_stages=STAGES):
         x_ptr += BLOCK_ROWS * C
-    # Then the places are combined as the splits will be; the first row of a split always exists.
-    total = tl.sum(count, axis=0)
-    first = tl.sum(tl.where((row == 0)[:, None], mean, 0.0), axis=0)[None, :]
-    valid = (count > 0)[:, None]
-    shift = tl.sum(tl.where(valid, (mean - first) * count[:, None], 0.0), axis=0)[None, :] / total
+        mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
+        away = tl.where(mask, x - own, 0.0)
+        total += away
+        squares += away * away
+    # Then the places are combined as the splits will be.
+    left = tl.minimum(rows - start, TURNS * BLOCK_ROWS)  # rows of this split
+    count = tl.maximum((left - row + BLOCK_ROWS - 1) // BLOCK_ROWS, 0).to(ACCUMULATOR)[:, None]  # of each place
+    share = 1.0 / tl.maximum(count, 1.0)
+    mean = own + total * share
+    shift = tl.sum((mean - first) * count, axis=0)[None, :] / left
     away = mean - first - shift
-    all_m2 = tl.sum(tl.where(valid, m2 + away * away * count[:, None], 0.0), axis=0)
+    all_m2 = tl.sum(squares - total * total * share + away * away * count, axis=0)
     out = (group * SPLITS + split) * C + cols
     tl.store(partial_mean_ptr + out, tl.reshape(first + shift, cols.shape), mask=cols < C)
     tl.store(partial_m2_ptr + out, all_m2, mask=cols < C)
@@ -148,6 +153,7 @@ def normalize(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     TRAINING: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -155,19 +161,12 @@ def normalize(
     SLOPE: tl.constexpr,
 ):
     split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
-    start = split * (TURNS * BLOCK_ROWS)
     in_c = cols < C
-    weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)
-    bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)
-    if TRAINING:
-        mean, m2 = _combine(
-            partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
-        )
-        var = m2 / rows
-        if (split == 0) & (group == 0):  # alone with its channels' running statistics, which take the groups in order
+    if split == tl.num_programs(0) - 1:  # beyond the last split, so that no program with rows takes longer for this
+        if TRAINING and group == 0:
             running_mean = tl.load(running_mean_ptr + cols, mask=in_c, other=0.0)
             running_var = tl.load(running_var_ptr + cols, mask=in_c, other=0.0)
-            for each in range(GROUPS):
+            for each in range(GROUPS):  # in order
                 batch_mean, batch_m2 = _combine(
                     partial_mean_ptr, partial_m2_ptr, each, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
                 )
@@ -175,6 +174,15 @@ def normalize(
                 running_var = running_var * (1 - MOMENTUM) + batch_m2 / (rows - 1) * MOMENTUM
             tl.store(running_mean_ptr + cols, running_mean, mask=in_c)
             tl.store(running_var_ptr + cols, running_var, mask=in_c)
+        return
+    start = split * (TURNS * BLOCK_ROWS)
+    weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)
+    bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)
+    if TRAINING:
+        mean, m2 = _combine(
+            partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
+        )
+        var = m2 / rows
     else:
         mean = tl.load(running_mean_ptr + cols, mask=in_c, other=0.0)
         var = tl.load(running_var_ptr + cols, mask=in_c, other=1.0)
@@ -186,7 +194,7 @@ def normalize(
     x_ptr += first_row * C
     y_ptr += first_row * C
     row = tl.arange(0, BLOCK_ROWS)
-    for turn in range(TURNS):
+    for turn in tl.range(TURNS, num_stages=STAGES):
         mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
@@ -214,6 +222,7 @@ def sums(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
@@ -230,7 +239,7 @@ def sums(
     row = tl.arange(0, BLOCK_ROWS)
     sum_dz = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
     sum_dzx = tl.zeros([BLOCK_ROWS, BLOCK_COLS], ACCUMULATOR)
-    for turn in range(TURNS):
+    for turn in tl.range(TURNS, num_stages=STAGES):
         mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
@@ -281,6 +290,7 @@ def gradient(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     TRAINING: tl.constexpr,
     SLOPE: tl.constexpr,
@@ -288,14 +298,16 @@ def gradient(
     split, cols, group = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS), tl.program_id(2)
     start = split * (TURNS * BLOCK_ROWS)
     in_c = cols < C
-    if (split == 0) & (group == 0):
-        dbias = tl.zeros([BLOCK_COLS], ACCUMULATOR)
-        dweight = tl.zeros([BLOCK_COLS], ACCUMULATOR)
-        for each in range(GROUPS):
-            dbias += _total(partial_dz_ptr, each, cols, C, SPLITS, SPLITS_POW2)
-            dweight += _total(partial_dzx_ptr, each, cols, C, SPLITS, SPLITS_POW2)
-        tl.store(dbias_ptr + cols, dbias, mask=in_c)
-        tl.store(dweight_ptr + cols, dweight, mask=in_c)
+    if split == tl.num_programs(0) - 1:  # beyond the last split, as in `normalize`
+        if group == 0:
+            dbias = tl.zeros([BLOCK_COLS], ACCUMULATOR)
+            dweight = tl.zeros([BLOCK_COLS], ACCUMULATOR)
+            for each in range(GROUPS):
+                dbias += _total(partial_dz_ptr, each, cols, C, SPLITS, SPLITS_POW2)
+                dweight += _total(partial_dzx_ptr, each, cols, C, SPLITS, SPLITS_POW2)
+            tl.store(dbias_ptr + cols, dbias, mask=in_c)
+            tl.store(dweight_ptr + cols, dweight, mask=in_c)
+        return
     weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)[None, :]
     bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)[None, :]
     mean = tl.load(mean_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
@@ -308,7 +320,7 @@ def gradient(
     dy_ptr += first_row * C
     dx_ptr += first_row * C
     row = tl.arange(0, BLOCK_ROWS)
-    for turn in range(TURNS):
+    for turn in tl.range(TURNS, num_stages=STAGES):
         mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)

@@ -83,7 +83,7 @@ def _(fine, out, weight, slope):
 
 @torch.library.custom_op("fastdcgan::image_conv_up", mutates_args=())
 def up(coarse: Tensor, out: Tensor | None, weight: Tensor, slope: float, tanh: bool) -> Tensor:
-    """The transposed convolution of `coarse`, or with `out` of dz = coarse or slope * coarse by out's sign; its tanh."""
+    """The transposed convolution of `coarse`, or with `out` of its dz, slope * coarse where out <= 0; then its tanh."""
     return launch_up(coarse, out, weight, slope, tanh)
 
 
@@ -123,6 +123,7 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
             **cut,
             **window(fine),
             num_warps=4,
+            num_stages=2,
         )
     return coarse
 
@@ -146,6 +147,7 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
             PRECISION=precision(coarse),
             **cut,
             num_warps=4,
+            num_stages=2,
         )
     return fine
 
@@ -171,6 +173,7 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
             **cut,
             **line,
             num_warps=8,
+            num_stages=2,
         )
     return partial
 
@@ -196,7 +199,7 @@ def launch_cut(coarse, programs: int):
     """The rows of the coarse matrix, the grid of a launch over about `programs` programs, and its constants."""
     _, channels, height, width = coarse.shape
     rows = coarse.numel() // channels
-    plan = kernels.plan(rows, channels, programs)
+    plan = kernels.plan(rows, channels, coarse.element_size(), programs)
     cut = {
         "HEIGHT": height,
         "WIDTH": width,

@@ -33,9 +33,10 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(rows: int, channels: int, programs: int) -> Plan:
+def plan(rows: int, channels: int, itemsize: int, programs: int) -> Plan:
     """The cut of `rows` x `channels` for about `programs` programs, each with `turns` tiles of one split's rows."""
-    block_rows, block_cols = 128, min(64, max(16, triton.next_power_of_2(channels)))
+    # Values of 4 bytes in tiles as large would not fit shared memory, nor, without TF32, the registers.
+    block_rows, block_cols = 128 if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(rows, block_rows)
     turns = triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
     return Plan(block_rows, block_cols, turns, triton.cdiv(tiles, turns))
@@ -68,7 +69,7 @@ def _patches(
     TANH_GRADIENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """The taps of BLOCK_ROWS rows: [BLOCK_ROWS, 4 * WINDOW], 0 off the image and where a window is wider than a line."""
+    """The taps of BLOCK_ROWS rows, [BLOCK_ROWS, 4 * WINDOW]: 0 off the image and beside a line in its window."""
     row = first + tl.arange(0, BLOCK_ROWS)
     tap = tl.arange(0, 4 * WINDOW)
     sample, y, x = row // (HEIGHT * WIDTH), row // WIDTH % HEIGHT, row % WIDTH
@@ -120,9 +121,7 @@ def down(
     place = tl.arange(0, BLOCK_ROWS)
     for turn in range(TURNS):
         first = (split * TURNS + turn) * BLOCK_ROWS
-        patches = _patches(
-            fine_ptr, out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS
-        )
+        patches = _patches(fine_ptr, out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS)
         total = tl.dot(patches, weight, input_precision=PRECISION)
         coarse = tl.where(total > 0.0, total, total * SLOPE).to(coarse_ptr.dtype.element_ty)
         mask = (place < rows - first)[:, None] & (cols < K)[None, :]
@@ -150,7 +149,8 @@ def up(
     """Each row's own 2 x 2 fine pixels, from the row and its eight neighbours.
 
     Of 16 columns 8 are for each of the two lines of 2 * C values. Line 2 * y + p takes from the rows at y + dy the
-    weight's line p + 1 - 2 * dy, where there is one, and likewise across.
+    weight's line p + 1 - 2 * dy, where there is one, and likewise across. Where there is none the weight is 0, so a NaN
+    or an infinity reaches all pixels of the nine rows around it, 6 x 6, and not only the 4 x 4 in which it has weight.
     """
     STEPS: tl.constexpr = (K + BLOCK_COLS - 1) // BLOCK_COLS
     first = tl.program_id(0) * BLOCK_ROWS

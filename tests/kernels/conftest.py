@@ -219,6 +219,60 @@ def check_sync(assert_close, tmp_path):
 
 
 @pytest.fixture
+def check_image_conv(device, assert_close, monkeypatch):
+    """check(operation, transposed, shape of the images, features, ...): y, dx and dw against float64, without TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return functools.partial(_check_image_conv, device, assert_close)
+
+
+def _check_image_conv(
+    device,
+    assert_close,
+    operation,  # operation(input, weight, slope), without the slope where transposed
+    transposed,
+    shape,
+    features,
+    dtype=torch.float32,
+    slope=0.2,
+    tolerance=None,
+):
+    torch.seed()
+    samples, channels, height, width = shape
+
+    def draw(*size):
+        drawn = torch.randn(size, device=device).to(dtype)
+        return drawn.contiguous(memory_format=torch.channels_last)
+
+    coarse = (samples, features, height // 2, width // 2)
+    x, dy = (draw(*coarse), draw(*shape)) if transposed else (draw(*shape), draw(*coarse))
+    # So that z is about 1, or 0.5 into tanh, which would leave no gradient far out.
+    weight = draw(features, channels, 4, 4) / ((16 * features) ** 0.5 if transposed else (16 * channels) ** 0.5)
+
+    exact = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    convolve = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+    z = convolve(*exact, stride=2, padding=1)
+    if transposed:
+        y = z.tanh()
+        dz = dy.double() * (1 - y.square())
+    else:
+        y = torch.where(z > 0, z, slope * z)
+        dy = torch.where(z.abs() < 1e-4, 0.0, dy.double()).to(dtype)  # a gradient is one-sided at the kink
+        dz = torch.where(z > 0, dy.double(), slope * dy.double())
+    dx, dw = torch.autograd.grad(z, exact, dz)
+
+    leaves = [tensor.requires_grad_() for tensor in (x, weight)]
+    found = operation(*leaves) if transposed else operation(*leaves, slope)
+    gradients = torch.autograd.grad(found, leaves, dy)
+
+    for tensor in (found, *gradients):
+        assert tensor.dtype == dtype and tensor.permute(0, 2, 3, 1).is_contiguous()
+    assert_close("y", found, y, tolerance=tolerance)
+    assert_close("dx", gradients[0], dx, tolerance=tolerance)
+    # A 16-bit dz is rounded before it is summed, and dw after: what `output` allows, not `sum`.
+    assert_close("dw", gradients[1], dw, "sum" if dtype == torch.float32 else "output", tolerance=tolerance)
+
+
+@pytest.fixture
 def check_adam(device, assert_close):
     """check(operation, shapes, ...): six updates with changing learning rate and average against float64."""
 

@@ -46,6 +46,32 @@ BATCH_NORM_FAULTS = {
     ),
 }
 
+IMAGE_CONV_FAULTS = {  # and whether it shows in the transposed convolution
+    "none": (None, False),
+    "none, transposed": (None, True),
+    "a line too low": (("(2 * y - 1)[:, None]", "(2 * y)[:, None]"), False),
+    "a pixel to the left": (("- (C + LEAD))", "- (2 * C + LEAD))"), False),
+    "wrapped around the border": (("& (across >= 0) & (across < 2 * WIDTH * C)", ""), False),
+    "no slope, forward": (("total * SLOPE)", "total)"), False),
+    "no slope, gradient": (("wide * SLOPE)", "wide)"), False),
+    "no tanh": (("if TANH:", "if TANH and C > 4:"), True),
+    "tanh's gradient of the gradient": (("wide = out.to", "wide = dy.to"), True),
+    "parity of the lines": (("p + 1 - 2 * dy,", "2 - p - 2 * dy,"), True),
+    "parity of the columns": (("value + (1 - 2 * dx) * C", "value + (1 + 2 * dx) * C"), True),
+    "a neighbour from the next line": (("& (x + dx >= 0) & (x + dx < WIDTH)", ""), True),
+    "a neighbour from the next sample": (("& (y + dy >= 0) & (y + dy < HEIGHT)", ""), True),
+    "first block of columns only": (("step % STEPS * BLOCK_COLS", "0"), True),
+    "a dropped split": (("split < SPLITS", "split < SPLITS - 1"), False),
+    "a dropped turn": (
+        (
+            "for turn in range(TURNS):\n        first = (split * TURNS + turn) * BLOCK_ROWS\n        mask",
+            "for turn in range(TURNS - 1):\n        first = (split * TURNS + turn) * BLOCK_ROWS\n        mask",
+        ),
+        False,
+    ),
+    "dw of every sample's first rows": (("tl.load(coarse_ptr + start", "tl.load(coarse_ptr + start * 0"), True),
+}
+
 UINT8_FAULTS = {
     "none": None,
     "mirrored one pixel off": ("WIDTH - 1 - 2 * column", "WIDTH - 2 - 2 * column"),
@@ -117,6 +143,15 @@ def test_batch_norm_act(planted, monkeypatch, check_batch_norm_act, name):
         BATCH_NORM_FAULTS[name],
         lambda: check_batch_norm_act(operation, (4, 5, 5, 5), groups=2, slope=0.2, mean=3.0, std=0.05),
     )
+
+
+@pytest.mark.parametrize("name", IMAGE_CONV_FAULTS)
+def test_image_conv(planted, check_image_conv, name):
+    fault, transposed = IMAGE_CONV_FAULTS[name]
+    operator = planted("image_conv_triton", fault, "image_conv_op")
+    operator.kernels.plan = lambda rows, channels, itemsize, programs: operator.kernels.Plan(16, 16, 2, -(-rows // 32))
+    operation = operator.ImageConvTranspose.apply if transposed else operator.ImageConv.apply
+    expect(fault, lambda: check_image_conv(operation, transposed, (3, 3, 10, 14), 20))
 
 
 @pytest.mark.parametrize("name", UINT8_FAULTS)

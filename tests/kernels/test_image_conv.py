@@ -1,0 +1,69 @@
+"""The references of image_conv and image_conv_transpose: values, which implementation runs, and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastdcgan.kernels import image_conv, image_conv_transpose
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_on_a_cpu_auto_is_the_reference(channels, dtype):
+    images = torch.randn(2, channels, 8, 6, dtype=dtype, requires_grad=True)
+    weight = torch.randn(5, channels, 4, 4, dtype=dtype, requires_grad=True)
+    y = image_conv(images, weight, negative_slope=0.2)
+    z = F.conv2d(images, weight, stride=2, padding=1)
+    assert torch.equal(y, F.leaky_relu(z, 0.2)) and "Conv" not in y.grad_fn.name()
+    x = torch.randn(2, 5, 4, 3, dtype=dtype, requires_grad=True)
+    y = image_conv_transpose(x, weight)
+    assert torch.equal(y, F.conv_transpose2d(x, weight, stride=2, padding=1).tanh())
+    assert y.grad_fn.name() == "TanhBackward0"
+
+
+def test_gradcheck():
+    images, weight, x = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 4, 6), (2, 3, 4, 4), (2, 2, 2, 3))
+    )
+    for operation, of in ((lambda *a: image_conv(*a, negative_slope=0.2), images), (image_conv_transpose, x)):
+        assert torch.autograd.gradcheck(operation, (of, weight), fast_mode=True)
+        assert torch.autograd.gradgradcheck(operation, (of, weight), fast_mode=True)
+
+
+def test_errors():
+    images, weight, x = torch.zeros(2, 3, 8, 6), torch.zeros(5, 3, 4, 4), torch.zeros(2, 5, 4, 3)
+    for message, wrong in {
+        "weight is .K, C, 4, 4.": lambda: image_conv(images, weight[..., :3], negative_slope=0.2),
+        "3 channels": lambda: image_conv(images[:, :2], weight, negative_slope=0.2),
+        "not empty": lambda: image_conv(images[:0], weight, negative_slope=0.2),
+        "2h, 2w": lambda: image_conv(images[..., 1:], weight, negative_slope=0.2),
+        "negative_slope": lambda: image_conv(images, weight, negative_slope=-0.1),
+        "images is float32": lambda: image_conv(images.int(), weight.int(), negative_slope=0.2),
+        "weight is torch.float32": lambda: image_conv(images, weight.half(), negative_slope=0.2),
+        "weight is torch.float32, on cpu": lambda: image_conv(images, weight.to("meta"), negative_slope=0.2),
+        "5 channels": lambda: image_conv_transpose(x[:, :4], weight),
+        "4 dimensions": lambda: image_conv_transpose(x[0], weight),
+        "x is float32": lambda: image_conv_transpose(x.long(), weight.long()),
+        "backend is": lambda: image_conv_transpose(x, weight, backend="cuda"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_what_triton_is_not_for():
+    with pytest.raises(RuntimeError, match=r"up to 4 image channels and not for float64; these are 5, torch.float32"):
+        image_conv(torch.zeros(2, 5, 4, 4), torch.zeros(8, 5, 4, 4), negative_slope=0.2, backend="triton")
+    with pytest.raises(RuntimeError, match=r"these are 3, torch.float64"):
+        image_conv_transpose(torch.zeros(2, 8, 4, 4).double(), torch.zeros(8, 3, 4, 4).double(), backend="triton")
+
+
+def test_compile():
+    images, weight = torch.randn(2, 3, 8, 6), torch.randn(5, 3, 4, 4, requires_grad=True)
+
+    def network(images):
+        return image_conv_transpose(image_conv(images, weight, negative_slope=0.2), weight / 9)
+
+    torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(images), network(images))

@@ -20,7 +20,7 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdcgan.bench import contenders, overhead, roofline
+from fastdcgan.bench import contenders, roofline
 from fastdcgan.bench.contenders import Entry, Shape
 from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.bench.profiling import live_bytes
@@ -145,6 +145,8 @@ def bench(
     ours = [row for row in rows if row.contender.startswith("fast") and row.rounds]
     if follow and ours:
         best = max(ours, key=lambda row: row.images_per_second)
+        from fastdcgan.bench import overhead  # here, for it needs the whole trainer, and the rest torch and triton alone
+
         say(f"following a run of {best.contender} {best.precision}, batch {best.batch_size}")
         one_shape = dataclasses.replace(shape, batch_size=best.batch_size)
         content["overhead"] = overhead.overhead(one_shape, device, best.precision, best.contender)

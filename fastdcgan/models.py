@@ -2,6 +2,8 @@
 
 Substitutions, layer by layer, on channels-last tensors:
 - BatchNorm and the activation after it become one `batch_norm_act`, with statistics per group of the batch;
+- the convolutions between images and feature maps, one at an end of each network, become one operation with the
+  activation after them: `image_conv` and `image_conv_transpose`;
 - the generator's projection from a 1x1 grid, and the discriminator's last convolution onto one, become matrix products;
 - on a CPU, where that is faster, so do convolutions between the smallest grids.
 Weights lie in channels-last order, so that these products need no copy of them.
@@ -9,11 +11,12 @@ Weights lie in channels-last order, so that these products need no copy of them.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch import channels_last as CHANNELS_LAST
 
 from fastdcgan import patches, reference
-from fastdcgan.kernels import batch_norm_act
+from fastdcgan.kernels import batch_norm_act, image_conv, image_conv_transpose
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -32,8 +35,6 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
         and the running statistics move as if the slices had come one after another."""
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(groups)
         return batch_norm_act(
             x,
             self.weight,
@@ -87,6 +88,22 @@ class ConvTranspose(nn.ConvTranspose2d):
         return super().forward(x)
 
 
+class ImageConv(nn.Conv2d):
+    """The discriminator's first convolution, k4 s2 p1, with its LeakyReLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, channels, 2h, 2w) -> (N, C_out, h, w)."""
+        return image_conv(x, self.weight, negative_slope=0.2)
+
+
+class ImageConvTranspose(nn.ConvTranspose2d):
+    """The generator's last convolution, transposed k4 s2 p1, with its tanh."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x (N, C_in, h, w) -> (N, channels, 2h, 2w) in -1..1."""
+        return image_conv_transpose(x, self.weight)
+
+
 class Generator(reference.Generator):
     __doc__ = reference.Generator.__doc__
 
@@ -96,7 +113,13 @@ class Generator(reference.Generator):
         super().__init__(image_size, channels, latent_dim, width)
         _fuse(self.main)
         self.main[0].__class__ = Projection
+        self.main[-2].__class__ = ImageConvTranspose
+        self.main[-1] = nn.Identity()
         self.to(memory_format=CHANNELS_LAST)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        count_batches(self.main, 1)
+        return super().forward(latent)
 
 
 class Discriminator(reference.Discriminator):
@@ -105,11 +128,14 @@ class Discriminator(reference.Discriminator):
     def __init__(self, image_size: int | tuple[int, int] = 64, channels: int = 3, width: int = 64) -> None:
         super().__init__(image_size, channels, width)
         _fuse(self.main)
+        self.main[0].__class__ = ImageConv
+        self.main[1] = nn.Identity()
         self.main[-1].__class__ = Logit
         self.to(memory_format=CHANNELS_LAST)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
         """Images (N, channels, height, width) in -1..1 -> logits (N,); `groups` as in `BatchNormAct2d`."""
+        count_batches(self.main, groups)
         x = images
         for layer in self.main:
             x = layer(x, groups) if isinstance(layer, BatchNormAct2d) else layer(x)
@@ -157,14 +183,19 @@ def sync_batch_norm(network: nn.Module) -> None:
             layer.sync = True
 
 
+def count_batches(main: nn.Sequential, groups: int) -> None:
+    """Move the `num_batches_tracked` of all BatchNorm layers in training mode: on a GPU one launch for them all."""
+    counts = [layer.num_batches_tracked for layer in main if isinstance(layer, BatchNormAct2d) and layer.training]
+    if counts:
+        torch._foreach_add_(counts, groups)
+
+
 def _fuse(main: nn.Sequential) -> None:
     """Replace the reference's layers by the fast ones, keeping their numbers and their parameters."""
     for i, layer in enumerate(main):
         if isinstance(layer, nn.BatchNorm2d):
             main[i] = BatchNormAct2d(layer, getattr(main[i + 1], "negative_slope", 0.0))
             main[i + 1] = nn.Identity()
-        elif isinstance(layer, nn.LeakyReLU):
-            layer.inplace = True  # its gradient then needs the output alone, which the next layer keeps anyway
         elif isinstance(layer, nn.Conv2d):
             layer.__class__ = Conv  # only what it computes with changes
         elif isinstance(layer, nn.ConvTranspose2d):

@@ -211,11 +211,14 @@ class TrainStep:
         """Set the moving average's decay for this step, and let the BatchNorm statistics follow as the weights do."""
         steps = self.adam_g.steps
         torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay, out=self.average_decay)
-        for mean, value in zip(self.average.buffers(), self.generator.buffers(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value, (1 - self.average_decay).to(mean.dtype))
-            else:
-                mean.copy_(value)
+        buffers = list(zip(self.average.buffers(), self.generator.buffers(), strict=True))
+        if buffers:  # a few launches for all of them
+            means, values = zip(*(pair for pair in buffers if pair[0].is_floating_point()), strict=True)
+            away = torch._foreach_sub(values, means)
+            torch._foreach_mul_(away, 1 - self.average_decay)
+            torch._foreach_add_(means, away)
+            counts, latest = zip(*(pair for pair in buffers if not pair[0].is_floating_point()), strict=True)
+            torch._foreach_copy_(counts, latest)
 
     def compile(self) -> None:
         """Compile the forward functions, and with them their gradients; done at the next update, not here."""
@@ -406,7 +409,8 @@ def set_precision(network: nn.Module, precision: str) -> dict[str, Tensor]:
     BatchNorm keeps its float32 parameters. TF32 is a switch of the whole process, not of one network.
     """
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = True  # sizes never change: let cuDNN try its algorithms in the first step
+    # Sizes never change: let cuDNN try its algorithms in the first step, and all of them, not the ten it thinks best.
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0
     masters: dict[str, Tensor] = {}
     if precision == "bf16":
         for layer_name, layer in network.named_modules():

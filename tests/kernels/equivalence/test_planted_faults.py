@@ -51,25 +51,25 @@ IMAGE_CONV_FAULTS = {  # and whether it shows in the transposed convolution
     "none, transposed": (None, True),
     "a line too low": (("(2 * y - 1)[:, None]", "(2 * y)[:, None]"), False),
     "a pixel to the left": (("- (C + LEAD))", "- (2 * C + LEAD))"), False),
-    "wrapped around the border": (("& (across >= 0) & (across < 2 * WIDTH * C)", ""), False),
+    "wrapped around the border": ((" & (across < 2 * WIDTH * C)", ""), False),
     "no slope, forward": (("total * SLOPE)", "total)"), False),
     "no slope, gradient": (("wide * SLOPE)", "wide)"), False),
     "no tanh": (("if TANH:", "if TANH and C > 4:"), True),
     "tanh's gradient of the gradient": (("wide = out.to", "wide = dy.to"), True),
     "parity of the lines": (("p + 1 - 2 * dy,", "2 - p - 2 * dy,"), True),
     "parity of the columns": (("value + (1 - 2 * dx) * C", "value + (1 + 2 * dx) * C"), True),
-    "a neighbour from the next line": (("& (x + dx >= 0) & (x + dx < WIDTH)", ""), True),
-    "a neighbour from the next sample": (("& (y + dy >= 0) & (y + dy < HEIGHT)", ""), True),
+    "a neighbour from the next line": (
+        ("(x + dx >= 0) & (x + dx < WIDTH)", "(row + dx >= 0) & (row + dx < rows)"),
+        True,
+    ),
+    "a neighbour from the next sample": (
+        ("(y + dy >= 0) & (y + dy < HEIGHT)", "(row + dy * WIDTH >= 0) & (row + dy * WIDTH < rows)"),
+        True,
+    ),
     "first block of columns only": (("step % STEPS * BLOCK_COLS", "0"), True),
     "a dropped split": (("split < SPLITS", "split < SPLITS - 1"), False),
-    "a dropped turn": (
-        (
-            "for turn in range(TURNS):\n        first = (split * TURNS + turn) * BLOCK_ROWS\n        mask",
-            "for turn in range(TURNS - 1):\n        first = (split * TURNS + turn) * BLOCK_ROWS\n        mask",
-        ),
-        False,
-    ),
-    "dw of every sample's first rows": (("tl.load(coarse_ptr + start", "tl.load(coarse_ptr + start * 0"), True),
+    "the last turn only": (("patches, total, input", "patches, input"), False),
+    "dw of the first rows only": (("tl.load(coarse_ptr + start", "tl.load(coarse_ptr + start * 0"), True),
 }
 
 UINT8_FAULTS = {

@@ -44,7 +44,7 @@ def plan(rows: int, channels: int, groups: int) -> kernels.Plan:
     block_rows, block_cols = 128, min(128, triton.next_power_of_2(channels))
     tiles = triton.cdiv(rows, block_rows) * triton.cdiv(channels, block_cols) * groups
     turns = triton.cdiv(tiles, MULTIPROCESSORS)
-    return kernels.Plan(block_rows, block_cols, turns, triton.cdiv(rows, block_rows * turns), num_warps=8)
+    return kernels.Plan(block_rows, block_cols, turns, triton.cdiv(rows, block_rows * turns))
 
 
 @triton.jit
@@ -65,6 +65,7 @@ def convolve(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
     """y = k4 s2 p1 convolution of x as a matrix product whose left side is gathered; the partials are those of y."""
@@ -151,7 +152,7 @@ def convolution(
         BLOCK_K=min(64, channels_in),
         STATISTICS=statistics,
         num_stages=3,
-        **cut,
+        **cut | {"num_warps": 8},
     )
     return y, (mean, m2), shared
 
@@ -179,11 +180,12 @@ def statistics_and_release(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
     gdc_launch_dependents()  # the next kernel's programs may take their places; they wait for all of this one
     kernels.statistics(
-        x_ptr, partial_mean_ptr, partial_m2_ptr, rows, C, SPLITS, TURNS, BLOCK_ROWS, BLOCK_COLS, ACCUMULATOR
+        x_ptr, partial_mean_ptr, partial_m2_ptr, rows, C, SPLITS, TURNS, BLOCK_ROWS, BLOCK_COLS, STAGES, ACCUMULATOR
     )
 
 
@@ -207,6 +209,7 @@ def normalize_in_turn(
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    STAGES: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     MOMENTUM: tl.constexpr,
     EPS: tl.constexpr,
@@ -216,9 +219,10 @@ def normalize_in_turn(
 ):
     """`normalize` after all programs have their statistics: of this launch, or of the one before."""
     if ONE_LAUNCH:
-        kernels.statistics(
-            x_ptr, partial_mean_ptr, partial_m2_ptr, rows, C, SPLITS, TURNS, BLOCK_ROWS, BLOCK_COLS, ACCUMULATOR
-        )
+        if tl.program_id(0) < SPLITS:  # not the one for the running statistics
+            kernels.statistics(
+                x_ptr, partial_mean_ptr, partial_m2_ptr, rows, C, SPLITS, TURNS, BLOCK_ROWS, BLOCK_COLS, STAGES, ACCUMULATOR
+            )
         tl.debug_barrier()  # all of this program's partials are written
         programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
         # The counter is never set back: each launch waits for the next multiple.
@@ -230,8 +234,8 @@ def normalize_in_turn(
         gdc_wait()
     kernels.normalize(
         x_ptr, y_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, partial_mean_ptr, partial_m2_ptr,
-        mean_ptr, inverse_ptr, rows, C, GROUPS, SPLITS, SPLITS_POW2, TURNS, BLOCK_ROWS, BLOCK_COLS, ACCUMULATOR,
-        True, MOMENTUM, EPS, SLOPE,
+        mean_ptr, inverse_ptr, rows, C, GROUPS, SPLITS, SPLITS_POW2, TURNS, BLOCK_ROWS, BLOCK_COLS, STAGES,
+        ACCUMULATOR, True, MOMENTUM, EPS, SLOPE,
     )  # fmt: skip
 
 
@@ -245,7 +249,7 @@ def in_turn(x: Tensor, parameters: Parameters, groups: int, counter: Tensor | No
     rows, grid, cut = batch_norm_act_op.launch_cut(shared, x, groups, shared.splits, weight.dtype)
     if counter is None:
         statistics_and_release[grid](x, partial_mean, partial_m2, rows, **cut)
-    normalize_in_turn[grid](
+    normalize_in_turn[grid[0] + 1, *grid[1:]](
         x,
         y,
         weight,

@@ -251,8 +251,8 @@ def launch_cut(plan: kernels.Plan, x, groups: int, splits: int, accumulator: tor
         "TURNS": plan.turns,
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
-        "STAGES": plan.stages,
+        "STAGES": kernels.STAGES,
         "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
-        "num_warps": plan.num_warps,
+        "num_warps": kernels.WARPS,
     }
     return x.numel() // (channels * groups), grid, cut

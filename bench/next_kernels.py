@@ -205,7 +205,7 @@ def normalize_in_turn(
     C: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
+    CHUNK: tl.constexpr,
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -234,7 +234,7 @@ def normalize_in_turn(
         gdc_wait()
     kernels.normalize(
         x_ptr, y_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, partial_mean_ptr, partial_m2_ptr,
-        mean_ptr, inverse_ptr, rows, C, GROUPS, SPLITS, SPLITS_POW2, TURNS, BLOCK_ROWS, BLOCK_COLS, STAGES,
+        mean_ptr, inverse_ptr, rows, C, GROUPS, SPLITS, CHUNK, TURNS, BLOCK_ROWS, BLOCK_COLS, STAGES,
         ACCUMULATOR, True, MOMENTUM, EPS, SLOPE,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def in_turn(x: Tensor, parameters: Parameters, groups: int, counter: Tensor | No
         inverse,
         rows,
         GROUPS=groups,
-        SPLITS_POW2=triton.next_power_of_2(shared.splits),
+        CHUNK=min(64, triton.next_power_of_2(shared.splits)),
         MOMENTUM=MOMENTUM,
         EPS=EPS,
         SLOPE=SLOPE,

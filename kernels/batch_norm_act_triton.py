@@ -64,22 +64,27 @@ def _combine(
     rows,  # of a group
     C: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits combined at once
     ROWS_PER_SPLIT: tl.constexpr,
 ):
     """Mean and squared deviations of a group's channels from those of its splits (Chan, Golub and LeVeque 1983)."""
-    split = tl.arange(0, SPLITS_POW2)[:, None]
-    offsets = (group * SPLITS + split) * C + cols[None, :]
-    mask = (split < SPLITS) & (cols[None, :] < C)
-    first = tl.load(partial_mean_ptr + group * SPLITS * C + cols, mask=cols < C, other=0.0)[None, :]
-    partial_mean = tl.load(partial_mean_ptr + offsets, mask=mask, other=0.0)
-    partial_m2 = tl.load(partial_m2_ptr + offsets, mask=mask, other=0.0)
-    count = tl.minimum(tl.maximum(rows - split * ROWS_PER_SPLIT, 0), ROWS_PER_SPLIT).to(partial_mean.dtype)
-    # Means are taken relative to the first one: a sum of large near-equal numbers would lose what tells them apart.
-    shift = tl.sum(tl.where(mask, (partial_mean - first) * count, 0.0), axis=0)[None, :] / rows
-    away = partial_mean - first - shift
-    m2 = tl.sum(tl.where(mask, partial_m2 + away * away * count, 0.0), axis=0)
-    return tl.reshape(first + shift, cols.shape), m2
+    partial = (group * SPLITS) * C + cols[None, :]
+    split = tl.arange(0, CHUNK)[:, None]
+    first_mean = tl.load(partial_mean_ptr + partial + split * C, mask=(split < SPLITS) & (cols[None, :] < C), other=0.0)
+    # Relative to the mean of the first splits: a sum of large near-equal numbers would lose what tells them apart.
+    centre = tl.sum(first_mean, axis=0)[None, :] / tl.minimum(SPLITS, CHUNK)
+    total = tl.zeros(first_mean.shape, first_mean.dtype)
+    squares = tl.zeros(first_mean.shape, first_mean.dtype)
+    for start in range(0, SPLITS, CHUNK):
+        mask = (split < SPLITS - start) & (cols[None, :] < C)
+        mean = tl.load(partial_mean_ptr + partial + (start + split) * C, mask=mask, other=0.0)
+        m2 = tl.load(partial_m2_ptr + partial + (start + split) * C, mask=mask, other=0.0)
+        count = tl.minimum(tl.maximum(rows - (start + split) * ROWS_PER_SPLIT, 0), ROWS_PER_SPLIT).to(mean.dtype)
+        away = tl.where(mask, mean - centre, 0.0)
+        total += away * count
+        squares += m2 + away * away * count
+    shift = tl.sum(total, axis=0) / rows
+    return tl.reshape(centre, cols.shape) + shift, tl.sum(squares, axis=0) - shift * shift * rows
 
 
 @triton.jit
@@ -144,7 +149,7 @@ def normalize(
     C: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits combined at once
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -163,7 +168,7 @@ def normalize(
             running_var = tl.load(running_var_ptr + cols, mask=in_c, other=0.0)
             for each in range(GROUPS):  # in order
                 batch_mean, batch_m2 = _combine(
-                    partial_mean_ptr, partial_m2_ptr, each, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
+                    partial_mean_ptr, partial_m2_ptr, each, cols, rows, C, SPLITS, CHUNK, TURNS * BLOCK_ROWS
                 )
                 running_mean = running_mean * (1 - MOMENTUM) + batch_mean * MOMENTUM
                 running_var = running_var * (1 - MOMENTUM) + batch_m2 / (rows - 1) * MOMENTUM
@@ -175,7 +180,7 @@ def normalize(
     bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)
     if TRAINING:
         mean, m2 = _combine(
-            partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, SPLITS_POW2, TURNS * BLOCK_ROWS
+            partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, CHUNK, TURNS * BLOCK_ROWS
         )
         var = m2 / rows
     else:
@@ -257,11 +262,14 @@ def _total(
     cols,  # [BLOCK_COLS]
     C: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits combined at once
 ):
-    split = tl.arange(0, SPLITS_POW2)[:, None]
-    mask = (split < SPLITS) & (cols[None, :] < C)
-    return tl.sum(tl.load(partial_ptr + (group * SPLITS + split) * C + cols[None, :], mask=mask, other=0.0), axis=0)
+    split = tl.arange(0, CHUNK)[:, None]
+    total = tl.zeros([CHUNK, cols.shape[0]], partial_ptr.dtype.element_ty)
+    for start in range(0, SPLITS, CHUNK):
+        mask = (split < SPLITS - start) & (cols[None, :] < C)
+        total += tl.load(partial_ptr + (group * SPLITS + start + split) * C + cols[None, :], mask=mask, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -281,7 +289,7 @@ def gradient(
     C: tl.constexpr,
     GROUPS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
+    CHUNK: tl.constexpr,  # splits combined at once
     TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -298,8 +306,8 @@ def gradient(
             dbias = tl.zeros([BLOCK_COLS], ACCUMULATOR)
             dweight = tl.zeros([BLOCK_COLS], ACCUMULATOR)
             for each in range(GROUPS):
-                dbias += _total(partial_dz_ptr, each, cols, C, SPLITS, SPLITS_POW2)
-                dweight += _total(partial_dzx_ptr, each, cols, C, SPLITS, SPLITS_POW2)
+                dbias += _total(partial_dz_ptr, each, cols, C, SPLITS, CHUNK)
+                dweight += _total(partial_dzx_ptr, each, cols, C, SPLITS, CHUNK)
             tl.store(dbias_ptr + cols, dbias, mask=in_c)
             tl.store(dweight_ptr + cols, dweight, mask=in_c)
         return
@@ -308,8 +316,8 @@ def gradient(
     mean = tl.load(mean_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
     inverse = tl.load(inverse_ptr + group * C + cols, mask=in_c, other=0.0)[None, :]
     if TRAINING:
-        mean_dz = _total(partial_dz_ptr, group, cols, C, SPLITS, SPLITS_POW2)[None, :] / rows
-        mean_dzx = _total(partial_dzx_ptr, group, cols, C, SPLITS, SPLITS_POW2)[None, :] / rows
+        mean_dz = _total(partial_dz_ptr, group, cols, C, SPLITS, CHUNK)[None, :] / rows
+        mean_dzx = _total(partial_dzx_ptr, group, cols, C, SPLITS, CHUNK)[None, :] / rows
     first_row = group.to(tl.int64) * rows + start
     x_ptr += first_row * C
     dy_ptr += first_row * C

@@ -22,7 +22,7 @@ BATCH_NORM_FAULTS = {
     "slope's sign, gradient": ("dx * SLOPE", "dx * -SLOPE"),
     "slope's sign, sums": ("dy * SLOPE", "dy * -SLOPE"),
     "no slope in the sums": ("tl.where(z > 0.0, dy, dy * SLOPE)", "dy"),
-    "missing 1/M": ("_total(partial_dz_ptr, group, cols, C, SPLITS, SPLITS_POW2)[None, :] / rows", "mean"),
+    "missing 1/M": ("_total(partial_dz_ptr, group, cols, C, SPLITS, CHUNK)[None, :] / rows", "mean"),
     "missing second term": ("dx -= mean_dz + (x - mean) * inverse * mean_dzx", "dx -= mean_dz"),
     "missing weight": ("dx *= inverse * weight", "dx *= inverse"),
     "groups share the first one's sums": ("_total(partial_dzx_ptr, group,", "_total(partial_dzx_ptr, 0,"),
@@ -38,7 +38,7 @@ BATCH_NORM_FAULTS = {
     ),
     "eps outside the root": ("1.0 / tl.sqrt(var + EPS)", "1.0 / (tl.sqrt(var) + 0.003)"),
     "a group's last row left out": ("left = tl.minimum(rows - start", "left = tl.minimum(rows - 1 - start"),
-    "splits weigh the same": ("(partial_mean - first) * count", "(partial_mean - first) * ROWS_PER_SPLIT"),
+    "splits weigh the same": ("total += away * count", "total += away * ROWS_PER_SPLIT"),
     "a place's values not above its first one": (" x - own, 0.0)", " x, 0.0)"),
     "first channel not written": (
         "y.to(y_ptr.dtype.element_ty), mask=mask",

@@ -324,12 +324,12 @@ def test_a_recorded_step_replays_exactly() -> None:
     def body() -> None:  # a recording cannot draw random numbers here: the noise is refilled, as the index is
         real = uint8_to_float(recorded.source, recorded.index, recorded.flips, dtype=recorded.noise.dtype)
         fake = recorded.generate(recorded.noise)
-        loss_d, _ = recorded.discriminator_loss(real, fake.detach())
+        loss_d, outputs = recorded.discriminator_loss(real, fake.detach())
         recorded.adam_d.update(loss_d)
         recorded.discriminator.requires_grad_(False)
         loss_g = recorded.generator_loss(fake)
         recorded.discriminator.requires_grad_(True)
-        recorded.advance_average()
+        recorded.keep_books(loss_d.detach(), loss_g.detach(), outputs)
         recorded.adam_g.update(loss_g)
 
     for _ in range(2):  # warm up, as before a capture

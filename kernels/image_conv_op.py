@@ -18,9 +18,7 @@ from torch.nn.grad import conv2d_weight
 from fastdcgan.kernels import image_conv_triton as kernels
 from fastdcgan.kernels.batch_norm_act import as_rows
 
-# Rows of a tile, and programs of `outer`, four for each multiprocessor of an H100 or H200: each of them leaves a partial
-# result to be added. What was fastest on an H200.
-DOWN_ROWS, UP_ROWS, OUTER_ROWS, OUTER_PROGRAMS = 128, 64, 64, 528
+OUTER_PROGRAMS = 256  # about two for each multiprocessor of an H100 or H200: each leaves a partial result to be added
 SUMMED = 32  # weights of a program of `add_splits`: 128 bytes of every split
 
 
@@ -110,7 +108,7 @@ def _(fine, fine_out, coarse, coarse_out, slope):
 def launch_down(fine, out, weight, slope: float) -> Tensor:
     fine, weight = as_rows(fine), as_rows(weight)
     coarse = empty_coarse(fine, len(weight))
-    rows, grid, cut = launch_cut(coarse, DOWN_ROWS)
+    rows, grid, cut = launch_cut(coarse)
     del cut["TURNS"]
     with torch.cuda.device_of(fine):
         kernels.down[grid](
@@ -133,7 +131,7 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
 def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     coarse, weight = as_rows(coarse), as_rows(weight)
     fine = empty_fine(coarse, weight.shape[1])
-    rows, grid, cut = launch_cut(coarse, UP_ROWS)
+    rows, grid, cut = launch_cut(coarse)
     del cut["TURNS"]
     with torch.cuda.device_of(coarse):
         kernels.up[grid[:1]](
@@ -149,7 +147,7 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
             PRECISION=precision(coarse),
             **cut,
             num_warps=4,
-            num_stages=1,  # its nine reads are of the same lines: through L1, not past it into shared memory
+            num_stages=2,
         )
     return fine
 
@@ -157,7 +155,7 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
 def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
     """The partial sums (splits, K, taps) in float32."""
     fine, coarse = as_rows(fine), as_rows(coarse)
-    rows, grid, cut = launch_cut(coarse, OUTER_ROWS, OUTER_PROGRAMS)
+    rows, grid, cut = launch_cut(coarse, OUTER_PROGRAMS)
     line = window(fine)
     partial = torch.empty((grid[0], coarse.shape[1], 4 * line["WINDOW"]), dtype=torch.float32, device=fine.device)
     with torch.cuda.device_of(fine):
@@ -174,8 +172,8 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
             PRECISION=precision(fine),
             **cut,
             **line,
-            num_warps=4,
-            num_stages=1,
+            num_warps=8,
+            num_stages=2,
         )
     return partial
 
@@ -197,11 +195,11 @@ def launch_add_splits(partial, fine) -> Tensor:
     return dweight
 
 
-def launch_cut(coarse, tallest: int, programs: int | None = None):
-    """The rows of the coarse matrix, the grid of a launch, and its constants; `tallest` and `programs` as in `plan`."""
+def launch_cut(coarse, programs: int | None = None):
+    """The rows of the coarse matrix, the grid of a launch, and its constants; `programs` as in `plan`."""
     _, channels, height, width = coarse.shape
     rows = coarse.numel() // channels
-    plan = kernels.plan(rows, channels, coarse.element_size(), tallest, programs)
+    plan = kernels.plan(rows, channels, coarse.element_size(), programs)
     cut = {
         "HEIGHT": height,
         "WIDTH": width,

@@ -33,11 +33,11 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | None = None) -> Plan:
-    """The cut of `rows` x `channels` into tiles of up to `tallest` rows, each of a program of its own, or for about
-    `programs` programs, each with `turns` tiles of one split's rows."""
+def plan(rows: int, channels: int, itemsize: int, programs: int | None = None) -> Plan:
+    """The cut of `rows` x `channels` into tiles of a program each, or for about `programs` programs, each with `turns`
+    tiles of one split's rows."""
     # Values of 4 bytes in tiles as large would not fit shared memory, nor, without TF32, the registers.
-    block_rows, block_cols = tallest if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
+    block_rows, block_cols = 128 if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(rows, block_rows)
     turns = 1 if programs is None else triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
     return Plan(block_rows, block_cols, turns, triton.cdiv(tiles, turns))

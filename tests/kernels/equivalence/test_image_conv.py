@@ -65,7 +65,7 @@ def test_drawn_shapes(check_image_conv, samples, channels, features, height, wid
 def test_every_cut_gives_the_same(check_image_conv, monkeypatch, cut):
     """Several turns, several splits, a last one that is nearly empty: 105 rows, and 40 features."""
 
-    def same(rows, channels, itemsize, tallest, programs=None):
+    def same(rows, channels, itemsize, programs=None):
         return cut if programs else cut._replace(turns=1, splits=-(-rows // cut.block_rows))
 
     monkeypatch.setattr(image_conv_op.kernels, "plan", same)
@@ -77,7 +77,7 @@ def test_the_plan_covers_every_row_and_no_split_is_empty():
     for rows in [1, 127, 128, 129, 4096, 65537, 2**22 + 1]:
         for channels in [1, 5, 64, 70, 512]:
             for itemsize in [2, 4]:
-                cut = plan(rows, channels, itemsize, 64, 256)
+                cut = plan(rows, channels, itemsize, 256)
                 each = cut.block_rows * cut.turns
                 assert (cut.splits - 1) * each < rows <= cut.splits * each, (rows, channels, cut)
                 assert cut.splits * -(-channels // cut.block_cols) <= 256

@@ -3,8 +3,9 @@
 #
 #     OUT=results BUDGET=570 bench/gpu.sh
 #
-# Needs Python with torch, triton and numpy; pytest, DALI and Pillow where they are. Each section has a time limit and
-# costs nothing but itself when it fails; the most wanted come first. $OUT gets log.txt, JSON files and the profile.
+# Needs Python with torch, triton and numpy; pytest, DALI and Pillow where they are. First the tests, and beside them, on
+# the other cores, everything is compiled that is timed later. Each section has a time limit and costs nothing but itself
+# when it fails; the most wanted come first. $OUT gets log.txt, tests.txt, JSON files and the profile.
 set -u
 cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu-results}
@@ -13,6 +14,7 @@ PYTHON=${PYTHON:-$(command -v python3 || echo python)}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export OUT PYTHONPATH=. PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/fastdcgan-inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/fastdcgan-triton}
 work=$(mktemp -d)
 export work
 trap 'rm -rf "$work"' EXIT
@@ -51,33 +53,56 @@ PYTHON_END
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 section machine 20 bash -c "nvidia-smi; $PYTHON -c 'import torch, triton; print(torch.__version__, triton.__version__)'"
-section "step 64 pixels" 100 "$PYTHON" -c "$(steps step-64 64 9 "128 1024 64 512" "example example-fp32 fast-eager fast-compiled fast-captured")"
+
+# Tests and compilation at once. Every test's name and result goes to tests.txt as it ends, so a cut run still tells.
+for batch in 128 1024 64; do
+    timeout 100 "$PYTHON" - $batch > "$work/compile-$batch.txt" 2>&1 <<'PYTHON_END' &
+import sys, torch
+from fastdcgan.bench.contenders import Shape, fast_step, quiet
+quiet()
+device, shape = torch.device("cuda"), Shape(int(sys.argv[1]))
+for executor in ("fast-captured", "fast-compiled"):
+    torch._dynamo.reset()
+    index = torch.randint(0, 2048, (shape.batch_size,), device=device)
+    step, run = fast_step(shape, shape.random_images(2048, device), index, "bf16", executor)
+    for _ in range(5):
+        run()
+PYTHON_END
+done
+for batch in 64 128 1024; do  # timed again below, alone
+    timeout 110 "$PYTHON" -m fastdcgan.bench.kernels_table --batches $batch --json "$work/kernels-$batch.json" \
+        > "$work/kernels-$batch.txt" 2>&1 &
+done
+if has pytest; then
+    section tests 120 bash -c "set -o pipefail; $PYTHON -m pytest -v -rf -m gpu -o addopts=--import-mode=importlib \
+        -p no:cacheprovider $(has xdist && echo '-n 6') --continue-on-collection-errors \
+        tests/test_step.py tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
+        grep -E '^(FAILED|ERROR)|passed|failed' \$OUT/tests.txt | tail -40; exit \$code"
+else
+    echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
+fi
+wait
+
+section "step 64 pixels" 100 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
 import os, shutil, traceback
 from pathlib import Path
 import torch
 from fastdcgan.bench.profiling import profile_training
-for executor in ("fast-captured", "fast-eager"):
+for batch in (128, 1024):
     try:
         profile_training(
-            data="fake", image_size=(64, 64), batch_size=128, width=64, precision="bf16", device=torch.device("cuda"),
-            executor=executor, steps=5, out=Path(os.environ["work"], "profile", executor), nsight=False,
+            data="fake", image_size=(64, 64), batch_size=batch, width=64, precision="bf16", device=torch.device("cuda"),
+            executor="fast-captured", steps=5, out=Path(os.environ["work"], "profile", str(batch)), nsight=False,
         )
     except Exception:  # the other one's profile, and what there is of this one, are still wanted
         traceback.print_exc()
 shutil.make_archive(str(Path(os.environ["OUT"], "profile")), "gztar", Path(os.environ["work"], "profile"))
 PYTHON_END
-section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 7 "128 1024" "example skilled fast-captured")"
-if has pytest; then
-    # The folders with such tests, the step first: the kernels' tests compile for every shape they try.
-    section tests 120 "$PYTHON" -m pytest -q -m gpu -o addopts=--import-mode=importlib -p no:cacheprovider \
-        --continue-on-collection-errors tests/test_step.py tests/data tests/kernels
-else
-    echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
-fi
-section kernels 60 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 128 1024 --image-sizes 64 --groups 2 \
-    --json "$OUT/kernels.json"
-section "next kernels" 40 "$PYTHON" -m fastdcgan.bench.next_kernels --json "$OUT/next-kernels.json"
+section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
+section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
+section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
+    --json "$OUT/kernels-groups-2.json"
 section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
 section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
 if has PIL && has torchvision; then

@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ LAYERS = {  # image size: (channels, pixels a side) of each BatchNorm layer, wid
 Operation = Callable[..., Tensor]
 Shape = tuple[int, int, int, int]
 BATCHES = [64, 128, 1024]
+BEYOND_L2 = 120e6  # bytes: twice the L2 cache of an H200
 TUNED: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 12,
     "triton.force_cooperative_reductions": True,
@@ -79,8 +81,8 @@ def milliseconds(run: Callable[[], Any], device: str) -> dict[str, float]:
         run()  # compiles here, not inside the capture
         torch.cuda.synchronize()
         return {
-            "cold": do_bench(run, warmup=10, rep=50, return_mode="median"),
-            "graph": do_bench_cudagraph(run, rep=20, return_mode="median"),
+            "cold": do_bench(run, warmup=5, rep=20, return_mode="median"),
+            "graph": do_bench_cudagraph(run, rep=2, return_mode="median"),  # ten times so many milliseconds
         }
     run()
     times = []
@@ -132,6 +134,29 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """What the rows say of `fused`: where another is faster, and how near to a copy it comes on tensors beyond L2."""
+    timed = [row for row in rows if "ms" in row]
+    lines = []
+    for row in (row for row in timed if row["variant"] == "fused"):
+        same = [
+            other for other in timed if all(other[key] == row[key] for key in ("shape", "groups", "dtype", "pass", "timer"))
+        ]
+        fastest = min(same, key=lambda other: other["ms"])
+        if fastest["ms"] < row["ms"]:
+            lines.append(f"{line(row)}; {fastest['variant']} takes {fastest['ms'] / row['ms']:.0%} of that")
+    beyond = [
+        row
+        for row in timed
+        if row["variant"] == "fused" and math.prod(row["shape"]) * DTYPES[row["dtype"]].itemsize > BEYOND_L2
+    ]
+    for which in ("forward", "both"):
+        found = [row["fraction_of_copy"] for row in beyond if row["pass"] == which and row["timer"] == "cold"]
+        if found:
+            lines.append(f"{which}, larger than L2: {min(found):.0%} to {max(found):.0%} of a copy's bandwidth")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows and the machine here")
@@ -154,6 +179,7 @@ def main() -> None:
     for rows in measure(shapes, arguments.dtype, device, arguments.groups):
         if arguments.json:  # after every shape: compiling takes minutes, and the run may be cut short
             arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    print("\n".join(verdict(rows)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def profile_training(
 
     Writes to `out`: table.txt, the operators by their own time; trace.json, for chrome://tracing or
     https://ui.perfetto.dev; and the memory of one step: memory.pickle for https://pytorch.org/memory_viz on a GPU,
-    memory.json (microseconds and live bytes) on a CPU. With `nsight` nothing: Nsight writes its own report.
+    memory.json (microseconds and live bytes) on a CPU. On a GPU also kernels.txt, the last step's kernels in order with
+    their microseconds and the gap before each. With `nsight` nothing: Nsight writes its own report.
 
     Args:
         executor: "fast-eager", "fast-compiled" or "fast-captured".
@@ -102,7 +103,30 @@ def with_torch_profiler(step: Callable[[], None], steps: int, device: torch.devi
     (out / "table.txt").write_text(table + "\n")
     profiler.export_chrome_trace(str(out / "trace.json"))
     print(table)
+    if on_gpu:
+        on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        spans = [(e.time_range.start, e.time_range.end, e.name) for e in on_device]
+        lines, summary = in_order(spans, steps)
+        (out / "kernels.txt").write_text("\n".join([*lines, summary]) + "\n")
+        print(summary)
     say(f"{out / 'table.txt'} has this table; open {out / 'trace.json'} in https://ui.perfetto.dev")
+
+
+def in_order(spans: list[tuple[float, float, str]], steps: int) -> tuple[list[str], str]:
+    """The kernels of the last of `steps` equal steps, a line each, and the sums of all steps.
+
+    Args:
+        spans: begin and end in microseconds, and name, of every kernel and copy, in any order.
+    """
+    spans = sorted(spans)
+    last = spans[-(len(spans) // steps) :]
+    lines, end = [], last[0][0]
+    for begin, ends, name in last:
+        lines.append(f"{ends - begin:9.2f} us after {begin - end:7.2f}  {name}")
+        end = ends
+    busy = sum(ends - begin for begin, ends, _ in spans) / steps
+    lasts = (max(ends for _, ends, _ in spans) - spans[0][0]) / steps
+    return lines, f"a step: {len(spans) / steps:.1f} kernels, busy {busy:,.0f} us of {lasts:,.0f}"
 
 
 def memory_of(step: Callable[[], None], device: torch.device, out: Path) -> None:

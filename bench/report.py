@@ -33,7 +33,13 @@ def readme(found: Results) -> str:
         for stem, content in found.items()
         if (alt := plotted(content))
     )
-    lines = [*end_to_end_lines(found), *data_lines(found), *start_lines(found), *other_lines(found)]
+    lines = [
+        *captured_lines(found),
+        *end_to_end_lines(found),
+        *data_lines(found),
+        *start_lines(found),
+        *other_lines(found),
+    ]
     return "\n\n".join(part for part in (table(found), plots, "\n".join(lines)) if part)
 
 
@@ -46,6 +52,24 @@ def plotted(content: dict[str, Any]) -> str | None:
 
 def cited(stem: str) -> str:
     return f"[{stem}.json](bench/results/{stem}.json)"
+
+
+def captured_lines(found: Results) -> list[str]:
+    """The captured step by itself, where no rival was measured beside it."""
+    lines = []
+    for stem, content in of_kind(found, "captured step"):
+        rows = [row for row in content["rows"] if row["commit"] == content["commit"]]
+        (height, width), precision = content["network"]["image_size"], rows[0]["precision"]
+        speeds = ", ".join(
+            f"{row['images_per_second']:,} images/s at batch {row['batch_size']:,}"
+            f" ({row['images_per_second'] / row['floor']:.0%} of the floor)"
+            for row in rows
+        )
+        lines.append(
+            f"- On one {content['device']['name']}, the captured step alone, {height}x{width}, {precision}: {speeds},"
+            f" at commit {content['commit']}, without a rival beside it ({cited(stem)})."
+        )
+    return lines
 
 
 def end_to_end_lines(found: Results) -> list[str]:

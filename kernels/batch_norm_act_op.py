@@ -251,7 +251,8 @@ def launch_cut(plan: kernels.Plan, x, groups: int, splits: int, accumulator: tor
         "TURNS": plan.turns,
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
-        "STAGES": kernels.STAGES,
+        # Staged tiles of float64 would take more shared memory than consumer GPUs have.
+        "STAGES": 1 if accumulator == torch.float64 else kernels.STAGES,
         "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
         "num_warps": kernels.WARPS,
     }

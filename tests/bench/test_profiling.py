@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastdcgan.bench.profiling import profile_training
+from fastdcgan.bench.profiling import in_order, profile_training
 from fastdcgan.errors import UserError
 from fastdcgan.spans import span
 
@@ -20,6 +20,17 @@ def test_table_trace_and_memory(tmp_path, capsys):
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert max(live for _, live in rows) > 10_000
     assert "optimizer" in capsys.readouterr().out
+
+
+def test_kernels_in_order():
+    """Two steps of two kernels, given out of order: the last step's lines with their gaps, and sums over a step."""
+    spans = [(20.0, 24.0, "a"), (0.0, 4.0, "a"), (5.0, 7.0, "b"), (26.5, 28.0, "b")]
+    lines, summary = in_order(spans, steps=2)
+    assert [line.split() for line in lines] == [
+        ["4.00", "us", "after", "0.00", "a"],
+        ["1.50", "us", "after", "2.50", "b"],
+    ]
+    assert summary == "a step: 2.0 kernels, busy 6 us of 14"
 
 
 def test_nsight_needs_a_gpu(tmp_path):

@@ -18,7 +18,8 @@ from torch.nn.grad import conv2d_weight
 from fastdcgan.kernels import image_conv_triton as kernels
 from fastdcgan.kernels.batch_norm_act import as_rows
 
-OUTER_PROGRAMS = 256  # about two for each multiprocessor of an H100 or H200: each leaves a partial result to be added
+# Programs at once: `down` is light, and many hide its gathers; each of `outer` leaves a partial result to be added.
+DOWN_PROGRAMS, OUTER_PROGRAMS = 1024, 256
 SUMMED = 32  # weights of a program of `add_splits`: 128 bytes of every split
 
 
@@ -108,8 +109,7 @@ def _(fine, fine_out, coarse, coarse_out, slope):
 def launch_down(fine, out, weight, slope: float) -> Tensor:
     fine, weight = as_rows(fine), as_rows(weight)
     coarse = empty_coarse(fine, len(weight))
-    rows, grid, cut = launch_cut(coarse)
-    del cut["TURNS"]
+    rows, grid, cut = launch_cut(coarse, DOWN_PROGRAMS)
     with torch.cuda.device_of(fine):
         kernels.down[grid](
             fine,
@@ -131,10 +131,10 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
 def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     coarse, weight = as_rows(coarse), as_rows(weight)
     fine = empty_fine(coarse, weight.shape[1])
-    rows, grid, cut = launch_cut(coarse)
+    rows, _, cut = launch_cut(coarse, 1)
     del cut["TURNS"]
     with torch.cuda.device_of(coarse):
-        kernels.up[grid[:1]](
+        kernels.up[triton.cdiv(rows, cut["BLOCK_ROWS"]),](
             coarse,
             coarse if out is None else as_rows(out),
             weight,
@@ -195,8 +195,8 @@ def launch_add_splits(partial, fine) -> Tensor:
     return dweight
 
 
-def launch_cut(coarse, programs: int | None = None):
-    """The rows of the coarse matrix, the grid of a launch, and its constants; `programs` as in `plan`."""
+def launch_cut(coarse, programs: int):
+    """The rows of the coarse matrix, the grid of a launch over about `programs` programs, and its constants."""
     _, channels, height, width = coarse.shape
     rows = coarse.numel() // channels
     plan = kernels.plan(rows, channels, coarse.element_size(), programs)

@@ -33,13 +33,12 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(rows: int, channels: int, itemsize: int, programs: int | None = None) -> Plan:
-    """The cut of `rows` x `channels` into tiles of a program each, or for about `programs` programs, each with `turns`
-    tiles of one split's rows."""
+def plan(rows: int, channels: int, itemsize: int, programs: int) -> Plan:
+    """The cut of `rows` x `channels` for about `programs` programs, each with `turns` tiles of one split's rows."""
     # Values of 4 bytes in tiles as large would not fit shared memory, nor, without TF32, the registers.
     block_rows, block_cols = 128 if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(rows, block_rows)
-    turns = 1 if programs is None else triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
+    turns = triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
     return Plan(block_rows, block_cols, turns, triton.cdiv(tiles, turns))
 
 
@@ -108,22 +107,25 @@ def down(
     TANH_GRADIENT: tl.constexpr,
     SLOPE: tl.constexpr,  # of what is stored where it is negative
     PRECISION: tl.constexpr,
+    TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    first, cols = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    split, cols = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     tap = tl.arange(0, 4 * WINDOW)
     weight = tl.load(
         weight_ptr + cols[None, :] * (16 * C) + (tap // WINDOW * (4 * C) + tap % WINDOW - LEAD)[:, None],
         mask=_is_tap(tap, C, LEAD, WINDOW)[:, None] & (cols < K)[None, :],
         other=0.0,
     )
-    patches = _patches(fine_ptr, out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS)
-    total = tl.dot(patches, weight, input_precision=PRECISION)
-    coarse = tl.where(total > 0.0, total, total * SLOPE).to(coarse_ptr.dtype.element_ty)
     place = tl.arange(0, BLOCK_ROWS)
-    mask = (place < rows - first)[:, None] & (cols < K)[None, :]
-    tl.store(coarse_ptr + first.to(tl.int64) * K + place[:, None] * K + cols[None, :], coarse, mask=mask)
+    for turn in range(TURNS):
+        first = (split * TURNS + turn) * BLOCK_ROWS
+        patches = _patches(fine_ptr, out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS)
+        total = tl.dot(patches, weight, input_precision=PRECISION)
+        coarse = tl.where(total > 0.0, total, total * SLOPE).to(coarse_ptr.dtype.element_ty)
+        mask = (place < rows - first)[:, None] & (cols < K)[None, :]
+        tl.store(coarse_ptr + first.to(tl.int64) * K + place[:, None] * K + cols[None, :], coarse, mask=mask)
 
 
 @triton.jit

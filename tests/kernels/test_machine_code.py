@@ -164,18 +164,14 @@ def test_image_conv(compiled, tmp_path, monkeypatch, capability, dtype, allow_tf
     image_conv_op.launch_add_splits(partial, images)
     assert [kernel.src.name for kernel in launches] == ["down"] * 2 + ["up"] * 2 + ["outer"] * 2 + ["add_splits"]
     multiply = {80: ["mma.sync"], 90: ["mma.sync", "wgmma"], 100: ["tcgen05.mma"]}[capability]
-    pair = "v2.b32" if dtype == torch.float32 else "b32"
+    pair = 2 * images.element_size()
     for kernel in launches[:-1]:
         name, ptx = kernel.src.name, kernel.asm["ptx"]
         # Only the weight comes value by value: once, or from the first cache.
         check(kernel, capability, tmp_path, wide_loads=False, wide_stores=name == "down", registers=192, single=True)
         assert len(re.findall(r"ld\.global\.b16", ptx)) <= 32, f"{name} loads single values"
-        # `down` gathers an image in pairs of values; the loops of the others copy to shared memory as they multiply.
-        if name == "down":
-            assert re.search(rf"ld\.global\.{pair}", ptx), f"{name} loads single values"
-        else:
-            copied = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx))
-            assert {"up": "0x10", "outer": hex(2 * images.element_size())}[name] in copied, f"{name} copies {copied}"
+        copied = set(re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx))
+        assert {"down": hex(pair), "up": "0x10", "outer": hex(pair)}[name] in copied, f"{name} copies {copied}"
         on_matrix_units = any(instruction in ptx for instruction in multiply)
         assert on_matrix_units == (dtype == torch.bfloat16 or allow_tf32), f"{name} multiplies elsewhere"
         # Two programs of `outer` share a data centre GPU's multiprocessor and its 227 KB.

@@ -140,7 +140,9 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
     lines = []
     for row in (row for row in timed if row["variant"] == "fused"):
         same = [
-            other for other in timed if all(other[key] == row[key] for key in ("shape", "groups", "dtype", "pass", "timer"))
+            other
+            for other in timed
+            if all(other[key] == row[key] for key in ("shape", "groups", "dtype", "pass", "timer"))
         ]
         fastest = min(same, key=lambda other: other["ms"])
         if fastest["ms"] < row["ms"]:

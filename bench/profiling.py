@@ -104,7 +104,7 @@ def with_torch_profiler(step: Callable[[], None], steps: int, device: torch.devi
     profiler.export_chrome_trace(str(out / "trace.json"))
     print(table)
     if on_gpu:
-        on_device = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = [e for e in profiler.events() if e.device_type.name == "CUDA"]
         spans = [(e.time_range.start, e.time_range.end, e.name) for e in on_device]
         lines, summary = in_order(spans, steps)
         (out / "kernels.txt").write_text("\n".join([*lines, summary]) + "\n")

@@ -185,7 +185,8 @@ def sync_batch_norm(network: nn.Module) -> None:
 
 def count_batches(main: nn.Sequential, groups: int) -> None:
     """Move the `num_batches_tracked` of all BatchNorm layers in training mode: on a GPU one launch for them all."""
-    counts = [layer.num_batches_tracked for layer in main if isinstance(layer, BatchNormAct2d) and layer.training]
+    layers = [layer for layer in main if isinstance(layer, BatchNormAct2d) and layer.training]
+    counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, groups)
 

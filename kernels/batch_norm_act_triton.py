@@ -179,9 +179,7 @@ def normalize(
     weight = tl.load(weight_ptr + cols, mask=in_c, other=0.0)
     bias = tl.load(bias_ptr + cols, mask=in_c, other=0.0)
     if TRAINING:
-        mean, m2 = _combine(
-            partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, CHUNK, TURNS * BLOCK_ROWS
-        )
+        mean, m2 = _combine(partial_mean_ptr, partial_m2_ptr, group, cols, rows, C, SPLITS, CHUNK, TURNS * BLOCK_ROWS)
         var = m2 / rows
     else:
         mean = tl.load(running_mean_ptr + cols, mask=in_c, other=0.0)

@@ -26,7 +26,8 @@ def image_conv(images: Tensor, weight: Tensor, *, negative_slope: float, backend
             to 4 and not for float64; it works on channels_last and copies any other layout to that first.
         weight: (K, C, 4, 4), of images' dtype; the layout as for images.
         negative_slope: 0 is ReLU, 0.2 the DCGAN discriminator's LeakyReLU; not negative.
-        backend: "auto" (Triton on CUDA tensors that it is for, the reference elsewhere), "triton" or "reference".
+        backend: "auto" (Triton on CUDA tensors that it is for and that have 16 bits a value, for which it was measured;
+            the reference elsewhere), "triton" or "reference".
 
     Returns:
         y (N, K, h, w) of images' dtype: channels_last from the Triton implementation.
@@ -91,7 +92,8 @@ def _use_triton(operation: str, tensor: Tensor, weight: Tensor, backend: Backend
             f'{operation}: backend="triton" is for up to {MOST_CHANNELS} image channels and not for float64; '
             f"these are {weight.shape[1]}, {tensor.dtype}"
         )
-    return use_triton(operation, tensor, backend if fits or backend != "auto" else "reference")
+    measured = fits and tensor.element_size() == 2
+    return use_triton(operation, tensor, backend if measured or backend != "auto" else "reference")
 
 
 def _check(operation: str, name: str, tensor: Tensor, weight: Tensor, channels: torch.Size) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -67,3 +69,14 @@ def test_compile():
         return image_conv_transpose(image_conv(images, weight, negative_slope=0.2), weight / 9)
 
     torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(images), network(images))
+
+
+def test_auto_is_triton_only_for_what_was_measured(monkeypatch):
+    seen = []
+    module = sys.modules["fastdcgan.kernels.image_conv"]  # the package's attribute of that name is the function
+    monkeypatch.setattr(module, "use_triton", lambda operation, tensor, backend: seen.append(backend))
+    for dtype, channels in ((torch.bfloat16, 3), (torch.float16, 4), (torch.float32, 3), (torch.bfloat16, 5)):
+        image_conv(
+            torch.zeros(1, channels, 4, 4, dtype=dtype), torch.zeros(8, channels, 4, 4, dtype=dtype), negative_slope=0
+        )
+    assert seen == ["auto", "auto", "reference", "reference"]

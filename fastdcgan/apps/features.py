@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan.apps.trained import device_of
-from fastdcgan.models import AnyDiscriminator, BatchNormAct2d, Discriminator, TutorialDiscriminator
+from fastdcgan.models import AnyDiscriminator, BatchNormAct2d, Discriminator, ImageConv, TutorialDiscriminator
 
 
 def activations(discriminator: AnyDiscriminator, images: Tensor) -> list[Tensor]:
@@ -23,7 +23,7 @@ def activations(discriminator: AnyDiscriminator, images: Tensor) -> list[Tensor]
     found, x = [], images
     for layer in list(discriminator.main)[:-1]:
         x = layer(x)
-        if isinstance(layer, nn.LeakyReLU | BatchNormAct2d):
+        if isinstance(layer, nn.LeakyReLU | BatchNormAct2d | ImageConv):
             found.append(x)
     return found
 

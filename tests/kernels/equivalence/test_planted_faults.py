@@ -27,8 +27,8 @@ BATCH_NORM_FAULTS = {
     "missing weight": ("dx *= inverse * weight", "dx *= inverse"),
     "groups share the first one's sums": ("_total(partial_dzx_ptr, group,", "_total(partial_dzx_ptr, 0,"),
     "groups share the first one's mean": (
-        "_combine(\n            partial_mean_ptr, partial_m2_ptr, group,",
-        "_combine(\n            partial_mean_ptr, partial_m2_ptr, 0,",
+        "mean, m2 = _combine(partial_mean_ptr, partial_m2_ptr, group,",
+        "mean, m2 = _combine(partial_mean_ptr, partial_m2_ptr, 0,",
     ),
     "last group's dweight only": ("dweight += ", "dweight = "),
     "biased running variance": ("batch_m2 / (rows - 1)", "batch_m2 / rows"),

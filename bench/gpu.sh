@@ -3,7 +3,7 @@
 #
 #     OUT=results BUDGET=570 bench/gpu.sh
 #
-# Needs Python with torch, triton and numpy; pytest, DALI and Pillow where they are. First the tests, and beside them, on
+# Needs Python with torch, triton and numpy; pytest, tyro, DALI and Pillow where they are. First the tests, and beside them, on
 # the other cores, everything is compiled that is timed later. Each section has a time limit and costs nothing but itself
 # when it fails; the most wanted come first. $OUT gets log.txt, tests.txt, JSON files and the profile.
 set -u
@@ -99,6 +99,13 @@ for batch in (128, 1024):
         traceback.print_exc()
 shutil.make_archive(str(Path(os.environ["OUT"], "profile")), "gztar", Path(os.environ["work"], "profile"))
 PYTHON_END
+if has tyro; then  # the product as a user runs it: train, go on, draw
+    section train 60 bash -c "$PYTHON -m fastdcgan train digits --compile --steps 1000 --run-dir \$work/run --log-every 200 &&
+        $PYTHON -m fastdcgan train --run-dir \$work/run --resume --steps 1200 &&
+        $PYTHON -m fastdcgan sample \$work/run --count 64 --out \$OUT/digits.png && tail -2 \$work/run/metrics.jsonl"
+else
+    echo "== train: skipped, no tyro here" | tee -a "$OUT/log.txt"
+fi
 section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
 section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
 section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \

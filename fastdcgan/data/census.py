@@ -20,7 +20,7 @@ from fastdcgan.data.pillow_decode import MOST_PIXELS, cover_box, too_many_pixels
 from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, EncodedSource, why_unreadable
 
 FILES_AT_ONCE = 256
-QUICK = 50e-6  # seconds a file: it comes from memory, and more threads would only take turns at the interpreter
+QUICK = 50e-6  # seconds a file: it comes from memory, and threads would only take turns at the interpreter
 SHOW_PROGRESS_FROM = 20_000  # files; fewer are done before a bar could be read
 FORMAT = 1  # of the remembered verdicts; raise it when `examine` judges differently
 
@@ -114,8 +114,10 @@ def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Cen
     started = time.perf_counter()
     first = look(0)
     quick = time.perf_counter() - started < QUICK * first
-    with ThreadPoolExecutor(1 if quick else threads) as pool:
-        done = pool.map(look, range(FILES_AT_ONCE, len(waiting), FILES_AT_ONCE))
+    with ThreadPoolExecutor(threads) as pool:
+        # A thread besides the first grows its heap page by page, and would wait each time for the one that makes
+        # memory ready (prefault.py).
+        done = (map if quick else pool.map)(look, range(FILES_AT_ONCE, len(waiting), FILES_AT_ONCE))
         if len(waiting) < SHOW_PROGRESS_FROM:
             list(done)
         else:

@@ -13,11 +13,12 @@ import torch
 
 from fastdcgan.console import say
 from fastdcgan.data import room
-from fastdcgan.data.census import Census, remember, take_census
+from fastdcgan.data.census import Census, look_at, remember, take_census
 from fastdcgan.data.dataset import PIECE, Dataset, Stream, require_a_batch
 from fastdcgan.data.feed import LEAST_REQUEST, DecodeFeed, Feed, StoreFeed, Usable, select, sound_rows
-from fastdcgan.data.loader import Loader, Request
+from fastdcgan.data.loader import Loader, Pixels, Request
 from fastdcgan.data.order import Ids, Order, Position, random_places
+from fastdcgan.data.prefault import prefaulted
 from fastdcgan.data.source import EncodedSource, printable
 from fastdcgan.data.store import DiskStore, Shape, Store
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
@@ -53,6 +54,7 @@ class FileDataset(Dataset):
         if loader == "dali" and not dali_is_installed():
             raise UserError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use --loader torch")
         self._memory = None if cache == "off" else cache_dir / "verdicts"
+        self._ahead = self._host_memory_ahead(channels)
         self._census: Census = take_census(source, room.cores(), self._memory)
         reasons = self._census.reasons | self._census.oversized(image_size)
         self.skipped = source.unusable + [(printable(source.names[i]), reasons[i]) for i in sorted(reasons)]
@@ -188,16 +190,31 @@ class FileDataset(Dataset):
                 f"only {left} images of {self.name} can be decoded, too few for one batch: see its skipped files"
             )
 
+    def _host_memory_ahead(self, channels: int | None) -> Pixels | None:
+        """Memory for the images, where they will be kept in host memory: made ready while the files are looked at.
+
+        None where they will not. Of as many channels as the first image has, if it is not known; `_choose_store` sees.
+        """
+        if self._device.type != "cpu" or self._crop == "random" or self._cache not in ("auto", "host"):
+            return None
+        pixels = len(self._source) * self.image_size[0] * self.image_size[1]
+        size = pixels * (channels or (3 if look_at(self._source, 0)[0].colour else 1))
+        return prefaulted(size) if size <= room.HOST_SHARE * room.free_host_bytes() else None
+
     def _choose_store(self) -> Store | None:
         """Where decoded images are kept; None for nowhere, also where every epoch crops them in another place."""
         if self._crop == "random":
             return None
+        ahead, self._ahead = self._ahead, None
         size, mode, on_device = int(np.prod(self.shape, dtype=np.int64)), self._cache, self._device.type == "cuda"
         on_disk = self._cache_dir / "images" / f"{self.name}-{self._key()}.npy"
         if mode == "auto" and on_disk.exists():
             kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
             fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
             return Store(kept.array.to(self._device), kept.present.copy()) if fits else kept
+        if ahead is not None and ahead.nbytes == size:
+            return Store.empty(torch.from_numpy(ahead.reshape(self.shape)))
+        del ahead  # before anyone asks what is free
         if mode == "auto":
             if on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device):
                 mode = "device"
@@ -225,7 +242,9 @@ class FileDataset(Dataset):
         if size > free:
             what = f"the decoded images need {room.in_words(size)}, more than the {room.in_words(free)} that are free"
             raise UserError(f"{what}: use --cache disk, --cache off or a smaller --image-size")
-        return Store.in_memory(self.shape, target)
+        if target.type == "cpu":
+            return Store.empty(torch.from_numpy(prefaulted(size).reshape(self.shape)))
+        return Store.empty(torch.empty(self.shape, dtype=torch.uint8, device=target))
 
     def _key(self) -> str:
         """Names the kept images: one file for each path, size and way of decoding."""

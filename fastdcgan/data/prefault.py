@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14: give these pages memory as a write would, and leave what is in them alone
-PIECE_BYTES = 2 << 20  # a large page; other threads that map memory wait for one piece
+PIECE_BYTES = 256 << 10  # for one piece others wait that ask the system for memory
 
 
-def empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A uint8 array as from np.empty (which asks for large pages), whose pages a thread is making ready.
+def prefaulted(size: int) -> NDArray[np.uint8]:
+    """uint8 (size,) as from np.empty (which asks for large pages), whose pages a thread is making ready.
 
     Otherwise each page comes into being at the first write to it, and whoever writes waits: a fifth of the time in
     which small images are decoded, and longer than that on virtual machines that get their memory piece by piece.
     """
-    array = np.empty(shape, dtype=np.uint8)
+    array = np.empty(size, dtype=np.uint8)
     Thread(target=prefault, args=(weakref.ref(array),), name="prefault", daemon=True).start()
     return array
 

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from fastdcgan.data.order import Ids
-from fastdcgan.data.prefault import empty
 
 Shape = tuple[int, int, int, int]
 
@@ -28,10 +27,9 @@ class Store:
         self._host = array.numpy() if array.device.type == "cpu" else None
 
     @classmethod
-    def in_memory(cls, shape: Shape, device: torch.device) -> Store:
-        on_host = device.type == "cpu"
-        array = torch.from_numpy(empty(shape)) if on_host else torch.empty(shape, dtype=torch.uint8, device=device)
-        return cls(array, np.zeros(shape[0], dtype=bool))
+    def empty(cls, array: torch.Tensor) -> Store:
+        """One that is to be filled."""
+        return cls(array, np.zeros(len(array), dtype=bool))
 
     @classmethod
     def complete(cls, array: NDArray[np.uint8]) -> Store:

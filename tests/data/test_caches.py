@@ -234,6 +234,42 @@ def test_auto_takes_the_first_place_with_room(
         opened(folder, cache="host").stream(4)
 
 
+@pytest.mark.parametrize(("first_in_colour", "channels", "asked"), [(True, None, 1), (False, None, 2), (False, 3, 1)])
+def test_memory_is_asked_for_before_the_files_are_looked_at(
+    first_in_colour: bool,
+    channels: int | None,
+    asked: int,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    batches: Batches,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fastdcgan.data import file_dataset
+
+    order: list[str] = []
+
+    def note(name: str) -> None:
+        as_ever = getattr(file_dataset, name)
+
+        def noted(*arguments: object) -> object:
+            order.append(name)
+            return as_ever(*arguments)
+
+        monkeypatch.setattr(file_dataset, name, noted)
+
+    note("prefaulted")
+    note("take_census")
+    first = encoded(1) if first_in_colour else encoded(1, mode="L")
+    folder = make_folder(COUNT, {"a-first.jpg": first})
+    data = opened(folder, channels=channels)
+    found = batches(data.stream(4), 6)
+    assert order == ["prefaulted", "take_census", "prefaulted"][: asked + 1]  # again where the first image misled
+    assert data.channels == 3
+    fresh = batches(opened(folder, channels=channels, cache="off").stream(4), 6)
+    assert all(torch.equal(a, b) for a, b in zip(found, fresh, strict=True))
+
+
 def test_auto_decodes_anew_where_the_disk_refuses(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdcgan.data.prefault import MADV_POPULATE_WRITE, PIECE_BYTES, empty, prefault
+from fastdcgan.data.prefault import MADV_POPULATE_WRITE, PIECE_BYTES, prefault, prefaulted
 
 SIZE = 16 * PIECE_BYTES
 
@@ -53,7 +53,7 @@ def test_what_is_written_stays() -> None:
 def test_writing_while_pages_are_made_loses_nothing() -> None:
     rng = np.random.default_rng()
     for _ in range(5):
-        array = empty((SIZE // 4096, 4096))
+        array = prefaulted(SIZE).reshape(-1, 4096)
         rows = rng.permutation(len(array))
         for row in rows:
             array[row] = row % 251

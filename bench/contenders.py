@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from fastdcgan import reference
 from fastdcgan.bench.environment import native_bf16
 from fastdcgan.bench.roofline import DTYPES
+from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.step import TrainStep, make_executor
 
@@ -192,6 +193,7 @@ FLAGS = (
     (torch.backends.cudnn, "benchmark"),
     (torch.backends.cudnn, "allow_tf32"),
     (torch.backends.cuda.matmul, "allow_tf32"),
+    (heap, "keeps"),
 )
 
 

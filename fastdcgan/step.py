@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
+from fastdcgan.heap import heap
 from fastdcgan.kernels import uint8_to_float
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 from fastdcgan.objectives import make_objective
@@ -92,6 +93,7 @@ class TrainStep:
         world: World = ALONE,
     ) -> None:
         device = source.device
+        heap.keeps = device.type == "cpu"
         self.generator, self.discriminator = generator.train(), discriminator.train()
         self.source, self.index = source, index
         self.merge_halves = device.type == "cuda" if merge_halves is None else merge_halves

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan import models, reference
 from fastdcgan.errors import UserError
+from fastdcgan.heap import heap
 from fastdcgan.kernels import uint8_to_float
 from fastdcgan.step import Captured, TrainStep, make_executor
 
@@ -193,6 +194,13 @@ def run_alone(step: TrainStep, steps: int) -> Tensor:
     for _ in range(steps):
         step.update()
     return torch.cat([p.detach().reshape(-1) for p in (*step.generator.parameters(), *step.discriminator.parameters())])
+
+
+def test_on_a_cpu_freed_memory_is_kept_for_the_next_step() -> None:
+    heap.keeps = True
+    possible, heap.keeps = heap.keeps, False
+    make_step()
+    assert heap.keeps == possible
 
 
 def test_the_same_seed_gives_the_same_run() -> None:

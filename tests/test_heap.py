@@ -1,0 +1,42 @@
+"""Freed memory stays with the process while it trains on a CPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fastdcgan.heap import heap
+
+# 40 MB: glibc gives tensors of more than 32 MB back to the system whatever it has learnt of the process.
+SCRIPT = """
+import resource, sys, torch
+from fastdcgan.heap import heap
+
+def faults(keeps):
+    heap.keeps = keeps
+    for turn in range(20):
+        if turn == 15:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(10 << 20).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(*[faults(keeps) for keeps in (False, True)])
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_glibc() -> None:
+    before, heap.keeps = heap.keeps, True
+    keeps, heap.keeps = heap.keeps, before
+    if not keeps:
+        pytest.skip("the C library is not glibc")
+
+
+def test_the_next_tensors_need_no_new_pages() -> None:
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    usual, kept = map(int, run.stdout.split())
+    large_pages = 5 * 40 // 2  # the fewest that the system could hand out
+    assert kept < large_pages / 2
+    assert usual > large_pages / 2

@@ -12,8 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +22,6 @@ from torch.nn import functional as F
 from fastdcgan import reference
 from fastdcgan.bench.environment import native_bf16
 from fastdcgan.bench.roofline import DTYPES
-from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.step import TrainStep, make_executor
 
@@ -187,35 +185,6 @@ def compiled_skilled(shape: Shape, device: torch.device, precision: str, real: T
         skilled.step(real)
         return skilled, f"max-autotune-no-cudagraphs, for with them: {str(error).splitlines()[0][:100]}"
     return skilled, ""
-
-
-FLAGS = (
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "allow_tf32"),
-    (torch.backends.cuda.matmul, "allow_tf32"),
-    (heap, "keeps"),
-)
-
-
-def read_flags() -> tuple[bool, ...]:
-    """The switches of the whole process that contenders set each to their liking."""
-    return tuple(getattr(backend, name) for backend, name in FLAGS)
-
-
-def set_flags(values: tuple[bool, ...]) -> None:
-    for (backend, name), value in zip(FLAGS, values, strict=True):
-        setattr(backend, name, value)
-
-
-@contextmanager
-def flags(values: tuple[bool, ...]) -> Iterator[None]:
-    """Give one contender its switches, and the others theirs afterwards."""
-    before = read_flags()
-    set_flags(values)
-    try:
-        yield
-    finally:
-        set_flags(before)
 
 
 def quiet() -> None:

@@ -2,9 +2,9 @@
 
 Each contender brings the loader it would use: `example` ImageFolder and a DataLoader with two workers, `skilled` the
 same with a worker a core, pinned memory and persistent workers, `fast` this project's data path with its own choice of
-loader and cache, into an empty cache folder. Contenders take turns, an epoch each; the first epoch, in which ours
-decodes and keeps, is reported apart from the later ones. Compilation is not in these times; opening the data is in the
-first epoch.
+loader and cache, into an empty cache folder. Each has a process of its own (`contestant`), and they take turns, an
+epoch each; the first epoch, in which ours decodes and keeps, is reported apart from the later ones. Compilation is not
+in these times; opening the data is in the first epoch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from fastdcgan.bench import contenders
 from fastdcgan.bench.contenders import Entry, Example, Shape, Skilled
+from fastdcgan.bench.contestant import Contestant
 from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
@@ -45,14 +47,6 @@ class Row:
     epochs: list[float] = field(default_factory=list)  # images/s
 
 
-@dataclass
-class Runner:
-    row: Row
-    opened: float  # seconds that opening the data took
-    epoch: Callable[[], int]  # trains one epoch and returns its images
-    flags: tuple[bool, ...]
-
-
 def bench_data(
     *,
     data: Path,
@@ -66,7 +60,6 @@ def bench_data(
     command: str = "",
 ) -> list[Row]:
     """Measure, print the table and return its rows; with `json` write them there too, after every batch size."""
-    contenders.quiet()
     rows: list[Row] = []
     for batch_size in batch_sizes:
         with TemporaryDirectory() as cache_dir:
@@ -94,32 +87,47 @@ def bench_batch_size(
     epochs: int,
     cache_dir: str,
 ) -> list[Row]:
-    torch._dynamo.reset()  # or another batch size would be taken for a dynamic shape
-    defaults = contenders.read_flags()
-    runners = []
-    for entry in contenders.entries(names, precision, device):
-        say(f"batch {shape.batch_size}: preparing {entry.name} {entry.precision}")
-        row = Row(entry.name, entry.precision, shape.batch_size)
-        prepare = prepare_fast if entry.name.startswith("fast") else prepare_usual
-        folder = Path(cache_dir) / f"{entry.name}-{entry.precision}"
-        opened, epoch = prepare(entry, data, shape, device, folder)
-        runners.append(Runner(row, opened, epoch, contenders.read_flags()))
-        contenders.set_flags(defaults)
-    for number in range(epochs):
-        say(f"batch {shape.batch_size}: epoch {number + 1} of {epochs}")
-        for runner in runners:
-            with contenders.flags(runner.flags):
-                synchronize(device)
-                start = time.perf_counter()
-                runner.row.images = runner.epoch()
-                synchronize(device)
-                seconds = time.perf_counter() - start + (runner.opened if number == 0 else 0)
-            runner.row.epochs.append(runner.row.images / seconds)
-    rows = [runner.row for runner in runners]
+    rows: list[Row] = []
+    with ExitStack() as processes:
+        contestants = []
+        for entry in contenders.entries(names, precision, device):
+            rows.append(Row(entry.name, entry.precision, shape.batch_size))
+            folder = Path(cache_dir) / f"{entry.name}-{entry.precision}"
+            contestants.append(processes.enter_context(Contestant(Runner, entry, data, shape, device, folder)))
+        for row, contestant in zip(rows, contestants, strict=True):
+            say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
+            contestant.ask("prepare")
+        for number in range(epochs):
+            say(f"batch {shape.batch_size}: epoch {number + 1} of {epochs}")
+            for row, contestant in zip(rows, contestants, strict=True):
+                row.images, seconds = contestant.ask("epoch")
+                row.epochs.append(row.images / seconds)
     for row in rows:
         row.first_epoch, row.later_epochs = row.epochs[0], median(row.epochs[1:] or row.epochs)
         row.first_ratio, row.later_ratio = row.first_epoch / rows[0].epochs[0], row.later_epochs / rows[0].later_epochs
     return rows
+
+
+class Runner:
+    """One contender, in the process that is its own."""
+
+    def __init__(self, entry: Entry, data: Path, shape: Shape, device: torch.device, cache_dir: Path) -> None:
+        self.arguments = entry, data, shape, device, cache_dir
+
+    def prepare(self) -> None:
+        """Open the data, build the contender and warm it up."""
+        entry, *_ = self.arguments
+        self.opened, self.train = (prepare_fast if entry.name.startswith("fast") else prepare_usual)(*self.arguments)
+
+    def epoch(self) -> tuple[int, float]:
+        """Train one; its images and its seconds, to the first of which opening the data is added."""
+        _, _, _, device, _ = self.arguments
+        synchronize(device)
+        start = time.perf_counter()
+        images = self.train()
+        synchronize(device)
+        opened, self.opened = self.opened, 0.0
+        return images, time.perf_counter() - start + opened
 
 
 def prepare_usual(

@@ -2,9 +2,10 @@
 
     python -m fastdcgan.bench.quality OUT.json [DATA [IMAGE_SIZE [WIDTH [STEPS [SEEDS]]]]]
 
-Both train in turns, a stretch of steps each. After every stretch the sliced Wasserstein distance between samples of the
-generator (its latest weights, evaluation mode) and real images is taken, lower is better; only training is timed, and
-compilation is not in it. The same distance between two halves of the real images is the least to hope for.
+Each has a process of its own, and they train in turns, a stretch of steps each. After every stretch the sliced
+Wasserstein distance between samples of the generator (its latest weights, evaluation mode) and real images is taken,
+lower is better; only training is timed, and compilation is not in it. The same distance between two halves of the real
+images is the least to hope for.
 
 At the end `parity` says whether both got equally far.
 """
@@ -16,7 +17,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,8 +27,8 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from fastdcgan.apps.distances import sliced_wasserstein
-from fastdcgan.bench import contenders
-from fastdcgan.bench.contenders import Example, Shape, fast_step
+from fastdcgan.bench.contenders import Entry, Example, Shape, fast_step
+from fastdcgan.bench.contestant import Contestant
 from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
@@ -43,38 +44,30 @@ def quality(
     *, data: str, shape: Shape, device: torch.device, steps: int, seeds: int, json: Path, command: str
 ) -> dict[str, Any]:
     """Train `steps` steps of both with each seed and write a curve for each to `json`."""
-    contenders.quiet()
     executor, precision = ("fast-captured", "bf16") if device.type == "cuda" else ("fast-eager", "fp32")
+    entries = [Entry("example", "tf32" if device.type == "cuda" else "fp32"), Entry(executor, precision)]
     curves = []
     for seed in range(seeds):
-        dataset = open_dataset(data, image_size=shape.image_size, device=device, seed=seed)
-        real = dataset.take(range(min(2 * SAMPLES, dataset.count))).permute(0, 3, 1, 2)
-        half = len(real) // 2
-        least = distance(real[:half], real[half:])
-        defaults = contenders.read_flags()
         seeded = dataclasses.replace(shape, seed=seed)
-        trainers = [reference_trainer(seeded, dataset, device), fast_trainer(seeded, dataset, executor, precision)]
-        contenders.set_flags(defaults)
         found: list[dict[str, Any]] = [
-            {"contender": name, "seed": seed, "steps": [0], "seconds": [0.0], "distances": [], "least": least}
-            for name in ("example", executor)
+            {"contender": entry.name, "seed": seed, "steps": [0], "seconds": [0.0], "distances": []}
+            for entry in entries
         ]
-        for stretch in range(STRETCHES + 1):
-            for curve, (generator, step, flags) in zip(found, trainers, strict=True):
-                with contenders.flags(flags):
+        with ExitStack() as processes:
+            contestants = [
+                processes.enter_context(Contestant(Trainer, entry, data, seeded, device)) for entry in entries
+            ]
+            for stretch in range(STRETCHES + 1):
+                for curve, contestant in zip(found, contestants, strict=True):
                     if stretch > 0:
-                        synchronize(device)
-                        start = time.perf_counter()
-                        for _ in range(steps // STRETCHES):
-                            step()
-                        synchronize(device)
-                        curve["seconds"].append(curve["seconds"][-1] + time.perf_counter() - start)
+                        curve["seconds"].append(curve["seconds"][-1] + contestant.ask("train", steps // STRETCHES))
                         curve["steps"].append(curve["steps"][-1] + steps // STRETCHES)
-                    curve["distances"].append(distance(real[:half], samples(generator, half, shape, device)))
-                say(
-                    f"seed {seed}, {curve['contender']}: step {curve['steps'][-1]}, {curve['seconds'][-1]:.1f} s,"
-                    f" distance {curve['distances'][-1]:.4f} (real to real {least:.4f})"
-                )
+                    of_samples, curve["least"] = contestant.ask("distances")
+                    curve["distances"].append(of_samples)
+                    say(
+                        f"seed {seed}, {curve['contender']}: step {curve['steps'][-1]}, {curve['seconds'][-1]:.1f} s,"
+                        f" distance {of_samples:.4f} (real to real {curve['least']:.4f})"
+                    )
         curves += found
     content = describe(device, command) | {
         "measured": "quality",
@@ -115,31 +108,47 @@ def parity(curves: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-Trainer = tuple[nn.Module, Callable[[], None], tuple[bool, ...]]  # generator, one step, the process's switches
+class Trainer:
+    """One of the two, in the process that is its own."""
 
+    def __init__(self, entry: Entry, data: str, shape: Shape, device: torch.device) -> None:
+        self.shape, self.device = shape, device
+        dataset = open_dataset(data, image_size=shape.image_size, device=device, seed=shape.seed)
+        real = dataset.take(range(min(2 * SAMPLES, dataset.count))).permute(0, 3, 1, 2)
+        self.real, self.other_real = real.split(math.ceil(len(real) / 2))
+        stream = dataset.stream(shape.batch_size)
+        if entry.name == "example":
+            example = Example(shape, device, entry.precision)
+            self.generator: nn.Module = example.generator
 
-def reference_trainer(shape: Shape, dataset: Any, device: torch.device) -> Trainer:
-    example = Example(shape, device, "tf32" if device.type == "cuda" else "fp32")
-    stream = dataset.stream(shape.batch_size)
+            def step() -> None:
+                stream.advance()
+                real = stream.source[stream.index].permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
+                example.step(real.contiguous())
+        else:
+            fast, run = fast_step(shape, stream.source, stream.index, entry.precision, entry.name)
+            fast.rng.manual_seed(shape.seed)
+            self.generator = fast.generator
 
-    def step() -> None:
-        stream.advance()
-        real = stream.source[stream.index].permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
-        example.step(real.contiguous())
+            def step() -> None:
+                stream.advance()
+                run()
 
-    return example.generator, step, contenders.read_flags()
+        self.step = step
 
+    def train(self, steps: int) -> float:
+        """Seconds of that many steps."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        synchronize(self.device)
+        return time.perf_counter() - start
 
-def fast_trainer(shape: Shape, dataset: Any, executor: str, precision: str) -> Trainer:
-    stream = dataset.stream(shape.batch_size)
-    train_step, run = fast_step(shape, stream.source, stream.index, precision, executor)
-    train_step.rng.manual_seed(shape.seed)
-
-    def step() -> None:
-        stream.advance()
-        run()
-
-    return train_step.generator, step, contenders.read_flags()
+    def distances(self) -> tuple[float, float]:
+        """Of samples to real images, and of these to others."""
+        drawn = samples(self.generator, len(self.real), self.shape, self.device)
+        return distance(self.real, drawn), distance(self.real, self.other_real)
 
 
 @torch.no_grad()

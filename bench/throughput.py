@@ -1,9 +1,10 @@
 """Images a second of one training step, contenders side by side: `fastdcgan bench`.
 
-All contenders of a batch size are built and warmed up first; then they take turns, a block of steps each, round after
-round in one process. So a machine that gets slower slows them all, and ratios are taken within a round. Medians and
-half the distance between the quartiles are reported. On a CPU that others use too, the ratio of images a second of
-processor time (`cpu ratio`) is the steadier one: OMP_WAIT_POLICY=PASSIVE keeps waiting threads out of it.
+Each contender has a process of its own (`contestant`). At a batch size all are built and warmed up first; then they
+take turns, a block of steps each, round after round, while the others wait. So a machine that gets slower slows them
+all, and ratios are taken within a round. Medians and half the distance between the quartiles are reported. On a CPU
+that others use too, the ratio of images a second of processor time (`cpu ratio`) is the steadier one:
+OMP_WAIT_POLICY=PASSIVE keeps waiting threads out of it.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastdcgan.bench import contenders, roofline
 from fastdcgan.bench.contenders import Entry, Shape
+from fastdcgan.bench.contestant import Contestant, Failed
 from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.bench.profiling import live_bytes
 from fastdcgan.bench.roofline import Rates, median_and_spread, synchronize
 from fastdcgan.console import say
-from fastdcgan.errors import UserError
 
 # Operators that only look at memory otherwise, or reserve it.
 WORKLESS = {
@@ -84,26 +87,6 @@ class Row:
     remark: str = ""
 
 
-@dataclass
-class Runner:
-    """A contender that is ready to run."""
-
-    row: Row
-    run: Callable[[], None]
-    flags: tuple[bool, ...]
-    steps: int = 1  # in a block
-
-    def block(self, device: torch.device) -> tuple[float, float]:
-        """Seconds and processor seconds of `steps` steps."""
-        with contenders.flags(self.flags):
-            synchronize(device)
-            start, cpu_start = time.perf_counter(), time.process_time()
-            for _ in range(self.steps):
-                self.run()
-            synchronize(device)
-            return time.perf_counter() - start, time.process_time() - cpu_start
-
-
 def bench(
     *,
     shape: Shape,
@@ -122,25 +105,27 @@ def bench(
 
     With `follow`, also what logs, samples and checkpoints cost beside the fastest of our steps (`overhead`).
     """
-    contenders.quiet()
     chosen = contenders.entries(names, precision, device)
     rates = {each: roofline.measure_rates(device, each) for each in {entry.precision for entry in chosen}}
     for each, rate in sorted(rates.items()):
         say(f"{each}: matrix product {rate.matrix / 1e12:,.3f} TFLOP/s, copy {rate.copy / 1e9:,.1f} GB/s")
     rows: list[Row] = []
-    for shape in [dataclasses.replace(shape, batch_size=each) for each in batch_sizes]:
-        if per_layer:
-            for each in sorted(rates):
-                print(f"\n{each}, batch {shape.batch_size}:\n{roofline.layer_table(passes(shape, each), rates[each])}")
-        rows += bench_shape(shape, chosen, device, rates, repetitions, block_seconds)
-        content = describe(device, command) | {
-            "measured": "throughput",
-            "rates": {each: dataclasses.asdict(rate) for each, rate in rates.items()},
-            "network": {name: value for name, value in dataclasses.asdict(shape).items() if name != "batch_size"},
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        if json:
-            write_json(json, content)
+    with ExitStack() as processes:
+        contestants = [processes.enter_context(Contestant(Runner, entry, device, block_seconds)) for entry in chosen]
+        for shape in [dataclasses.replace(shape, batch_size=each) for each in batch_sizes]:
+            if per_layer:
+                for each in sorted(rates):
+                    layers = roofline.layer_table(passes(shape, each), rates[each])
+                    print(f"\n{each}, batch {shape.batch_size}:\n{layers}")
+            rows += bench_shape(shape, list(zip(chosen, contestants, strict=True)), rates, repetitions)
+            content = describe(device, command) | {
+                "measured": "throughput",
+                "rates": {each: dataclasses.asdict(rate) for each, rate in rates.items()},
+                "network": {name: value for name, value in dataclasses.asdict(shape).items() if name != "batch_size"},
+                "rows": [dataclasses.asdict(row) for row in rows],
+            }
+            if json:
+                write_json(json, content)
     print(table(rows, device.type))
     ours = [row for row in rows if row.contender.startswith("fast") and row.rounds]
     if follow and ours:
@@ -159,65 +144,86 @@ def bench(
 
 
 def bench_shape(
-    shape: Shape,
-    chosen: list[Entry],
-    device: torch.device,
-    rates: dict[str, Rates],
-    repetitions: int,
-    block_seconds: float,
+    shape: Shape, chosen: list[tuple[Entry, Contestant]], rates: dict[str, Rates], repetitions: int
 ) -> list[Row]:
     """All contenders at one batch size, interleaved."""
-    torch._dynamo.reset()  # or another batch size would be taken for a dynamic shape
-    defaults = contenders.read_flags()
-    rows, runners = [], []
-    for entry in chosen:
-        row = Row(entry.name, entry.precision, shape.batch_size)
-        rows.append(row)
-        say(f"batch {shape.batch_size}: preparing {entry.name} {entry.precision}")
+    rows = [Row(entry.name, entry.precision, shape.batch_size) for entry, _ in chosen]
+    running: list[tuple[Row, Contestant]] = []
+    for row, (_, contestant) in zip(rows, chosen, strict=True):
+        say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
         try:
-            runners.append(prepare(row, entry, shape, device, block_seconds))
-        except (RuntimeError, UserError, torch._dynamo.exc.TorchDynamoException) as error:  # one failure costs one row
-            row.remark = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            say(f"{entry.name} {entry.precision} {row.remark}")
-        contenders.set_flags(defaults)
-        gc.collect()
+            facts = contestant.ask("prepare", shape)
+        except Failed as failure:  # one failure costs one row
+            row.remark = f"failed: {failure}"
+            say(f"{row.contender} {row.precision} {row.remark}")
+        else:
+            for name, value in facts.items():
+                setattr(row, name, value)
+            running.append((row, contestant))
     for round_number in range(repetitions):
         say(f"batch {shape.batch_size}: round {round_number + 1} of {repetitions}")
-        for runner in runners:
-            seconds, cpu_seconds = runner.block(device)
-            runner.row.rounds.append(shape.batch_size * runner.steps / seconds)
-            runner.row.cpu_rounds.append(shape.batch_size * runner.steps / cpu_seconds)
-    for runner in runners:
-        summarize(runner.row, runners[0].row, shape, rates[runner.row.precision])
+        for row, contestant in running:
+            rate, cpu_rate = contestant.ask("block")
+            row.rounds.append(rate)
+            row.cpu_rounds.append(cpu_rate)
+    for row, _ in running:
+        summarize(row, running[0][0], shape, rates[row.precision])
     return rows
 
 
-def prepare(row: Row, entry: Entry, shape: Shape, device: torch.device, block_seconds: float) -> Runner:
-    """Build and warm up one contender, and take everything about it that is not time."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.empty_cache()
-        reserved = torch.cuda.memory_reserved(device)
-    start = time.perf_counter()
-    run, row.remark = contenders.on_random_images(entry, shape, device)
-    synchronize(device)
-    row.first_step_seconds = time.perf_counter() - start
-    flags = contenders.read_flags()
-    if on_gpu:
-        run()
-        run()  # what only the first steps need (autotuning, compilation) is over
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(3):  # a graph is captured here, its memory with it
+class Runner:
+    """One contender, in the process that is its own."""
+
+    def __init__(self, entry: Entry, device: torch.device, block_seconds: float) -> None:
+        self.entry, self.device, self.block_seconds = entry, device, block_seconds
+        self.run: Callable[[], None] | None = None
+        self.images = 0  # in a step
+        self.steps = 1  # in a block
+
+    def prepare(self, shape: Shape) -> dict[str, Any]:
+        """Build and warm it up; everything about it that is not time, by the names of `Row`."""
+        self.run = None
+        gc.collect()
+        torch._dynamo.reset()  # or another batch size would be taken for a dynamic shape
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved(self.device)
+        start = time.perf_counter()
+        run, remark = contenders.on_random_images(self.entry, shape, self.device)
+        synchronize(self.device)
+        first_step_seconds = time.perf_counter() - start
+        if on_gpu:
             run()
-        row.peak_memory_bytes = torch.cuda.max_memory_reserved(device) - reserved
-        row.kernels = gpu_kernels(run)
-    else:
-        run()
-        row.kernels, row.peak_memory_bytes = cpu_calls_and_memory(run)
-    runner = Runner(row, run, flags)
-    runner.steps = max(1, math.ceil(block_seconds / runner.block(device)[0]))
-    return runner
+            run()  # what only the first steps need (autotuning, compilation) is over
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            for _ in range(3):  # a graph is captured here, its memory with it
+                run()
+            peak = torch.cuda.max_memory_reserved(self.device) - reserved
+            kernels = gpu_kernels(run)
+        else:
+            run()
+            kernels, peak = cpu_calls_and_memory(run)
+        self.run, self.images, self.steps = run, shape.batch_size, 1
+        self.steps = max(1, math.ceil(self.block_seconds * self.block()[0] / self.images))
+        return {
+            "remark": remark,
+            "first_step_seconds": first_step_seconds,
+            "peak_memory_bytes": peak,
+            "kernels": kernels,
+        }
+
+    def block(self) -> tuple[float, float]:
+        """Images a second, and a second of processor time, over `steps` steps."""
+        assert self.run is not None
+        synchronize(self.device)
+        start, cpu_start = time.perf_counter(), time.process_time()
+        for _ in range(self.steps):
+            self.run()
+        synchronize(self.device)
+        images = self.images * self.steps
+        return images / (time.perf_counter() - start), images / (time.process_time() - cpu_start)
 
 
 def gpu_kernels(run: Callable[[], None]) -> int:

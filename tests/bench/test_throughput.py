@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 from fastdcgan.bench import contenders
 from fastdcgan.bench.contenders import Entry, Shape, entries
+from fastdcgan.bench.contestant import Contestant, Failed
 from fastdcgan.bench.end_to_end import bench_data
 from fastdcgan.bench.roofline import Rates
 from fastdcgan.bench.throughput import bench
@@ -50,21 +53,12 @@ def test_contenders_take_turns_and_everything_is_reported(tmp_path, capsys):
 
 
 def test_a_contender_that_fails_costs_its_row_only(monkeypatch, capsys):
-    built = contenders.on_random_images
-
-    def fail(entry, shape, device):
-        if entry.name == "fast-eager":
-            raise RuntimeError("no such kernel\nand more")
-        return built(entry, shape, device)
-
-    monkeypatch.setattr(contenders, "on_random_images", fail)
-    names = ("example", "fast-eager")
-    rows = bench(
-        shape=SMALL, batch_sizes=(4,), device=CPU, names=names, precision="fp32", repetitions=1, block_seconds=0.01
-    )
+    chosen = [Entry("example", "fp32"), Entry("fast-captured", "fp32")]  # captured, on a CPU
+    monkeypatch.setattr(contenders, "entries", lambda names, precision, device: chosen)
+    rows = bench(shape=SMALL, batch_sizes=(4,), device=CPU, repetitions=1, block_seconds=0.01)
     assert rows[0].rounds and not rows[1].rounds
-    assert rows[1].remark == "failed: RuntimeError: no such kernel"
-    assert "no such kernel" in capsys.readouterr().out
+    assert rows[1].remark.startswith("failed: UserError: --cuda-graph on needs a GPU")
+    assert "--cuda-graph on needs a GPU" in capsys.readouterr().out
 
 
 def test_bf16_runs_on_a_cpu_only_where_it_is_native(monkeypatch):
@@ -75,12 +69,42 @@ def test_bf16_runs_on_a_cpu_only_where_it_is_native(monkeypatch):
     assert entries(("example", "example-fp32", "fast-captured"), "auto", CPU) == [Entry("example", "fp32")]
 
 
-def test_a_contenders_switches_do_not_leak():
-    before = contenders.read_flags()
-    others = tuple(not value for value in before)
-    with contenders.flags(others):
-        assert contenders.read_flags() == others
-    assert contenders.read_flags() == before
+SWITCH = """
+import os
+import torch
+from fastdcgan.errors import UserError
+
+class Switch:
+    def __init__(self, value):
+        torch.backends.cudnn.benchmark = value
+
+    def read(self):
+        return torch.backends.cudnn.benchmark, os.getpid()
+
+    def mistake(self):
+        raise UserError("this will not do:\\nand more")
+
+    def die(self):
+        os._exit(1)
+"""
+
+
+def test_contestants_share_no_switches(monkeypatch, tmp_path):
+    (tmp_path / "a_switch.py").write_text(SWITCH)
+    monkeypatch.syspath_prepend(tmp_path)
+    Switch = importlib.import_module("a_switch").Switch
+    before = torch.backends.cudnn.benchmark
+    with Contestant(Switch, True) as one, Contestant(Switch, False) as other:
+        (a, a_process), (b, b_process) = one.ask("read"), other.ask("read")
+        assert (a, b) == (True, False)
+        assert len({a_process, b_process, os.getpid()}) == 3
+        with pytest.raises(Failed, match=r"^UserError: this will not do:$"):
+            one.ask("mistake")
+        assert one.ask("read") == (True, a_process)
+        other.ask("read")
+        with pytest.raises(Failed, match="its process ended"):
+            other.ask("die")
+    assert torch.backends.cudnn.benchmark == before
 
 
 def test_end_to_end_from_files(tmp_path, capsys):

@@ -1,0 +1,81 @@
+"""A process for each contender, as each would have one outside a benchmark.
+
+What one process does to itself would otherwise be done to all: the memory its C library keeps, switches of torch such
+as TF32, its threads, the functions it has compiled. Contenders take turns all the same: each works only when asked.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from fastdcgan.bench import contenders
+from fastdcgan.errors import UserError
+
+
+class Failed(RuntimeError):
+    """A contender could not do what it was asked for."""
+
+
+class Contestant:
+    """An object that lives in a process of its own, and whose methods are called from here.
+
+    Processes start at once and build their objects beside each other; `ask` waits.
+    """
+
+    def __init__(self, kind: type, *arguments: Any) -> None:
+        """`kind(*arguments)` is made over there: a class of a module, and arguments that can be pickled."""
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, kind, arguments))
+        self._process.start()
+        theirs.close()
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """What the object's method returns.
+
+        Raises:
+            Failed: an error of torch, or one a user can cause, over there, in one line; or the process died of another.
+        """
+        try:
+            self._connection.send((method, arguments))
+            failure, result = self._connection.recv()
+        except (EOFError, OSError):
+            raise Failed("its process ended; its last words are above") from None
+        if failure:
+            raise Failed(failure)
+        return result
+
+    def __enter__(self) -> Contestant:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+        if error is not None:  # Ctrl-C, say: it may be at work
+            self._process.terminate()
+        self._process.join()
+
+
+def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
+    """Answer `ask` until nobody can ask any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the asker too, which then ends this process
+    contenders.quiet()
+    made = kind(*arguments)
+    while True:
+        try:
+            method, given = connection.recv()
+        except EOFError:
+            return
+        failure, result = "", None
+        try:
+            result = getattr(made, method)(*given)
+        except (RuntimeError, UserError, torch._dynamo.exc.TorchDynamoException) as error:
+            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        connection.send((failure, result))

@@ -18,7 +18,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -152,13 +151,11 @@ def bench_shape(
     for row, (_, contestant) in zip(rows, chosen, strict=True):
         say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
         try:
-            facts = contestant.ask("prepare", shape)
+            row.remark, row.first_step_seconds = contestant.ask("prepare", shape)
         except Failed as failure:  # one failure costs one row
             row.remark = f"failed: {failure}"
             say(f"{row.contender} {row.precision} {row.remark}")
         else:
-            for name, value in facts.items():
-                setattr(row, name, value)
             running.append((row, contestant))
     for round_number in range(repetitions):
         say(f"batch {shape.batch_size}: round {round_number + 1} of {repetitions}")
@@ -166,7 +163,8 @@ def bench_shape(
             rate, cpu_rate = contestant.ask("block")
             row.rounds.append(rate)
             row.cpu_rounds.append(cpu_rate)
-    for row, _ in running:
+    for row, contestant in running:
+        row.kernels, row.peak_memory_bytes = contestant.ask("count")
         summarize(row, running[0][0], shape, rates[row.precision])
     return rows
 
@@ -179,40 +177,39 @@ class Runner:
         self.run: Callable[[], None] | None = None
         self.images = 0  # in a step
         self.steps = 1  # in a block
+        self.reserved = 0  # bytes of GPU memory before it was built
 
-    def prepare(self, shape: Shape) -> dict[str, Any]:
-        """Build and warm it up; everything about it that is not time, by the names of `Row`."""
+    def prepare(self, shape: Shape) -> tuple[str, float]:
+        """Build and warm it up; a remark, and the seconds until its first step was done."""
         self.run = None
         gc.collect()
         torch._dynamo.reset()  # or another batch size would be taken for a dynamic shape
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.empty_cache()
-            reserved = torch.cuda.memory_reserved(self.device)
+            self.reserved = torch.cuda.memory_reserved(self.device)
         start = time.perf_counter()
         run, remark = contenders.on_random_images(self.entry, shape, self.device)
         synchronize(self.device)
         first_step_seconds = time.perf_counter() - start
+        run()
         if on_gpu:
-            run()
             run()  # what only the first steps need (autotuning, compilation) is over
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             for _ in range(3):  # a graph is captured here, its memory with it
                 run()
-            peak = torch.cuda.max_memory_reserved(self.device) - reserved
-            kernels = gpu_kernels(run)
-        else:
-            run()
-            kernels, peak = cpu_calls_and_memory(run)
         self.run, self.images, self.steps = run, shape.batch_size, 1
         self.steps = max(1, math.ceil(self.block_seconds * self.block()[0] / self.images))
-        return {
-            "remark": remark,
-            "first_step_seconds": first_step_seconds,
-            "peak_memory_bytes": peak,
-            "kernels": kernels,
-        }
+        return remark, first_step_seconds
+
+    def count(self) -> tuple[int, int]:
+        """`kernels` and `peak_memory_bytes` of `Row`. After the blocks: on a CPU the profiler leaves free memory in the
+        heap, which saves whoever runs then his page faults."""
+        assert self.run is not None
+        if self.device.type == "cuda":
+            return gpu_kernels(self.run), torch.cuda.max_memory_reserved(self.device) - self.reserved
+        return cpu_calls_and_memory(self.run)
 
     def block(self) -> tuple[float, float]:
         """Images a second, and a second of processor time, over `steps` steps."""

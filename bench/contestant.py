@@ -66,6 +66,8 @@ class Contestant:
 def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
     """Answer `ask` until nobody can ask any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the asker too, which then ends this process
+    # The workers of a DataLoader start as they do elsewhere, not as this process was started.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     contenders.quiet()
     made = kind(*arguments)
     while True:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 
 import pytest
@@ -70,6 +71,7 @@ def test_bf16_runs_on_a_cpu_only_where_it_is_native(monkeypatch):
 
 
 SWITCH = """
+import multiprocessing
 import os
 import torch
 from fastdcgan.errors import UserError
@@ -80,6 +82,9 @@ class Switch:
 
     def read(self):
         return torch.backends.cudnn.benchmark, os.getpid()
+
+    def start_method(self):
+        return multiprocessing.get_start_method()
 
     def mistake(self):
         raise UserError("this will not do:\\nand more")
@@ -101,7 +106,7 @@ def test_contestants_share_no_switches(monkeypatch, tmp_path):
         with pytest.raises(Failed, match=r"^UserError: this will not do:$"):
             one.ask("mistake")
         assert one.ask("read") == (True, a_process)
-        other.ask("read")
+        assert other.ask("start_method") == multiprocessing.get_all_start_methods()[0]  # the default's place
         with pytest.raises(Failed, match="its process ended"):
             other.ask("die")
     assert torch.backends.cudnn.benchmark == before

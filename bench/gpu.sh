@@ -83,7 +83,7 @@ else
 fi
 wait
 
-section "step 64 pixels" 100 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
+section "step 64 pixels" 115 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
 import os, shutil, traceback
 from pathlib import Path
@@ -114,7 +114,7 @@ section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "examp
 section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
 if has PIL && has torchvision; then
     has nvidia.dali || echo "== data path: no DALI here, so the torch loader alone" | tee -a "$OUT/log.txt"
-    section "data path" 60 "$PYTHON" - <<'PYTHON_END'
+    section "data path" 60 "$PYTHON" -c "$(cat <<'PYTHON_END'
 import os
 from pathlib import Path
 import torch
@@ -133,6 +133,7 @@ bench_data(
     json=Path(os.environ["OUT"], "data.json"), command="fastdcgan bench --data DIR --batch-size 128",
 )
 PYTHON_END
+)"  # not from standard input, which the contenders' processes could not read again
 else
     echo "== data path: skipped, no Pillow or no torchvision here" | tee -a "$OUT/log.txt"
 fi

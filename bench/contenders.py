@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastdcgan import reference
-from fastdcgan.bench.environment import native_bf16
 from fastdcgan.bench.roofline import DTYPES
 from fastdcgan.models import build_discriminator, build_generator
+from fastdcgan.processor import native_bf16
 from fastdcgan.step import TrainStep, make_executor
 
 NAMES = ("example", "example-fp32", "skilled", "fast-eager", "fast-compiled", "fast-captured")

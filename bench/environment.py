@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastdcgan.processor import native_bf16
+
 PACKAGES = ("torch", "triton", "torchvision", "nvidia-dali-cuda130", "numpy")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -48,11 +50,6 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "native_bf16": native_bf16(),
         "load_average": round(os.getloadavg()[0], 1),  # at the end of the measurement; above `threads` it was disturbed
     }
-
-
-def native_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 itself; where it does not, bfloat16 is far slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def cpu_name() -> str:

@@ -355,3 +355,17 @@ def test_bf16_trains_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     parts = train(small(tmp_path / "parts", precision="bf16", steps=6))
     train(small(parts, resume=True, steps=12))
     assert_equal_bits(parts, whole, 12)
+
+
+@pytest.mark.parametrize(("native", "precision", "hinted"), [(True, "auto", 1), (False, "auto", 0), (True, "fp32", 0)])
+def test_who_could_train_in_bf16_is_told(
+    native: bool,
+    precision: str,
+    hinted: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fastdcgan.trainer.native_bf16", lambda: native)
+    train(small(tmp_path / "run", steps=1, precision=precision))
+    assert capsys.readouterr().err.count("hint: this processor multiplies bfloat16 itself") == hinted

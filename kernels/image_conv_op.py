@@ -7,7 +7,7 @@ weight are operators of their own, so that a gradient nobody asks for is not com
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,18 @@ from torch.nn.grad import conv2d_weight
 from fastdcgan.kernels import image_conv_triton as kernels
 from fastdcgan.kernels.batch_norm_act import as_rows
 
-# Programs at once: `down` is light, and many hide its gathers; each of `outer` leaves a partial result to be added.
-DOWN_PROGRAMS, OUTER_PROGRAMS = 1024, 256
+
+class Cut(NamedTuple):
+    """Of a launch for values of 16 bits; what was fastest on an H200."""
+
+    tallest: int  # rows of a tile
+    programs: int | None  # about so many; with None each has one tile
+    warps: int
+    stages: int
+
+
+# Each program of `outer` leaves a partial result to be added.
+DOWN, UP, OUTER = Cut(128, 1024, 4, 2), Cut(64, None, 4, 2), Cut(128, 256, 8, 2)
 SUMMED = 32  # weights of a program of `add_splits`: 128 bytes of every split
 
 
@@ -109,7 +119,7 @@ def _(fine, fine_out, coarse, coarse_out, slope):
 def launch_down(fine, out, weight, slope: float) -> Tensor:
     fine, weight = as_rows(fine), as_rows(weight)
     coarse = empty_coarse(fine, len(weight))
-    rows, grid, cut = launch_cut(coarse, DOWN_PROGRAMS)
+    rows, grid, cut = launch_cut(coarse, DOWN)
     with torch.cuda.device_of(fine):
         kernels.down[grid](
             fine,
@@ -122,8 +132,8 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
             PRECISION=precision(fine),
             **cut,
             **window(fine),
-            num_warps=4,
-            num_stages=2,
+            num_warps=DOWN.warps,
+            num_stages=DOWN.stages,
         )
     return coarse
 
@@ -131,10 +141,10 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
 def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     coarse, weight = as_rows(coarse), as_rows(weight)
     fine = empty_fine(coarse, weight.shape[1])
-    rows, _, cut = launch_cut(coarse, 1)
+    rows, _, cut = launch_cut(coarse, UP)
     del cut["TURNS"]
     with torch.cuda.device_of(coarse):
-        kernels.up[triton.cdiv(rows, cut["BLOCK_ROWS"]),](
+        kernels.up[triton.cdiv(rows, cut["BLOCK_ROWS"] - 2),](
             coarse,
             coarse if out is None else as_rows(out),
             weight,
@@ -146,8 +156,8 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
             TANH=tanh,
             PRECISION=precision(coarse),
             **cut,
-            num_warps=4,
-            num_stages=2,
+            num_warps=UP.warps,
+            num_stages=UP.stages,
         )
     return fine
 
@@ -155,7 +165,7 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
 def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
     """The partial sums (splits, K, taps) in float32."""
     fine, coarse = as_rows(fine), as_rows(coarse)
-    rows, grid, cut = launch_cut(coarse, OUTER_PROGRAMS)
+    rows, grid, cut = launch_cut(coarse, OUTER)
     line = window(fine)
     partial = torch.empty((grid[0], coarse.shape[1], 4 * line["WINDOW"]), dtype=torch.float32, device=fine.device)
     with torch.cuda.device_of(fine):
@@ -172,8 +182,8 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
             PRECISION=precision(fine),
             **cut,
             **line,
-            num_warps=8,
-            num_stages=2,
+            num_warps=OUTER.warps,
+            num_stages=OUTER.stages,
         )
     return partial
 
@@ -195,12 +205,12 @@ def launch_add_splits(partial, fine) -> Tensor:
     return dweight
 
 
-def launch_cut(coarse, programs: int):
-    """The rows of the coarse matrix, the grid of a launch over about `programs` programs, and its constants."""
+def launch_cut(coarse, cut: Cut):
+    """The rows of the coarse matrix, the grid of a launch, and its constants."""
     _, channels, height, width = coarse.shape
     rows = coarse.numel() // channels
-    plan = kernels.plan(rows, channels, coarse.element_size(), programs)
-    cut = {
+    plan = kernels.plan(rows, channels, coarse.element_size(), cut.tallest, cut.programs)
+    constants = {
         "HEIGHT": height,
         "WIDTH": width,
         "K": channels,
@@ -208,7 +218,7 @@ def launch_cut(coarse, programs: int):
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
     }
-    return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), cut
+    return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), constants
 
 
 def window(fine):

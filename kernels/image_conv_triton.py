@@ -33,12 +33,13 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(rows: int, channels: int, itemsize: int, programs: int) -> Plan:
-    """The cut of `rows` x `channels` for about `programs` programs, each with `turns` tiles of one split's rows."""
+def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | None) -> Plan:
+    """The cut of `rows` x `channels` into tiles of up to `tallest` rows, for about `programs` programs, each with
+    `turns` tiles of one split's rows, or for as many as there are tiles."""
     # Values of 4 bytes in tiles as large would not fit shared memory, nor, without TF32, the registers.
-    block_rows, block_cols = 128 if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
+    block_rows, block_cols = tallest if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
     tiles = triton.cdiv(rows, block_rows)
-    turns = triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
+    turns = 1 if programs is None else triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
     return Plan(block_rows, block_cols, turns, triton.cdiv(tiles, turns))
 
 
@@ -146,14 +147,18 @@ def up(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Each row's own 2 x 2 fine pixels, from the row and its eight neighbours.
+    """Each row's own 2 x 2 fine pixels, from the row and its eight neighbours. The first and last rows are only that.
 
-    Of 16 columns 8 are for each of the two lines of 2 * C values. Line 2 * y + p takes from the rows at y + dy the
-    weight's line p + 1 - 2 * dy, where there is one, and likewise across. Where there is none the weight is 0, so a NaN
-    or an infinity reaches all pixels of the nine rows around it, 6 x 6, and not only the 4 x 4 in which it has weight.
+    Of 16 columns 4 are for each of these pixels, (p, q), one a channel. Line 2 * y + p takes from the rows at y + dy
+    the weight's line p + 1 - 2 * dy, where there is one. Across, pixel 2 * x + q takes the weight's q + 1 from its own
+    row and 3 - 3 * q from the one beside it, at x - 1 + 2 * q: that sum is made where this one is read, then moved
+    over. So a row is read three times, not nine.
+
+    Where there is no line the weight is 0, so a NaN or an infinity reaches six lines of four pixels, and not only the
+    4 x 4 in which it has weight.
     """
     STEPS: tl.constexpr = (K + BLOCK_COLS - 1) // BLOCK_COLS
-    first = tl.program_id(0) * BLOCK_ROWS
+    first = tl.program_id(0) * (BLOCK_ROWS - 2) - 1
     place = tl.arange(0, BLOCK_ROWS)
     row = first + place
     sample, y, x = row // (HEIGHT * WIDTH), row // WIDTH % HEIGHT, row % WIDTH
@@ -161,32 +166,36 @@ def up(
     coarse_ptr += first.to(tl.int64) * K
     out_ptr += first.to(tl.int64) * K
     fine_ptr += first_sample.to(tl.int64) * (4 * HEIGHT * WIDTH * C)
-    p, value = tl.arange(0, 16) // 8, tl.arange(0, 16) % 8
-    total = tl.zeros([BLOCK_ROWS, 16], tl.float32)
-    for step in range(9 * STEPS):
-        dy, dx = step // STEPS // 3 - 1, step // STEPS % 3 - 1
+    p, q, channel = tl.arange(0, 16) // 8, tl.arange(0, 16) // 4 % 2, tl.arange(0, 16) % 4
+    own, beside = tl.zeros([BLOCK_ROWS, 16], tl.float32), tl.zeros([BLOCK_ROWS, 16], tl.float32)
+    for step in range(3 * STEPS):
+        dy = step // STEPS - 1
         cols = step % STEPS * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-        exists = (row < rows) & (y + dy >= 0) & (y + dy < HEIGHT) & (x + dx >= 0) & (x + dx < WIDTH)
-        offsets = (place + dy * WIDTH + dx)[:, None] * K + cols[None, :]
+        exists = (row >= 0) & (row < rows) & (y + dy >= 0) & (y + dy < HEIGHT)
+        offsets = (place + dy * WIDTH)[:, None] * K + cols[None, :]
         mask = exists[:, None] & (cols < K)[None, :]
         coarse = tl.load(coarse_ptr + offsets, mask=mask, other=0.0)
         if LEAKY_GRADIENT:
             coarse = _leaky_gradient(coarse, tl.load(out_ptr + offsets, mask=mask, other=0.0), SLOPE)
-        line, across = p + 1 - 2 * dy, value + (1 - 2 * dx) * C
-        is_tap = (line >= 0) & (line < 4) & (across >= 0) & (across < 4 * C) & (value < 2 * C)
-        weight = tl.load(
-            weight_ptr + cols[:, None] * (16 * C) + (line * (4 * C) + across)[None, :],
-            mask=(cols < K)[:, None] & is_tap[None, :],
-            other=0.0,
-        )
-        total = tl.dot(coarse, weight, total, input_precision=PRECISION)
+        line = p + 1 - 2 * dy
+        is_tap = (cols < K)[:, None] & ((line >= 0) & (line < 4) & (channel < C))[None, :]
+        weight = weight_ptr + cols[:, None] * (16 * C) + (line * (4 * C) + channel)[None, :]
+        own_weight = tl.load(weight + ((q + 1) * C)[None, :], mask=is_tap, other=0.0)
+        own = tl.dot(coarse, own_weight, own, input_precision=PRECISION)
+        beside_weight = tl.load(weight + ((3 - 3 * q) * C)[None, :], mask=is_tap, other=0.0)
+        beside = tl.dot(coarse, beside_weight, beside, input_precision=PRECISION)
+    dx = (2 * q - 1)[None, :]
+    source = tl.minimum(tl.maximum(place[:, None] + dx, 0), BLOCK_ROWS - 1)
+    exists = (x[:, None] + dx >= 0) & (x[:, None] + dx < WIDTH)
+    total = own + tl.where(exists, tl.gather(beside, source, 0), 0.0)
     if TANH:
         total = 1.0 - 2.0 / (tl.exp(2.0 * total) + 1.0)  # an error of 1e-7 of the full range, and no overflow
     pixel = (sample - first_sample) * (4 * HEIGHT * WIDTH) + y * (4 * WIDTH) + x * 2
+    written = (place > 0) & (place < BLOCK_ROWS - 1) & (row < rows)
     tl.store(
-        fine_ptr + pixel[:, None] * C + (p * (2 * WIDTH * C) + value)[None, :],
+        fine_ptr + pixel[:, None] * C + (p * (2 * WIDTH * C) + q * C + channel)[None, :],
         total.to(fine_ptr.dtype.element_ty),
-        mask=(row < rows)[:, None] & (value < 2 * C)[None, :],
+        mask=written[:, None] & (channel < C)[None, :],
     )
 
 

@@ -64,7 +64,7 @@ def test_drawn_shapes(check_image_conv, samples, channels, features, height, wid
 @pytest.mark.parametrize("cut", [Plan(16, 16, 3, 3), Plan(32, 32, 1, 4), Plan(16, 64, 7, 1)], ids=str)
 def test_every_cut_gives_the_same(check_image_conv, monkeypatch, cut):
     """Several turns, several splits, a last one that is nearly empty: 105 rows, and 40 features."""
-    monkeypatch.setattr(image_conv_op.kernels, "plan", lambda rows, channels, itemsize, programs: cut)
+    monkeypatch.setattr(image_conv_op.kernels, "plan", lambda *arguments: cut)
     check_image_conv(conv, False, (3, 3, 10, 14), 40)
     check_image_conv(transposed_conv, True, (3, 3, 10, 14), 40)
 
@@ -73,10 +73,14 @@ def test_the_plan_covers_every_row_and_no_split_is_empty():
     for rows in [1, 127, 128, 129, 4096, 65537, 2**22 + 1]:
         for channels in [1, 5, 64, 70, 512]:
             for itemsize in [2, 4]:
-                cut = plan(rows, channels, itemsize, 256)
-                each = cut.block_rows * cut.turns
-                assert (cut.splits - 1) * each < rows <= cut.splits * each, (rows, channels, cut)
-                assert cut.splits * -(-channels // cut.block_cols) <= 256
+                for programs in [256, None]:
+                    cut = plan(rows, channels, itemsize, 64, programs)
+                    each = cut.block_rows * cut.turns
+                    assert (cut.splits - 1) * each < rows <= cut.splits * each, (rows, channels, cut)
+                    if programs is None:
+                        assert cut.turns == 1
+                    else:
+                        assert cut.splits * -(-channels // cut.block_cols) <= programs
 
 
 def test_not_a_number_spoils_only_what_sees_it(device):
@@ -89,12 +93,12 @@ def test_not_a_number_spoils_only_what_sees_it(device):
 
 
 def test_not_a_number_spoils_the_cells_around_it(device):
-    """Six by six pixels, where torch spoils the middle four by four: a cell's four pixels are one product."""
+    """Six lines of four pixels, where torch spoils the middle four: a cell's two lines are one product."""
     x, weight = draw(2, 8, 6, 6, device=device), draw(8, 3, 4, 4, device=device) / 9
     x[1, 3, 2, 3] = float("nan")
     y, expected = transposed_conv(x, weight), image_conv_transpose(x, weight, backend="reference")
     bad = torch.zeros(2, 3, 12, 12, dtype=torch.bool, device=device)
-    bad[1, :, 2:8, 4:10] = True
+    bad[1, :, 2:8, 5:9] = True
     assert torch.equal(y.isnan(), bad) and expected.isnan().sum() == 48
     torch.testing.assert_close(y[~bad], expected[~bad], rtol=1e-2, atol=1e-2)
 

@@ -56,12 +56,14 @@ IMAGE_CONV_FAULTS = {  # and whether it shows in the transposed convolution
     "no slope, gradient": (("wide * SLOPE)", "wide)"), False),
     "no tanh": (("if TANH:", "if TANH and C > 4:"), True),
     "tanh's gradient of the gradient": (("wide = out.to", "wide = dy.to"), True),
-    "parity of the lines": (("p + 1 - 2 * dy,", "2 - p - 2 * dy,"), True),
-    "parity of the columns": (("value + (1 - 2 * dx) * C", "value + (1 + 2 * dx) * C"), True),
+    "parity of the lines": (("line = p + 1 - 2 * dy", "line = 2 - p - 2 * dy"), True),
+    "parity of the columns": (("(3 - 3 * q) * C", "3 * q * C"), True),
+    "moved over to the wrong side": (("place[:, None] + dx", "place[:, None] - dx"), True),
     "a neighbour from the next line": (
-        ("(x + dx >= 0) & (x + dx < WIDTH)", "(row + dx >= 0) & (row + dx < rows)"),
+        ("(x[:, None] + dx >= 0) & (x[:, None] + dx < WIDTH)", "x[:, None] + dx >= -1"),
         True,
     ),
+    "tiles that do not overlap": (("(BLOCK_ROWS - 2) - 1", "(BLOCK_ROWS - 2)"), True),
     "a neighbour from the next sample": (
         ("(y + dy >= 0) & (y + dy < HEIGHT)", "(row + dy * WIDTH >= 0) & (row + dy * WIDTH < rows)"),
         True,
@@ -149,7 +151,7 @@ def test_batch_norm_act(planted, monkeypatch, check_batch_norm_act, name):
 def test_image_conv(planted, check_image_conv, name):
     fault, transposed = IMAGE_CONV_FAULTS[name]
     operator = planted("image_conv_triton", fault, "image_conv_op")
-    operator.kernels.plan = lambda rows, channels, itemsize, programs: operator.kernels.Plan(16, 16, 2, -(-rows // 32))
+    operator.kernels.plan = lambda rows, *arguments: operator.kernels.Plan(16, 16, 2, -(-rows // 32))
     operation = operator.ImageConvTranspose.apply if transposed else operator.ImageConv.apply
     expect(fault, lambda: check_image_conv(operation, transposed, (3, 3, 10, 14), 20))
 

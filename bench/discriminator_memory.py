@@ -29,7 +29,7 @@ def discriminator(kind: str, shape: Shape, precision: str, device: torch.device)
         _, network = shape.reference_networks()
     else:
         network = build_discriminator("dcgan", shape.image_size, shape.channels, shape.width)
-    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(device).to(memory_format=torch.channels_last)
     set_precision(network, precision)
     return network
 

@@ -7,7 +7,7 @@ weight are operators of their own, so that a gradient nobody asks for is not com
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,18 +18,9 @@ from torch.nn.grad import conv2d_weight
 from fastdcgan.kernels import image_conv_triton as kernels
 from fastdcgan.kernels.batch_norm_act import as_rows
 
-
-class Cut(NamedTuple):
-    """Of a launch for values of 16 bits; what was fastest on an H200."""
-
-    tallest: int  # rows of a tile
-    programs: int | None  # about so many; with None each has one tile
-    warps: int
-    stages: int
-
-
-# Each program of `outer` leaves a partial result to be added.
-DOWN, UP, OUTER = Cut(128, 1024, 4, 2), Cut(64, None, 4, 2), Cut(128, 256, 8, 2)
+# Rows of a tile, and programs of `outer`, each of which leaves a partial result to be added: what was fastest on an
+# H200, four programs for each of its multiprocessors.
+DOWN_ROWS, UP_ROWS, OUTER_ROWS, OUTER_PROGRAMS = 128, 128, 64, 528
 SUMMED = 32  # weights of a program of `add_splits`: 128 bytes of every split
 
 
@@ -119,7 +110,8 @@ def _(fine, fine_out, coarse, coarse_out, slope):
 def launch_down(fine, out, weight, slope: float) -> Tensor:
     fine, weight = as_rows(fine), as_rows(weight)
     coarse = empty_coarse(fine, len(weight))
-    rows, grid, cut = launch_cut(coarse, DOWN)
+    rows, grid, cut = launch_cut(coarse, DOWN_ROWS)
+    del cut["TURNS"]
     with torch.cuda.device_of(fine):
         kernels.down[grid](
             fine,
@@ -132,8 +124,8 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
             PRECISION=precision(fine),
             **cut,
             **window(fine),
-            num_warps=DOWN.warps,
-            num_stages=DOWN.stages,
+            num_warps=4,
+            num_stages=2,
         )
     return coarse
 
@@ -141,7 +133,7 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
 def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     coarse, weight = as_rows(coarse), as_rows(weight)
     fine = empty_fine(coarse, weight.shape[1])
-    rows, _, cut = launch_cut(coarse, UP)
+    rows, _, cut = launch_cut(coarse, UP_ROWS)
     del cut["TURNS"]
     with torch.cuda.device_of(coarse):
         kernels.up[triton.cdiv(rows, cut["BLOCK_ROWS"] - 2),](
@@ -156,8 +148,8 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
             TANH=tanh,
             PRECISION=precision(coarse),
             **cut,
-            num_warps=UP.warps,
-            num_stages=UP.stages,
+            num_warps=4 if out is None else 8,
+            num_stages=2,
         )
     return fine
 
@@ -165,7 +157,7 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
 def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
     """The partial sums (splits, K, taps) in float32."""
     fine, coarse = as_rows(fine), as_rows(coarse)
-    rows, grid, cut = launch_cut(coarse, OUTER)
+    rows, grid, cut = launch_cut(coarse, OUTER_ROWS, OUTER_PROGRAMS)
     line = window(fine)
     partial = torch.empty((grid[0], coarse.shape[1], 4 * line["WINDOW"]), dtype=torch.float32, device=fine.device)
     with torch.cuda.device_of(fine):
@@ -182,8 +174,8 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
             PRECISION=precision(fine),
             **cut,
             **line,
-            num_warps=OUTER.warps,
-            num_stages=OUTER.stages,
+            num_warps=4,
+            num_stages=1,
         )
     return partial
 
@@ -205,12 +197,12 @@ def launch_add_splits(partial, fine) -> Tensor:
     return dweight
 
 
-def launch_cut(coarse, cut: Cut):
-    """The rows of the coarse matrix, the grid of a launch, and its constants."""
+def launch_cut(coarse, tallest: int, programs: int | None = None):
+    """The rows of the coarse matrix, the grid of a launch, and its constants; `tallest` and `programs` as in `plan`."""
     _, channels, height, width = coarse.shape
     rows = coarse.numel() // channels
-    plan = kernels.plan(rows, channels, coarse.element_size(), cut.tallest, cut.programs)
-    constants = {
+    plan = kernels.plan(rows, channels, coarse.element_size(), tallest, programs)
+    cut = {
         "HEIGHT": height,
         "WIDTH": width,
         "K": channels,
@@ -218,7 +210,7 @@ def launch_cut(coarse, cut: Cut):
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
     }
-    return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), constants
+    return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), cut
 
 
 def window(fine):

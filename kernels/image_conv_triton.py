@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | None) -> Plan:
+def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | None = None) -> Plan:
     """The cut of `rows` x `channels` into tiles of up to `tallest` rows, for about `programs` programs, each with
     `turns` tiles of one split's rows, or for as many as there are tiles."""
     # Values of 4 bytes in tiles as large would not fit shared memory, nor, without TF32, the registers.
@@ -108,25 +108,22 @@ def down(
     TANH_GRADIENT: tl.constexpr,
     SLOPE: tl.constexpr,  # of what is stored where it is negative
     PRECISION: tl.constexpr,
-    TURNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    split, cols = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    first, cols = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     tap = tl.arange(0, 4 * WINDOW)
     weight = tl.load(
         weight_ptr + cols[None, :] * (16 * C) + (tap // WINDOW * (4 * C) + tap % WINDOW - LEAD)[:, None],
         mask=_is_tap(tap, C, LEAD, WINDOW)[:, None] & (cols < K)[None, :],
         other=0.0,
     )
+    patches = _patches(fine_ptr, out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS)
+    total = tl.dot(patches, weight, input_precision=PRECISION)
+    coarse = tl.where(total > 0.0, total, total * SLOPE).to(coarse_ptr.dtype.element_ty)
     place = tl.arange(0, BLOCK_ROWS)
-    for turn in range(TURNS):
-        first = (split * TURNS + turn) * BLOCK_ROWS
-        patches = _patches(fine_ptr, out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS)
-        total = tl.dot(patches, weight, input_precision=PRECISION)
-        coarse = tl.where(total > 0.0, total, total * SLOPE).to(coarse_ptr.dtype.element_ty)
-        mask = (place < rows - first)[:, None] & (cols < K)[None, :]
-        tl.store(coarse_ptr + first.to(tl.int64) * K + place[:, None] * K + cols[None, :], coarse, mask=mask)
+    mask = (place < rows - first)[:, None] & (cols < K)[None, :]
+    tl.store(coarse_ptr + first.to(tl.int64) * K + place[:, None] * K + cols[None, :], coarse, mask=mask)
 
 
 @triton.jit

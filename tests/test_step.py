@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -497,6 +498,7 @@ def test_replays_do_not_synchronise_nor_allocate_and_draw_new_noise() -> None:
     for _ in range(Captured.WARM_UP + 2):
         executor.run()
     torch.cuda.synchronize()
+    gc.collect()  # what earlier tests left must not go meanwhile
     noise, allocated = step.noise.clone(), torch.cuda.memory_allocated()
     torch.cuda.set_sync_debug_mode("error")
     try:

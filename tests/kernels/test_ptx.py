@@ -103,9 +103,8 @@ def test_batch_norm_act(device, assert_close, shape, groups, dtype, cut):
     ids=str,
 )
 def test_image_conv(device, assert_close, monkeypatch, shape, features, programs, dtype):
-    """All six launches, with one tile a program and with several."""
-    for name in ("DOWN", "OUTER"):
-        monkeypatch.setattr(image_conv_op, name, getattr(image_conv_op, name)._replace(programs=programs))
+    """All six launches; of `outer` with one tile a program and with several."""
+    monkeypatch.setattr(image_conv_op, "OUTER_PROGRAMS", programs)
     samples, channels, height, width = shape
     images, image_out = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype).tanh()
     maps, map_out = (draw(samples, features, height // 2, width // 2, dtype=dtype) for _ in range(2))

@@ -34,13 +34,12 @@ def discriminator(kind: str, shape: Shape, precision: str, device: torch.device)
     return network
 
 
-def peak_bytes(network: nn.Module, shape: Shape, precision: str, device: torch.device) -> int:
+def peak_bytes(network: nn.Module, shape: Shape, device: torch.device) -> int:
     """The most bytes that one forward and backward pass has at a time beyond those before it."""
     images = torch.rand(shape.batch_size, shape.channels, *shape.image_size, device=device) * 2 - 1
-    images = images.to(torch.bfloat16 if precision == "bf16" else torch.float32, memory_format=torch.channels_last)
+    images = images.to(next(network.parameters()).dtype, memory_format=torch.channels_last)
 
     def run() -> None:
-        network.zero_grad()
         network(images).sum().backward()
         network.zero_grad()
 
@@ -66,9 +65,7 @@ def main() -> None:
     for precision in arguments.precisions:
         for batch in arguments.batches:
             shape = Shape(batch, (arguments.image_size, arguments.image_size))
-            plain, fused = (
-                peak_bytes(discriminator(kind, shape, precision, device), shape, precision, device) for kind in KINDS
-            )
+            plain, fused = (peak_bytes(discriminator(kind, shape, precision, device), shape, device) for kind in KINDS)
             rows.append({"precision": precision, "batch_size": batch, "plain_bytes": plain, "fused_bytes": fused})
             print(
                 f"{precision}, batch {batch}: {plain / 2**20:,.1f} MiB plain, {fused / 2**20:,.1f} fused, "

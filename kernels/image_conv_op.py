@@ -111,7 +111,6 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
     fine, weight = as_rows(fine), as_rows(weight)
     coarse = empty_coarse(fine, len(weight))
     rows, grid, cut = launch_cut(coarse, DOWN_ROWS)
-    del cut["TURNS"]
     with torch.cuda.device_of(fine):
         kernels.down[grid](
             fine,
@@ -134,7 +133,6 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     coarse, weight = as_rows(coarse), as_rows(weight)
     fine = empty_fine(coarse, weight.shape[1])
     rows, _, cut = launch_cut(coarse, UP_ROWS)
-    del cut["TURNS"]
     with torch.cuda.device_of(coarse):
         kernels.up[triton.cdiv(rows, cut["BLOCK_ROWS"] - 2),](
             coarse,
@@ -206,10 +204,11 @@ def launch_cut(coarse, tallest: int, programs: int | None = None):
         "HEIGHT": height,
         "WIDTH": width,
         "K": channels,
-        "TURNS": plan.turns,
         "BLOCK_ROWS": plan.block_rows,
         "BLOCK_COLS": plan.block_cols,
     }
+    if programs is not None:
+        cut["TURNS"] = plan.turns
     return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), cut
 
 

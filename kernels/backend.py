@@ -20,7 +20,7 @@ except Exception as error:  # a broken installation raises more than ImportError
 Backend = Literal["auto", "triton", "reference"]
 
 _log = logging.getLogger("fastdcgan.kernels")
-_logged: set[tuple[str, str, str]] = set()
+_logged: set[str] = set()
 
 
 def use_triton(operation: str, tensor: Tensor, backend: Backend) -> bool:
@@ -46,13 +46,13 @@ def use_triton(operation: str, tensor: Tensor, backend: Backend) -> bool:
                 "on a CPU start Python with TRITON_INTERPRET=1 (slow, for tests)"
             )
     chosen = backend == "triton" or (backend == "auto" and device == "cuda" and TRITON_MISSING is None)
-    if not torch.compiler.is_compiling():
-        _log_once(operation, device, "triton" if chosen else "reference")
+    without = f" (no Triton: {TRITON_MISSING})" if device == "cuda" and TRITON_MISSING else ""
+    log_once(f"{operation} on {device} runs its {'triton' if chosen else 'reference'} implementation{without}")
     return chosen
 
 
-def _log_once(operation: str, device: str, chosen: str) -> None:
-    if (operation, device, chosen) not in _logged:
-        _logged.add((operation, device, chosen))
-        without = f" (no Triton: {TRITON_MISSING})" if device == "cuda" and TRITON_MISSING else ""
-        _log.info("%s on %s runs its %s implementation%s", operation, device, chosen, without)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while it traces
+def log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _log.info(message)

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.kernels.backend import Backend, use_triton
+from fastdcgan.kernels.backend import Backend, log_once, use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (rows, channels), a row being a pixel of a sample: the bfloat16 layers, in one group, for whose forward and backward
+# pass torch.compile's own kernels took less time on an H200 (bench/results/h200-batch-norm-all-layers.json).
+COMPILED_IS_FASTER = ((128 * 4 * 4, 256), (128 * 8 * 8, 128), (128 * 16 * 16, 64), (1024 * 16 * 16, 256))
 
 
 def batch_norm_act(
@@ -48,7 +51,8 @@ def batch_norm_act(
         sync: take the statistics over the batches of all processes of the `torch.distributed` run, each of which calls
             this with as many samples: group g of one process belongs with group g of the others. Differentiable once.
             Evaluation mode takes no notice of it.
-        backend: "auto" (Triton on CUDA tensors, the reference elsewhere), "triton" or "reference".
+        backend: "auto" (Triton on CUDA tensors, the reference elsewhere, and inside torch.compile also for the layers
+            of COMPILED_IS_FASTER), "triton" or "reference".
 
     Returns:
         y of x's shape and dtype: channels_last from a channels_last x (from the Triton implementation, always).
@@ -70,7 +74,9 @@ def batch_norm_act(
             as_rows(x), weight, bias, running_mean, running_var, momentum, eps, negative_slope, groups, triton
         )
         return synced
-    if use_triton("batch_norm_act", x, backend):
+    if use_triton("batch_norm_act", x, backend) and not (
+        backend == "auto" and _left_to_the_compiler(x, training, groups)
+    ):
         from fastdcgan.kernels.batch_norm_act_op import BatchNormAct
 
         y: Tensor = BatchNormAct.apply(
@@ -108,6 +114,19 @@ def reference(
 def as_rows(x: Tensor) -> Tensor:
     """x, or a copy of it, with the channels of a pixel side by side and the pixels in order."""
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def _left_to_the_compiler(x: Tensor, training: bool, groups: int) -> bool:
+    """Whether torch.compile is at work, on a layer for which its kernels were measured faster than the Triton ones."""
+    if not torch.compiler.is_compiling() or not training or groups > 1 or x.dtype != torch.bfloat16:
+        return False
+    for rows, channels in COMPILED_IS_FASTER:  # a look-up would make a size that torch.compile left open a constant
+        if x.shape[1] == channels and x.numel() == rows * channels:
+            log_once(
+                f"batch_norm_act leaves {rows} rows of {channels} channels to torch.compile, which was measured faster"
+            )
+            return True
+    return False
 
 
 def _check(x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, negative_slope: float) -> None:

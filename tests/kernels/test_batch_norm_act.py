@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,9 @@ from torch import nn
 
 from fastdcgan.kernels import backend, batch_norm_act
 
+# The package's attribute of that name is the function.
+module = sys.modules["fastdcgan.kernels.batch_norm_act"]
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 reference = functools.partial(batch_norm_act, backend="reference")
 
 
@@ -104,3 +110,39 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
         for _ in range(3):
             batch_norm_act(torch.randn(4, 6, 3, 3), *channels(6), training=True)
     assert caplog.messages == ["batch_norm_act on cpu runs its reference implementation"]
+
+
+def test_the_layers_left_to_the_compiler_are_those_it_was_measured_faster_on():
+    microseconds = {}
+    for row in json.loads((RESULTS / "h200-batch-norm-all-layers.json").read_text())["rows"]:
+        assert (row["groups"], row["dtype"], row["timer"]) == (1, "bf16", "graph")
+        batch, channels, height, width = row["shape"]
+        if row["pass"] == "both":
+            microseconds[batch * height * width, channels, row["variant"]] = row["ms"]
+    layers = {(rows, channels) for rows, channels, _ in microseconds}
+    faster = {layer for layer in layers if microseconds[*layer, "compiled"] < microseconds[*layer, "fused"]}
+    assert set(module.COMPILED_IS_FASTER) == faster
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_layer_is_left_to_the_compiler_inside_torch_compile_alone(caplog, monkeypatch, dynamic):
+    """On CPU tensors, as if Triton were theirs: the choice, not what is chosen."""
+    monkeypatch.setattr(module, "COMPILED_IS_FASTER", ((64, 6),))
+    monkeypatch.setattr(backend, "_logged", set())
+
+    def choices(x):
+        left = module._left_to_the_compiler
+        asked = (x, True, 1), (x, False, 1), (x, True, 2), (x.float(), True, 1)
+        return x + 1, [left(*question) for question in asked]
+
+    compiled = torch.compile(choices, fullgraph=True, backend="eager", dynamic=dynamic)
+    layer, taller, wider = (
+        torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, 6, 4, 4), (5, 6, 4, 4), (4, 7, 4, 4))
+    )
+    with caplog.at_level(logging.INFO, logger="fastdcgan.kernels"):
+        assert choices(layer)[1] == [False] * 4
+        assert compiled(layer)[1] == [True, False, False, False]
+        assert compiled(taller)[1] == compiled(wider)[1] == [False] * 4
+    assert caplog.messages == [
+        "batch_norm_act leaves 64 rows of 6 channels to torch.compile, which was measured faster"
+    ]

@@ -236,6 +236,13 @@ def test_compile(device, monkeypatch):
     assert launches == ["launch_forward", "launch_backward"]
 
 
+def test_a_layer_left_to_the_compiler(device, check_batch_norm_act, monkeypatch):
+    if device == "cpu":
+        pytest.skip("on a CPU every layer is the compiler's")
+    monkeypatch.setattr(batch_norm_act_op, "launch_forward", None)  # not to be called
+    check_batch_norm_act(torch.compile(batch_norm_act, fullgraph=True), (128, 256, 4, 4), torch.bfloat16)
+
+
 def test_same_bits_every_time(device):
     shape, repeats = ((4, 19, 7, 7), 2) if device == "cpu" else ((128, 64, 32, 32), 50)
     x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()

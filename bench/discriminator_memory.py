@@ -9,6 +9,8 @@ compiled: what differs is what the operators save for the backward pass, and wha
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -73,7 +75,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        command = "python -m fastdcgan.bench.discriminator_memory"
+        command = shlex.join(["python", "-m", "fastdcgan.bench.discriminator_memory", *sys.argv[1:]])
         write_json(arguments.json, describe(device, command) | {"measured": "discriminator memory", "rows": rows})
 
 

@@ -76,7 +76,7 @@ done
 if has pytest; then
     section tests 120 bash -c "set -o pipefail; $PYTHON -m pytest -v -rf -m gpu -o addopts=--import-mode=importlib \
         -p no:cacheprovider $(has xdist && echo '-n 6') --continue-on-collection-errors \
-        tests/test_step.py tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
+        tests/test_step.py tests/bench tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
         grep -E '^(FAILED|ERROR)|passed|failed' \$OUT/tests.txt | tail -40; exit \$code"
 else
     echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
@@ -107,6 +107,7 @@ else
     echo "== train: skipped, no tyro here" | tee -a "$OUT/log.txt"
 fi
 section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
+section "discriminator memory" 30 "$PYTHON" -m fastdcgan.bench.discriminator_memory --json "$OUT/discriminator-memory.json"
 section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
 section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
     --json "$OUT/kernels-groups-2.json"

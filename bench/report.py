@@ -34,7 +34,6 @@ def readme(found: Results) -> str:
         if (alt := plotted(content))
     )
     lines = [
-        *captured_lines(found),
         *end_to_end_lines(found),
         *data_lines(found),
         *start_lines(found),
@@ -52,24 +51,6 @@ def plotted(content: dict[str, Any]) -> str | None:
 
 def cited(stem: str) -> str:
     return f"[{stem}.json](bench/results/{stem}.json)"
-
-
-def captured_lines(found: Results) -> list[str]:
-    """The captured step by itself, where no rival was measured beside it."""
-    lines = []
-    for stem, content in of_kind(found, "captured step"):
-        rows = [row for row in content["rows"] if row["commit"] == content["commit"]]
-        (height, width), precision = content["network"]["image_size"], rows[0]["precision"]
-        speeds = ", ".join(
-            f"{row['images_per_second']:,} images/s at batch {row['batch_size']:,}"
-            f" ({row['images_per_second'] / row['floor']:.0%} of the floor)"
-            for row in rows
-        )
-        lines.append(
-            f"- On one {content['device']['name']}, the captured step alone, {height}x{width}, {precision}: {speeds},"
-            f" at commit {content['commit']}, without a rival beside it ({cited(stem)})."
-        )
-    return lines
 
 
 def end_to_end_lines(found: Results) -> list[str]:
@@ -280,10 +261,9 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "fastdcgan"  # the same figures give the same file
     found = results(RESULTS)
     for stem, content in found.items():
-        if is_comparison(content):
-            plot_throughput(content, RESULTS / f"{stem}.svg")
-        elif content["measured"] == "quality":
-            plot_quality(content, RESULTS / f"{stem}.svg")
+        if plotted(content):
+            plot = plot_quality if content["measured"] == "quality" else plot_throughput
+            plot(content, RESULTS / f"{stem}.svg")
     print(readme(found))
     try:
         README.write_text(insert(readme(found), README.read_text()))

@@ -7,8 +7,11 @@ as TF32, its threads, the functions it has compiled. Contenders take turns all t
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from threading import Thread
 from types import TracebackType
 from typing import Any
 
@@ -66,6 +69,7 @@ class Contestant:
 def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> None:
     """Answer `ask` until nobody can ask any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the asker too, which then ends this process
+    Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     # The workers of a DataLoader start as they do elsewhere, not as this process was started.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     contenders.quiet()
@@ -81,3 +85,9 @@ def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> No
         except (RuntimeError, UserError, torch._dynamo.exc.TorchDynamoException) as error:
             failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         connection.send((failure, result))
+
+
+def _end_with(asker: BaseProcess) -> None:
+    """End this process when the asker's has ended, whatever it is at: a killed one cannot say so."""
+    asker.join()
+    os._exit(1)

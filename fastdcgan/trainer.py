@@ -22,6 +22,7 @@ from fastdcgan.console import say, spinner, training_progress
 from fastdcgan.data import open_dataset
 from fastdcgan.distributed import World, join
 from fastdcgan.errors import UserError
+from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
 from fastdcgan.pace import USUAL, Pace
 from fastdcgan.processor import native_bf16
@@ -72,6 +73,7 @@ def train(config: TrainConfig) -> Path:
         return train_in(world, config, device)
     finally:
         world.leave()
+        heap.keeps = False  # as the caller had it: the step had asked for it
 
 
 def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:

@@ -22,6 +22,7 @@ from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.distributed import ALONE
 from fastdcgan.errors import UserError
+from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.runs import load_run
 from fastdcgan.saver import restore
@@ -71,6 +72,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_run_folder(straight: Path) -> None:
+    assert not heap.keeps, "the process has its memory back as it was"
     names = {p.relative_to(straight).as_posix() for p in straight.rglob("*") if p.is_file()}
     assert {
         "config.json",

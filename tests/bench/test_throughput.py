@@ -4,6 +4,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from fastdcgan.bench.roofline import Rates
 from fastdcgan.bench.throughput import bench
 from fastdcgan.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SMALL = Shape(image_size=(16, 16), latent_dim=8, width=4)
 
@@ -91,6 +95,11 @@ class Switch:
 
     def die(self):
         os._exit(1)
+
+    def work(self):
+        os.write(1, f"{os.getpid()}\\n".encode())
+        while True:
+            pass
 """
 
 
@@ -110,6 +119,24 @@ def test_contestants_share_no_switches(monkeypatch, tmp_path):
         with pytest.raises(Failed, match="its process ended"):
             other.ask("die")
     assert torch.backends.cudnn.benchmark == before
+
+
+def test_contestants_end_with_a_killed_asker(tmp_path):
+    (tmp_path / "a_switch.py").write_text(SWITCH)
+    asker = (
+        "from a_switch import Switch; from fastdcgan.bench.contestant import Contestant\n"
+        "if __name__ == '__main__': Contestant(Switch, True).ask('work')\n"
+    )
+    (tmp_path / "asker.py").write_text(asker)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "asker.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert int(process.stdout.readline()) != process.pid
+    process.kill()
+    assert process.communicate(timeout=60) == ("", None)  # the pipe closes when its last writer is gone
 
 
 def test_end_to_end_from_files(tmp_path, capsys):

@@ -115,6 +115,7 @@ def _ssim_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     def mean(x: Tensor) -> Tensor:  # matrix products: small images are filtered faster so than by convolution
         return down @ x @ across.T
 
+    a, b = a + 1, b + 1  # intensities: of signed values two nearly equal greys about 0 would count as opposites
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # for a range of 2
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2

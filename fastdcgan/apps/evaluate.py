@@ -139,7 +139,8 @@ def described(discriminator: AnyDiscriminator, images: Tensor) -> list[Tensor]:
 def features_of(discriminator: AnyDiscriminator, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Features of two sets, in which each of the discriminator's stages counts the same: (N, d) and (M, d)."""
     stages = zip(described(discriminator, real), described(discriminator, fake), strict=True)
-    scaled = [(a / a.std(0).norm(), b / a.std(0).norm()) for a, b in stages]
+    # Centred, for distances are computed from products, which would drown them in what all features have in common.
+    scaled = [((a - a.mean(0)) / a.std(0).norm(), (b - a.mean(0)) / a.std(0).norm()) for a, b in stages]
     return torch.cat([a for a, _ in scaled], dim=1), torch.cat([b for _, b in scaled], dim=1)
 
 

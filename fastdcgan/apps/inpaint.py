@@ -140,7 +140,7 @@ def context_weight(hole: Tensor) -> Tensor:
         float32 (N, H, W), 0 in the hole.
     """
     missing = hole[:, None].float()
-    share = F.avg_pool2d(missing, WINDOW, stride=1, padding=WINDOW // 2)
+    share = F.avg_pool2d(missing, WINDOW, stride=1, padding=WINDOW // 2, count_include_pad=False)
     return (share * (1 - missing))[:, 0]
 
 

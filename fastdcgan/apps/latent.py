@@ -60,14 +60,15 @@ def slerp(start: Tensor, end: Tensor, amount: Tensor) -> Tensor:
     Returns:
         (n, latent_dim); a straight line where both point in one direction, or in opposite ones.
     """
+    start, end, amount, dtype = start.double(), end.double(), amount.double(), start.dtype  # for nearly opposite points
     cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
     amount = amount[:, None]
     if torch.sin(angle) < 1e-4:
-        return start + amount * (end - start)
+        return (start + amount * (end - start)).to(dtype)
     a, b = torch.sin((1 - amount) * angle), torch.sin(amount * angle)
     direction = (a * F.normalize(start, dim=0) + b * F.normalize(end, dim=0)) / torch.sin(angle)
-    return direction * (start.norm() + amount * (end.norm() - start.norm()))
+    return (direction * (start.norm() + amount * (end.norm() - start.norm()))).to(dtype)
 
 
 def walk(points: Tensor, steps: int) -> Tensor:

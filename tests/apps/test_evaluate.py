@@ -18,7 +18,7 @@ from fastdcgan.apps.distances import (
     sliced_wasserstein,
     ssim,
 )
-from fastdcgan.apps.evaluate import evaluate, inception_scores, measure
+from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure
 from fastdcgan.apps.features import untrained as fresh_discriminator
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.neighbours import prdc
@@ -95,7 +95,14 @@ def test_similarities():
 
 def test_ssim_agrees_with_its_formula_on_constants():
     a, b = torch.full((1, 1, 16, 16), 0.5), torch.full((1, 1, 16, 16), -0.25)
-    assert ssim(a, b).item() == pytest.approx((2 * 0.5 * -0.25 + 0.0004) / (0.25 + 0.0625 + 0.0004), abs=1e-4)
+    # In 0..255 these are 191.25 and 95.625, and c1 is (0.01 * 255)^2.
+    assert ssim(a, b).item() == pytest.approx((2 * 191.25 * 95.625 + 6.5) / (191.25**2 + 95.625**2 + 6.5), abs=1e-4)
+
+
+def test_one_picture_in_many_brightnesses_is_one_picture():
+    picture = images(1, 64).clamp(-0.9, 0.9)
+    shades = picture + torch.linspace(-0.05, 0.05, 8)[:, None, None, None]
+    assert ms_ssim_diversity(shades) > 0.99
 
 
 def test_precision_and_recall_tell_collapse_from_noise():
@@ -107,6 +114,14 @@ def test_precision_and_recall_tell_collapse_from_noise():
     assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.2
     far = prdc(real, 3 * torch.randn(400, 4, generator=random))
     assert far["precision"] < 0.5 and far["recall"] > 0.8
+
+
+def test_features_of_pale_pictures_are_as_exact_as_of_others(networks):
+    data = open_dataset("digits", image_size=(16, 16), device=torch.device("cpu"))
+    pale = 0.9 + 0.02 * (data.take(range(200)).permute(0, 3, 1, 2) / 127.5 - 1)
+    features, _ = features_of(fresh_discriminator(networks[1], pale), pale[:100], pale[100:])
+    exact = torch.cdist(features.double(), features.double())
+    assert (torch.cdist(features, features) - exact).abs().max() < 0.01 * exact.max()
 
 
 @pytest.fixture(scope="session")

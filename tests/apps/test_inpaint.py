@@ -51,6 +51,12 @@ def test_context_weight_is_the_missing_share_of_the_window():
     assert weight[10, 13] == pytest.approx(1 / 49) and weight[9, 9] == pytest.approx(1 / 49)
 
 
+def test_context_weight_at_an_edge_counts_the_pixels_there_are():
+    hole = torch.zeros(1, 21, 21, dtype=torch.bool)
+    hole[0, 0, 0] = True
+    assert context_weight(hole)[0, 0, 1] == pytest.approx(1 / (4 * 5))
+
+
 def test_outputs_and_a_mask_from_a_file(run, digit_files, tmp_path):
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (4, 4, 12, 10))

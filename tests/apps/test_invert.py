@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -55,6 +56,12 @@ def test_slerp_keeps_the_length_and_meets_its_ends():
     assert torch.allclose(angles, angles[:1], atol=1e-3)  # equal steps
     assert torch.isfinite(slerp(start, start, torch.tensor([0.5]))).all()
     assert torch.isfinite(slerp(start, -start, torch.tensor([0.5]))).all()
+
+
+def test_slerp_keeps_the_length_between_nearly_opposite_points():
+    start, across = torch.eye(50)[:2]
+    end = -start + 1e-3 * across
+    assert slerp(start, end, torch.tensor([0.5]))[0].norm().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_a_walk_meets_every_point():

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from fastdcgan.errors import UserError
 
+REPLACED = ".replaced"
 TENSOR_FILES = ("generator", "average", "discriminator", "state")
 
 
@@ -63,12 +65,10 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         (unfinished / "state.json").write_text(state + "\n")
         for file in [*unfinished.iterdir(), unfinished]:
             _sync(file)
-        if folder.exists():  # the same step again, after a resume from an older one
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-        _sync(folder.parent)
+        _put(unfinished, folder)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
+        bring_back(run)
         raise
     for old in complete(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -104,6 +104,7 @@ def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         UserError: there are checkpoints and every one is damaged.
     """
+    bring_back(run)
     folders = complete(run)
     for folder in reversed(folders):
         try:
@@ -133,11 +134,10 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
         shutil.copytree(folder, unfinished)
         for file in [*unfinished.iterdir(), unfinished]:
             _sync(file)
-        shutil.rmtree(best, ignore_errors=True)
-        unfinished.rename(best)
-        _sync(best.parent)
+        _put(unfinished, best)
     except OSError:
         shutil.rmtree(unfinished, ignore_errors=True)
+        bring_back(run)
         raise
     return True
 
@@ -167,6 +167,29 @@ def remove_unfinished(run: Path) -> None:
     """Delete what a killed run left half-written."""
     for folder in (run / "checkpoints").glob(".step-*.unfinished"):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def bring_back(run: Path) -> None:
+    """Give a checkpoint its name back that was to be replaced when the run was killed."""
+    for replaced in (run / "checkpoints").glob(f".*{REPLACED}"):
+        folder = replaced.with_name(replaced.name[1 : -len(REPLACED)])
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            with suppress(OSError):  # of a run that can only be read
+                replaced.rename(folder)
+
+
+def _put(finished: Path, folder: Path) -> None:
+    """Give a finished folder its name. One that has it already (the same step again, after a stop or a resume from an
+    older one) steps aside first, and is only deleted when the new one is there: a kill leaves one of the two."""
+    replaced = folder.with_name(f".{folder.name}{REPLACED}")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    finished.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _plain(value: Tensor) -> Tensor:

@@ -146,6 +146,39 @@ def test_a_damaged_newest_checkpoint_costs_only_itself(
             folder.rename(run / f"{damage}-{folder.name}")
 
 
+@pytest.mark.parametrize("renamings", [1, 2])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamings: int
+) -> None:
+    """As when a stop falls on a step that was saved anyway, and --keep 1."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    older = checkpoint.load(checkpoint.complete(straight)[-1])
+    newer = dataclasses.replace(older, progress=older.progress | {"images": 7})
+    folder = checkpoint.save(run, 12, older, keep=1)
+    rename, done = Path.rename, 0
+
+    def killed(self: Path, target: Path) -> Path:
+        nonlocal done
+        if done == renamings:
+            raise KeyboardInterrupt
+        done += 1
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        if renamings == 1:
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(run, 12, newer, keep=1)
+        else:
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+            checkpoint.save(run, 12, newer, keep=1)
+    found = checkpoint.load_newest(run, print)
+    assert found is not None and found.progress["images"] == (older if renamings == 1 else newer).progress["images"]
+    checkpoint.remove_unfinished(run)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [folder.name]
+
+
 @pytest.mark.parametrize(
     ("full", "left"),
     [

@@ -73,9 +73,11 @@ class ZipSource(EncodedSource):
         data = self._file.read_at(self._start(entry), entry.compress_size)
         if entry.compress_type == zipfile.ZIP_DEFLATED:
             try:
-                data = zlib.decompressobj(-15).decompress(data, entry.file_size)
+                data = zlib.decompressobj(-15).decompress(data, entry.file_size + 1)  # 0 would be no limit
             except zlib.error as error:
                 raise OSError(f"broken in the zip: {error}") from None
+        if len(data) != entry.file_size:
+            raise OSError("broken in the zip: not of the size that it states")
         if zlib.crc32(data) != entry.CRC:
             raise OSError("broken in the zip: wrong checksum")
         return data

@@ -100,8 +100,8 @@ class StagedStream(Stream):
         self._closed = False
         self._half = 1
         self._thread = threading.Thread(target=self._fill_slots, name="fill slots", daemon=True)
+        torch.cuda.current_stream(device).synchronize()  # `source` and slots may be memory that is still in use there
         self._thread.start()
-        self._copy_stream.wait_stream(torch.cuda.current_stream(device))  # `source` may be memory still in use there
         self._stage(0)
 
     def advance(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -203,3 +204,20 @@ def test_braces() -> None:
     assert expand_braces("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert expand_braces("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
     assert expand_braces("plain.tar") == ["plain.tar"]
+
+
+@pytest.mark.parametrize("stated", [0, 100])
+def test_a_zip_entry_that_states_too_small_a_size_is_not_unpacked_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: int
+) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(50 << 20))
+    source = ZipSource(path)
+    source._entries[0].file_size = stated
+    tracemalloc.start()
+    with pytest.raises(OSError, match="not of the size that it states"):
+        source.read(0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20

@@ -204,7 +204,7 @@ def kernel(
         g = tl.load(_pointer(grad, LOW, ALIGNMENT) + at, mask=mask, other=0.0).to(tl.float32)
     else:
         g = tl.load(_pointer(grad, tl.float32, ALIGNMENT) + at, mask=mask, other=0.0)
-    m += (1 - BETA1) * (g - m)
+    m = BETA1 * m + (1 - BETA1) * g
     v = BETA2 * v + (1 - BETA2) * g * g
     p -= step_size * tl.div_rn(m, tl.sqrt_rn(v) * inverse_root + EPS)
     tl.store(param_ptr, p, mask=mask)

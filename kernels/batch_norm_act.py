@@ -38,7 +38,8 @@ def batch_norm_act(
 
     Both implementations are differentiable twice in x, weight and bias. The Triton one saves x and two numbers for
     each channel and group for the backward pass, gives the same bits every time, and falls back to plain torch
-    operations when a gradient is itself to be differentiated (`create_graph=True`).
+    operations when a gradient is itself to be differentiated (`create_graph=True`). The transforms of `torch.func` are
+    for the reference.
 
     Args:
         x: (N, C, H, W) or (N, C); float32, bfloat16, float16 or float64. The Triton implementation works on

@@ -35,10 +35,11 @@ class BatchNormAct(torch.autograd.Function):
         negative_slope: float,
         groups: int,
     ) -> Tensor:
-        groups = groups if training else 1
-        y, mean, inverse = forward(
-            x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups
-        )
+        if training:
+            found = forward(x, weight, bias, running_mean, running_var, momentum, eps, negative_slope, groups)
+        else:
+            found = evaluate(x, weight, bias, running_mean, running_var, eps, negative_slope)
+        y, mean, inverse = found
         ctx.save_for_backward(x, weight, bias, mean, inverse)
         ctx.training, ctx.eps, ctx.negative_slope = training, eps, negative_slope
         return y
@@ -62,22 +63,40 @@ def forward(
     bias: Tensor,
     running_mean: Tensor,
     running_var: Tensor,
-    training: bool,
     momentum: float,
     eps: float,
     negative_slope: float,
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean (groups, C) and inverse deviation (groups, C); groups is 1 in evaluation mode."""
+    """In training mode: y, mean (groups, C) and inverse deviation (groups, C)."""
     plan = plan_for(x, groups)
-    return launch_forward(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan
-    )
+    return launch_forward(x, weight, bias, running_mean, running_var, True, momentum, eps, negative_slope, groups, plan)
 
 
 @forward.register_fake
-def _(x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups):
+def _(x, weight, bias, running_mean, running_var, momentum, eps, negative_slope, groups):
     mean = weight.new_empty((groups, x.shape[1]))
+    return torch.empty_like(as_rows(x)), mean, torch.empty_like(mean)
+
+
+@torch.library.custom_op("fastdcgan::batch_norm_act_evaluate", mutates_args=())
+def evaluate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """In evaluation mode: y, mean (1, C) and inverse deviation (1, C)."""
+    plan = plan_for(x, 1)
+    return launch_forward(x, weight, bias, running_mean, running_var, False, 0.0, eps, negative_slope, 1, plan)
+
+
+@evaluate.register_fake
+def _(x, weight, bias, running_mean, running_var, eps, negative_slope):
+    mean = weight.new_empty((1, x.shape[1]))
     return torch.empty_like(as_rows(x)), mean, torch.empty_like(mean)
 
 

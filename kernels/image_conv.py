@@ -77,12 +77,13 @@ def image_conv_transpose(x: Tensor, weight: Tensor, *, backend: Backend = "auto"
 
 def reference(images: Tensor, weight: Tensor, negative_slope: float) -> Tensor:
     """`image_conv` in torch's own operations."""
-    return F.leaky_relu(F.conv2d(images, weight, stride=2, padding=1), negative_slope, inplace=True)
+    z = F.conv2d(images, weight, stride=2, padding=1).to(images.dtype)  # autocast's convolution may have another one
+    return F.leaky_relu(z, negative_slope, inplace=True)
 
 
 def reference_transpose(x: Tensor, weight: Tensor) -> Tensor:
     """`image_conv_transpose` in torch's own operations."""
-    return F.conv_transpose2d(x, weight, stride=2, padding=1).tanh_()
+    return F.conv_transpose2d(x, weight, stride=2, padding=1).to(x.dtype).tanh_()
 
 
 def _use_triton(operation: str, tensor: Tensor, weight: Tensor, backend: Backend) -> bool:

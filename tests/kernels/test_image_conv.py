@@ -80,3 +80,10 @@ def test_auto_is_triton_only_for_what_was_measured(monkeypatch):
             torch.zeros(1, channels, 4, 4, dtype=dtype), torch.zeros(8, channels, 4, 4, dtype=dtype), negative_slope=0
         )
     assert seen == ["auto", "auto", "reference", "reference"]
+
+
+def test_the_results_have_the_inputs_dtype_under_autocast_too():
+    images, maps, weight = torch.randn(2, 3, 8, 6), torch.randn(2, 5, 4, 3), torch.randn(5, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = image_conv(images, weight, negative_slope=0.2), image_conv_transpose(maps, weight)
+    assert {tensor.dtype for tensor in found} == {torch.float32}

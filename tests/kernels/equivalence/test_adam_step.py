@@ -113,6 +113,16 @@ def test_replay(device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero")  # the interpreter's log(0)
+def test_without_momentum_the_first_moment_is_the_gradient(device):
+    """Not what is left of it beside a much larger one before."""
+    state = [[torch.zeros(3, device=device)] for _ in range(2)]
+    params, step = [torch.zeros(3, device=device)], torch.zeros((), device=device)
+    for gradient in (1000.0, 1e-3):
+        fused(params, [torch.full((3,), gradient, device=device)], *state, step, lr=0.1, betas=(0.0, 0.9))
+    torch.testing.assert_close(state[0][0], torch.full((3,), 1e-3, device=device), rtol=1e-6, atol=0)
+
+
 def test_compile(device):
     params = [torch.randn(5, device=device, requires_grad=True), torch.randn(4, 3, device=device, requires_grad=True)]
     grads = [torch.randn_like(p) for p in params]

@@ -47,6 +47,25 @@ def test_evaluation(check_batch_norm_act, slope, dtype):
     check_batch_norm_act(fused, (1, 7), dtype, slope=slope, training=False)
 
 
+def test_evaluation_leaves_the_statistics_to_others(device):
+    """Autograd must not take them for changed: another layer may have saved them."""
+    x = torch.randn(4, 5, 3, 3, device=device, requires_grad=True)
+    weight, bias, running_mean, running_var = (torch.rand(5, device=device) for _ in range(4))
+    y = nn.functional.batch_norm(x, running_mean, running_var, weight, bias, False)
+    fused(y, weight, bias, running_mean, running_var, training=False).sum().backward()
+    assert x.grad is not None and running_mean._version == running_var._version == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3, 3), (4, 5, 0, 3), (0, 5)], ids=str)
+def test_nothing_in_evaluation_mode(device, shape):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    channels = [torch.rand(5, device=device) for _ in range(4)]
+    weight = channels[0].requires_grad_()
+    y = fused(x, *channels, training=False, negative_slope=0.2)
+    dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+    assert y.shape == dx.shape == shape and torch.equal(dweight, torch.zeros_like(weight))
+
+
 def test_one_sample_a_group(check_batch_norm_act):
     check_batch_norm_act(fused, (4, 5, 4, 4), groups=4)
 
@@ -199,10 +218,10 @@ def test_gradient_penalty(device, training):
 def test_opcheck(device):
     x = torch.randn(4, 5, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
     channels = [torch.rand(5, device=device) + 0.5 for _ in range(4)]
+    torch.library.opcheck(batch_norm_act_op.forward, (x, *channels, 0.1, 1e-5, 0.2, 2))
+    torch.library.opcheck(batch_norm_act_op.evaluate, (x, *channels, 1e-5, 0.2))
     for training in (True, False):
-        groups = 2 if training else 1
-        torch.library.opcheck(batch_norm_act_op.forward, (x, *channels, training, 0.1, 1e-5, 0.2, groups))
-        mean = torch.rand(groups, 5, device=device)
+        mean = torch.rand(2 if training else 1, 5, device=device)
         torch.library.opcheck(batch_norm_act_op.backward, (x, x + 1, *channels[:2], mean, mean + 0.5, training, 0.2))
 
 

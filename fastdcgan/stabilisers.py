@@ -19,13 +19,15 @@ class Views:
     """What the discriminator sees in place of images: augmented, then under noise, with new draws for each view.
 
     Args:
-        images: (B, C, H, W), an example of a batch; every buffer has its device and dtype.
+        images: (B, C, H, W), an example of a batch, whose device and dtype the buffers have (`draws` float32 at least).
         augment: DiffAugment (`diff_augment`).
         noise: instance noise (Sonderby et al. 2017; Arjovsky and Bottou 2017); `level`, a () tensor, is its deviation.
     """
 
     def __init__(self, images: Tensor, *, augment: bool, noise: bool) -> None:
-        self.draws = images.new_zeros(3, len(images), DRAWS) if augment else None
+        # bfloat16 has too few numbers in 0..1 for the places in a large image.
+        exact = torch.promote_types(images.dtype, torch.float32)
+        self.draws = images.new_zeros(3, len(images), DRAWS, dtype=exact) if augment else None
         self.noise = torch.stack([torch.zeros_like(images)] * 3) if noise else None
         self.level = images.new_zeros(())
 
@@ -53,6 +55,7 @@ def diff_augment(images: Tensor, draws: Tensor) -> Tensor:
         draws: (B, DRAWS), uniform in 0..1.
     """
     brightness, saturation, contrast, *places = (draw[:, None, None, None] for draw in draws.unbind(1))
+    brightness, saturation, contrast = (colour.to(images.dtype) for colour in (brightness, saturation, contrast))
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
     images = (images - grey) * (2 * saturation) + grey

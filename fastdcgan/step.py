@@ -387,6 +387,7 @@ class Captured:
                 ) from error
             log.warning("the step cannot be captured as a CUDA graph (%s); going on without", reason)
             self.name = "compiled"
+            self.graphs.clear()  # one that was captured before draws from the generator that was given up
         else:
             self.graphs[penalised] = graph
         self.step.updates = updates  # recording runs nothing

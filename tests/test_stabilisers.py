@@ -16,7 +16,7 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.objectives import make_objective
 from fastdcgan.runs import load_run
-from fastdcgan.stabilisers import DRAWS, SpectralNorm, diff_augment, gradient_penalty, r1_penalty
+from fastdcgan.stabilisers import DRAWS, REAL, SpectralNorm, Views, diff_augment, gradient_penalty, r1_penalty
 from fastdcgan.step import TrainStep, make_executor
 from fastdcgan.trainer import train
 
@@ -111,6 +111,16 @@ def test_diff_augment(height: int, width: int, channels: int) -> None:
     assert len(holes) > 10
     small = images[:2, :, :8, :8].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: diff_augment(x, draws[2:4]), (small,), fast_mode=True)
+
+
+def test_every_place_in_a_large_image_is_drawn() -> None:
+    """bfloat16 has 129 numbers from 0.5 to 1, and half of an image of 512 pixels more places than that."""
+    views = Views(torch.zeros(4000, 1, 512, 1, dtype=torch.bfloat16), augment=True, noise=False)
+    views.draw(torch.Generator().manual_seed(0))
+    assert views.draws is not None
+    far = (views.draws[REAL, :, 3] * 513).long()
+    assert len(far[far > 256].unique()) == 256
+    assert views.see(torch.ones(4000, 1, 512, 1, dtype=torch.bfloat16), REAL).dtype == torch.bfloat16
 
 
 def test_spectral_norm_is_the_largest_singular_value() -> None:

@@ -439,6 +439,31 @@ def test_updates_with_and_without_a_penalty_are_two_recordings(monkeypatch: pyte
     assert executor.step.updates == 2 * Captured.WARM_UP + 4
 
 
+def test_where_the_second_capture_fails_the_first_graph_goes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It draws from a generator that is given up: the same noise twice, and none that a checkpoint knows of."""
+    executor, graph = captured_with_stand_ins(monkeypatch, require=False, fails=False, size=16, r1=1.0, r1_every=4)
+    whole = executor.step.penalty
+
+    def not_in_a_capture(real: Tensor, fake: Tensor) -> Tensor:
+        if executor.runs[True] == Captured.WARM_UP:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return whole(real, fake)
+
+    monkeypatch.setattr(executor.step, "penalty", not_in_a_capture)
+    for _ in range(4 * Captured.WARM_UP):
+        executor.run()
+    replayed = graph.calls.count("replay")
+    assert replayed > 0 and executor.name == "captured"
+    executor.capture()
+    noise = executor.step.rng.get_state()
+    executor.step.penalty = whole
+    for _ in range(4):
+        executor.run()
+    assert executor.name == "compiled" and graph.calls.count("replay") == replayed
+    assert not torch.equal(executor.step.rng.get_state(), noise)
+    assert executor.step.updates == 4 * Captured.WARM_UP + 4
+
+
 def test_where_capture_fails_the_reason_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -59,7 +59,7 @@ class Entry:
 
 def entries(names: tuple[str, ...], precision: str, device: torch.device) -> list[Entry]:
     """The contenders that make sense on the device. `precision` is of `skilled` and `fast`; auto: bf16 on a GPU that
-    computes in it, else fp32, and on a CPU that multiplies bfloat16 the fast ones in bf16 too."""
+    computes in it, else fp32, and on a CPU that multiplies bfloat16 bf16 too."""
     on_gpu = device.type == "cuda"
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -73,7 +73,7 @@ def entries(names: tuple[str, ...], precision: str, device: torch.device) -> lis
         elif name == "example-fp32":
             chosen += [Entry(name, "fp32")] if on_gpu else []
         elif name == "skilled":
-            chosen.append(Entry(name, precision))
+            chosen += [Entry(name, each) for each in [precision, *further]]
             if on_gpu and precision == "bf16":
                 chosen.append(Entry(name, "fp16"))  # float16 BatchNorm runs on cuDNN, bfloat16 does not
         elif name != "fast-captured" or on_gpu:

@@ -42,7 +42,7 @@ class Row:
     images: int = 0  # in an epoch
     first_epoch: float = 0.0  # images/s
     later_epochs: float = 0.0  # images/s, median
-    first_ratio: float | None = None  # to the first contender
+    first_ratio: float | None = None  # to `example`, where it did not run to the first contender
     later_ratio: float | None = None
     epochs: list[float] = field(default_factory=list)  # images/s
 
@@ -104,7 +104,9 @@ def bench_batch_size(
                 row.epochs.append(row.images / seconds)
     for row in rows:
         row.first_epoch, row.later_epochs = row.epochs[0], median(row.epochs[1:] or row.epochs)
-        row.first_ratio, row.later_ratio = row.first_epoch / rows[0].epochs[0], row.later_epochs / rows[0].later_epochs
+    plain = next((row for row in rows if row.contender == "example"), rows[0])
+    for row in rows:
+        row.first_ratio, row.later_ratio = row.first_epoch / plain.first_epoch, row.later_epochs / plain.later_epochs
     return rows
 
 

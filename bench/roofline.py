@@ -4,6 +4,8 @@ Every layer and pass of the step is one kernel that takes max(FLOPs / matrix rat
 input and writing each output once; their sum is the floor. What counts as the exact step:
 - real and fake images go through the discriminator together; its update computes no gradient for images, the
   generator's update none for the discriminator's weights;
+- a convolution multiplies every weight with every pixel of the smaller grid, padding among them, as torch's FLOP
+  counter has it and matrix products compute it (at 64x64 a tenth or more of all multiplications are with padding);
 - BatchNorm with its activation is one kernel each way that reads its input twice, once for the statistics: forward
   reads x, x, writes y; backward reads x, dy, x, dy, writes dx;
 - the activations that follow a convolution directly, and the losses, cost nothing beyond that convolution;

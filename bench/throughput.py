@@ -74,7 +74,7 @@ class Row:
     batch_size: int
     images_per_second: float = 0.0  # median over the rounds
     spread: float = 0.0  # half the distance between the quartiles
-    ratio: float | None = None  # to the first contender, median over rounds of the ratio within a round
+    ratio: float | None = None  # to `example`, where it did not run to the first; median over rounds of that in each
     useful_flops: float = 0.0  # FLOP/s: those of the exact step, whatever else the contender computes
     floor: float = 0.0  # images/s at the floor, in this row's precision
     peak_memory_bytes: int = 0  # GPU: taken from the device. CPU: allocated inside one step beyond what it began with
@@ -116,7 +116,7 @@ def bench(
                 for each in sorted(rates):
                     layers = roofline.layer_table(passes(shape, each), rates[each])
                     print(f"\n{each}, batch {shape.batch_size}:\n{layers}")
-            rows += bench_shape(shape, list(zip(chosen, contestants, strict=True)), rates, repetitions)
+            rows += bench_shape(shape, list(zip(chosen, contestants, strict=True)), rates, repetitions, device)
             content = describe(device, command) | {
                 "measured": "throughput",
                 "rates": {each: dataclasses.asdict(rate) for each, rate in rates.items()},
@@ -143,7 +143,11 @@ def bench(
 
 
 def bench_shape(
-    shape: Shape, chosen: list[tuple[Entry, Contestant]], rates: dict[str, Rates], repetitions: int
+    shape: Shape,
+    chosen: list[tuple[Entry, Contestant]],
+    rates: dict[str, Rates],
+    repetitions: int,
+    device: torch.device,
 ) -> list[Row]:
     """All contenders at one batch size, interleaved."""
     rows = [Row(entry.name, entry.precision, shape.batch_size) for entry, _ in chosen]
@@ -163,9 +167,13 @@ def bench_shape(
             rate, cpu_rate = contestant.ask("block")
             row.rounds.append(rate)
             row.cpu_rounds.append(cpu_rate)
+    baseline = next((row for row, _ in running if row.contender == "example"), running[0][0] if running else None)
     for row, contestant in running:
+        assert baseline is not None
         row.kernels, row.peak_memory_bytes = contestant.ask("count")
-        summarize(row, running[0][0], shape, rates[row.precision])
+        summarize(row, baseline, shape, rates[row.precision])
+        if device.type == "cpu":  # elsewhere waiting for the device is work too
+            row.cpu_ratio = median_ratio(row.cpu_rounds, baseline.cpu_rounds)
     return rows
 
 
@@ -244,10 +252,9 @@ def cpu_calls_and_memory(run: Callable[[], None]) -> tuple[int, int]:
 
 
 def summarize(row: Row, baseline: Row, shape: Shape, rates: Rates) -> None:
-    """Medians of the row's rounds, and how far they are from the first contender and from the floor."""
+    """Medians of the row's rounds, and how far they are from the baseline and from the floor."""
     row.images_per_second, row.spread = median_and_spread(row.rounds)
     row.ratio = median_ratio(row.rounds, baseline.rounds)
-    row.cpu_ratio = median_ratio(row.cpu_rounds, baseline.cpu_rounds)
     work = passes(shape, row.precision)
     row.useful_flops = sum(each.flops for each in work) / shape.batch_size * row.images_per_second
     row.floor = shape.batch_size / roofline.floor_seconds(work, rates)
@@ -274,7 +281,8 @@ def table(rows: list[Row], kind: str) -> str:
     for row in rows:
         line = f"{row.contender:14} {row.precision:9} {row.batch_size:5}"
         if row.rounds:
-            line += f" {row.images_per_second:10,.1f} {row.spread:8,.1f} {row.ratio:6.2f} {row.cpu_ratio:9.2f}"
+            line += f" {row.images_per_second:10,.1f} {row.spread:8,.1f} {row.ratio:6.2f}"
+            line += f" {row.cpu_ratio:9.2f}" if row.cpu_ratio is not None else " " * 10
             line += f" {row.useful_flops / 1e12:8.3f} {row.images_per_second / row.floor:8.1%}"
             line += f" {row.peak_memory_bytes / 2**20:8,.0f} {row.kernels:7} {row.first_step_seconds:7.1f}"
         lines.append(f"{line} {row.remark}".rstrip())

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def throughput(kind: str = "cpu", **changes):
     rows = [
         {"contender": name, "precision": precision, "batch_size": 64, "images_per_second": speed, "spread": 1.0,
-         "ratio": speed / 50, "cpu_ratio": 1.25, "floor": 100.0, "rounds": [speed], "remark": ""}
+         "ratio": speed / 50, "cpu_ratio": 1.25, "floor": 100.0, "rounds": [speed], "remark": "",
+         "cpu_rounds": [speed if name == "example" else 62.5]}
         for name, precision, speed in (
             ("example", "fp32", 50.0), ("skilled", "fp32", 55.0), ("fast-eager", "fp32", 60.0),
             ("fast-compiled", "fp32", 65.0), ("fast-compiled", "bf16", 120.0),
@@ -37,6 +38,25 @@ def test_the_row_shows_the_best_of_ours_per_precision_and_its_file():
     assert "65.0 ± 1.0 (compiled, fp32) | 100 | x1.30 | x1.25 | [2026-01-02](bench/results/cpu-64.json)" in text
     assert "120.0 ± 1.0 (compiled, bf16)" in text
     assert "`fastdcgan bench`" in text
+
+
+def test_the_tuned_example_beside_ours_is_of_the_same_precision():
+    content = throughput()
+    content["rows"].append(content["rows"][1] | {"precision": "bf16", "images_per_second": 90.0})
+    fp32, bf16 = report.table({"cpu-64": content}).splitlines()[3:5]
+    assert "55.0 ± 1.0 (fp32) | 65.0" in fp32 and "90.0 ± 1.0 (bf16) | 120.0" in bf16
+    content["rows"].pop()
+    assert f"{report.MISSING} | 120.0" in report.table({"cpu-64": content})
+
+
+def test_ratios_are_to_the_plain_example_whatever_ran_first():
+    content = throughput()
+    content["rows"] = content["rows"][::-1]
+    for row in content["rows"]:
+        row["ratio"] = row["cpu_ratio"] = 0.5
+    assert "x1.30 | x1.25" in report.table({"cpu-64": content})
+    content["rows"][-1]["rounds"] = []
+    assert "x" not in report.table({"cpu-64": content}).splitlines()[3].split("(compiled")[1]
 
 
 def test_example_fp32_does_not_stand_in_for_the_example():
@@ -77,7 +97,9 @@ def test_the_readmes_table_is_the_one_made_from_the_results():
 def test_the_other_measurements_are_a_line_each_with_their_file():
     both = {"first_ratio": 2.0, "later_ratio": 3.5, "precision": "fp32", "batch_size": 64, "later_epochs": 100.0}
     found = {
-        "end": {"measured": "end to end", "data": "photos", "rows": [{"contender": "fast-eager", **both}]},
+        "end": {"measured": "end to end", "data": "photos", "rows": [
+            {"contender": "example", **both, "later_epochs": 30.0}, {"contender": "fast-eager", **both},
+        ]},
         "data": {
             "measured": "data path", "data": "photos", "image_size": 64,
             "ways": [
@@ -104,6 +126,8 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         },
     }  # fmt: skip
     text = report.readme(found)
+    alone = found["end"] | {"rows": found["end"]["rows"][1:]}
+    assert report.end_to_end_lines({"end": alone}) == [], "not against the plain example"
     for stem, words in (
         ("end", "x2.00 of the plain example with its loader in the first epoch, x3.50 in later ones"),
         (

@@ -66,11 +66,20 @@ def test_a_contender_that_fails_costs_its_row_only(monkeypatch, capsys):
     assert "--cuda-graph on needs a GPU" in capsys.readouterr().out
 
 
+def test_ratios_are_to_the_example_whatever_runs_first():
+    names = ("fast-eager", "example")
+    ours, plain = bench(
+        shape=SMALL, batch_sizes=(4,), device=CPU, names=names, precision="fp32", repetitions=1, block_seconds=0.01
+    )
+    assert ours.ratio == ours.rounds[0] / plain.rounds[0] and plain.ratio == plain.cpu_ratio == 1
+
+
 def test_bf16_runs_on_a_cpu_only_where_it_is_native(monkeypatch):
     monkeypatch.setattr(contenders, "native_bf16", lambda: False)
     assert entries(("fast-eager",), "auto", CPU) == [Entry("fast-eager", "fp32")]
     monkeypatch.setattr(contenders, "native_bf16", lambda: True)
     assert entries(("fast-eager",), "auto", CPU) == [Entry("fast-eager", "fp32"), Entry("fast-eager", "bf16")]
+    assert entries(("skilled",), "auto", CPU) == [Entry("skilled", "fp32"), Entry("skilled", "bf16")]
     assert entries(("example", "example-fp32", "fast-captured"), "auto", CPU) == [Entry("example", "fp32")]
 
 

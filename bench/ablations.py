@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import nn
 
 from fastdcgan import patches
 from fastdcgan.bench.contenders import Shape, fast_step, quiet
@@ -23,12 +22,6 @@ from fastdcgan.console import say
 from fastdcgan.step import TrainStep
 
 Change = Callable[[TrainStep], None]
-
-
-def keep_activations(step: TrainStep) -> None:
-    for layer in step.discriminator.modules():
-        if isinstance(layer, nn.LeakyReLU):
-            layer.inplace = False
 
 
 def direct_convolutions(step: TrainStep) -> None:
@@ -51,7 +44,6 @@ VARIANTS: dict[str, tuple[str, Change]] = {
     "compiled": ("fast-compiled", lambda step: None),
     "compiled, direct convolutions on every grid": ("fast-compiled", direct_convolutions),
     "compiled, matrix products on small grids": ("fast-compiled", matrix_products),
-    "compiled, LeakyReLU not in place": ("fast-compiled", keep_activations),
 }
 
 

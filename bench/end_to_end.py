@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 
 from fastdcgan.bench import contenders
 from fastdcgan.bench.contenders import Entry, Example, Shape, Skilled
-from fastdcgan.bench.contestant import Contestant
+from fastdcgan.bench.contestant import Contestant, Failed
 from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
+from fastdcgan.errors import UserError
 
 
 @dataclass
@@ -96,7 +97,10 @@ def bench_batch_size(
             contestants.append(processes.enter_context(Contestant(Runner, entry, data, shape, device, folder)))
         for row, contestant in zip(rows, contestants, strict=True):
             say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
-            contestant.ask("prepare")
+            try:
+                contestant.ask("prepare")
+            except Failed as failure:
+                raise UserError(f"{row.contender} cannot be measured: {failure}") from None
         for number in range(epochs):
             say(f"batch {shape.batch_size}: epoch {number + 1} of {epochs}")
             for row, contestant in zip(rows, contestants, strict=True):

@@ -51,7 +51,7 @@ def overhead(shape: Shape, device: torch.device, precision: str, executor: str) 
 
     with TemporaryDirectory() as folder:
         config = TrainConfig(run_dir=Path(folder), batch_size=shape.batch_size, latent_dim=shape.latent_dim)
-        saver = Saver(RunFolder(Path(folder), config, {"device": str(device)}), ALONE)
+        saver = Saver(RunFolder(Path(folder), config, {"device": str(device)}), ALONE, total=1)
         watch = Watch(Path(folder), config, data.take(range(256)), device, 0)
 
         def log() -> None:

@@ -60,6 +60,7 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
                 save_file({name: _plain(value) for name, value in checkpoint.tensors[kind].items()}, file)
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(str(error)) from error
+            file.chmod(unfinished.stat().st_mode & 0o666)  # as any other file: safetensors writes for its owner alone
             digests[file.name] = _sha256(file)
         state = json.dumps({"step": step, **checkpoint.progress, "sha256": digests}, indent=1)
         (unfinished / "state.json").write_text(state + "\n")
@@ -70,7 +71,7 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         bring_back(run)
         raise
-    for old in complete(run)[:-keep]:
+    for old in [each for each in complete(run) if int(each.name[5:]) <= step][:-keep]:  # later ones are damaged
         shutil.rmtree(old, ignore_errors=True)
     return folder
 

@@ -296,6 +296,14 @@ def bench(
         raise UserError("--batch-size needs one number or more, each at least 2")
     if repetitions is not None and repetitions < 1:
         raise UserError(f"--repetitions {repetitions} is too small: at least 1")
+    if width < 1:
+        raise UserError(f"--width {width} is too small: at least 1")
+    if not 0 < block_seconds < float("inf"):
+        raise UserError(f"--block-seconds {block_seconds:g} is not possible: a number above 0")
+    if json is not None and json.is_dir():
+        raise UserError(f"--json {json} is a folder: give the name of a file")
+    if only and not contenders.entries(only, precision, choose_device(device)):
+        raise UserError(f"--only {' '.join(only)} needs a GPU: leave it out to compare what this device can run")
     shared: dict[str, Any] = {
         "shape": shape,
         "batch_sizes": batch_size,
@@ -581,12 +589,14 @@ def main(argv: list[str] | None = None) -> None:
         parse(sys.argv[1:] if argv is None else argv)()
     except UserError as error:
         sys.exit(complain(str(error)))
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        sys.exit(141)  # as a process that SIGPIPE ends
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.exit(
-            complain(f"the disk is full{f' ({error.filename})' if error.filename else ''}: make room and try again")
-        )
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno == errno.ENOSPC:
+            sys.exit(complain(f"the disk is full{where}: make room and try again"))
+        sys.exit(complain(f"a file cannot be used{where}: {error.strerror or error}; look at its permissions and name"))
     except KeyboardInterrupt:
         sys.exit(130)
 

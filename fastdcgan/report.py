@@ -286,7 +286,9 @@ def _write(out: Path, title: str, parts: list[str], say: Callable[[str], None]) 
     page = HEAD.format(title=html.escape(title)) + "\n".join(parts) + "\n" + SLIDER + "</body></html>\n"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page)
+        unfinished = out.with_name(f".{out.name}.unfinished")
+        unfinished.write_text(page)
+        unfinished.replace(out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")

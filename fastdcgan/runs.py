@@ -255,5 +255,9 @@ def describe_device(facts: dict[str, Any]) -> str:
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -21,14 +21,17 @@ class Saver:
     """Writes a run's checkpoints in a thread of its own: training waits for the copy in memory, not for the disk.
 
     Args:
+        total: steps of the whole run, for a resumed one.
         run: None in all processes but the first, which writes for all: their networks are the same, and their random
             numbers and positions in the data are sent to it.
     """
 
-    def __init__(self, run: RunFolder | None, world: World) -> None:
-        self.run, self.world = run, world
+    def __init__(self, run: RunFolder | None, world: World, total: int) -> None:
+        self.run, self.world, self.total = run, world, total
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[None] | None = None
+        self.writing: Future[bool] | None = None
+        self.saved = 0  # the step of the last one, written or not
+        self.lost: int | None = None  # the step of the last checkpoint, if it could not be written
 
     def save(self, step: TrainStep, stream: Stream, done: int, distance: float | None = None) -> None:
         """Begin to write a checkpoint, once the one before is written.
@@ -45,27 +48,35 @@ class Saver:
             for kind, values in (step.weights() | {"state": step.state() | {"rng": torch.stack(random)}}).items()
         }
         progress = {"step": done, "images": stream.images, "data": positions, "distance": distance}
+        progress |= {"total": self.total, "of": [self.run.config.epochs, self.run.config.batch_size, self.world.size]}
+        self.saved = done
         self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress))
 
     def wait(self) -> None:
         """Return when everything is on the disk."""
         if self.writing is not None:
-            self.writing.result()
+            self.lost = None if self.writing.result() else self.saved
             self.writing = None
 
 
-def write(run: RunFolder, taken: Checkpoint) -> None:
-    """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on."""
+def write(run: RunFolder, taken: Checkpoint) -> bool:
+    """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on.
+
+    Returns:
+        whether the disk took it.
+    """
     done, distance = taken.progress["step"], taken.progress["distance"]
     if not all(bool(value.isfinite().all()) for kind in taken.tensors.values() for value in kind.values()):
         say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
-        return
+        return True
     try:
         folder = checkpoint.save(run.path, done, taken, run.config.keep)
         if distance is not None:
             checkpoint.keep_best(run.path, folder, distance)
     except OSError as error:
         say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
+        return False
+    return True
 
 
 def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, current_thread, main_thread
 from typing import NoReturn
 
 import torch
 
 from fastdcgan.alarms import Alarm
-from fastdcgan.checkpoint import load_newest, load_sound
+from fastdcgan.checkpoint import complete, load_newest, load_sound
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say, spinner, training_progress
 from fastdcgan.data import open_dataset
@@ -48,7 +48,7 @@ CHANGES = (
         "r1_every",
         "diffaugment",
     ),
-    *("instance_noise", "lr", "lr_g", "lr_d", "lr_decay"),
+    *("instance_noise", "lr", "lr_g", "lr_d", "lr_decay", "beta1", "beta2", "ema_decay", "crop"),
 )
 
 
@@ -133,6 +133,12 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
         world=world,
     )
     done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
+    if (
+        resumed
+        and config.epochs is not None
+        and resumed.progress.get("of") == [config.epochs, config.batch_size, world.size]
+    ):
+        total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
     step.begin_together(world)
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
@@ -140,7 +146,7 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
     config = dataclasses.replace(config, run_dir=folder, resume=False)
     facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}))
-    saver = Saver(run, world)
+    saver = Saver(run, world, total)
     watch, rollbacks = None, 0
     if run is not None:  # the first process
         report_skipped(data.skipped, folder)
@@ -214,6 +220,12 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
         report_skipped(skipped, folder)
         watch.close()
     stream.close()
+    if saver.lost is not None:
+        kept = [int(each.name[5:]) for each in complete(folder)]
+        raise UserError(
+            f"step {saver.lost:,} could not be saved (see above); the last saved step is {max(kept, default='none')}:"
+            f" make room, then fastdcgan train --run-dir {folder} --resume"
+        )
     if done < total:
         say(f"stopped after step {done:,} of {total:,}; to go on: fastdcgan train --run-dir {folder} --resume")
         raise Interrupted(stop.number)
@@ -303,7 +315,8 @@ class Stop(Event):
 def stop_signals() -> Iterator[Stop]:
     """Turn the first SIGINT or SIGTERM into an event, so that the step under way ends first; a second one kills."""
     stop = Stop()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # Python's rule
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def handler(number: int, frame: object) -> None:
         stop.number = number

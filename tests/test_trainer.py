@@ -29,6 +29,8 @@ from fastdcgan.saver import restore
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
 
+UMASK = os.umask(0)
+os.umask(UMASK)
 SMALL = TrainConfig(
     data="digits",
     image_size="16",
@@ -144,6 +146,24 @@ def test_a_damaged_newest_checkpoint_costs_only_itself(
         assert_equal_bits(run, straight, 12)
         for folder in checkpoint.complete(run)[-1:]:
             folder.rename(run / f"{damage}-{folder.name}")
+
+
+def test_a_run_whose_last_checkpoint_was_not_written_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").touch()  # in the way
+    with pytest.raises(UserError, match=r"step 12 could not be saved .*last saved step is none"):
+        train(small(run))
+
+
+def test_damaged_later_checkpoints_do_not_cost_the_sound_one(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "checkpoints" / "step-000012" / "state.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "step-000009" / "state.safetensors").write_bytes(b"")
+    train(small(run, resume=True, steps=8, keep=1))
+    assert checkpoint.load(run / "checkpoints" / "step-000008").progress["step"] == 8
+    assert (run / "checkpoints" / "step-000008" / "generator.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK
 
 
 @pytest.mark.parametrize("renamings", [1, 2])

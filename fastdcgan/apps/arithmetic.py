@@ -37,8 +37,8 @@ def arithmetic(
     Raises:
         UserError: nothing to add, or points or a run that cannot be used.
     """
-    if not plus:
-        raise UserError("there is nothing to add: --plus 1,2,3 --minus 4,5,6 --plus 7,8,9")
+    if not plus or not all(plus + minus):
+        raise UserError("there is nothing to add, or a group is empty: --plus 1,2,3 --minus 4,5,6 --plus 7,8,9")
     groups = plus + minus
     generator, latent = open_points(run, [word for group in groups for word in group], truncation=truncation, fit=fit)
     check_out(out, (".png",))

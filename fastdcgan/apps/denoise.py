@@ -59,11 +59,12 @@ def denoise_images(
         noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(seed))
         noisy = (noisy + 2 * sigma * noise).clamp(-1, 1)
     check_out(out)
+    named = names(images, out)
     with progress("denoising", steps, "steps") as advance:
         denoised = denoise(
             generator, discriminator, noisy, sigma, restarts=restarts, steps=steps, seed=seed, advance=advance
         )
-    for i, name in enumerate(names(images)):
+    for i, name in enumerate(named):
         save(to_picture(denoised[i]), out / f"{name}.png")
         if truth is not None:
             noisy_psnr, filtered, modelled = (psnr(x[i], truth[i]) for x in (noisy, wiener(noisy, 2 * sigma), denoised))

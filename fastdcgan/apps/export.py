@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -57,11 +58,14 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     found = open_run(run, ema)
     numbers = None if evaluation is None else read_evaluation(evaluation)
     plain = plain_generator(found.generator)
+    if not out.name:
+        raise UserError(f"--out {out} has no name of its own: give that of a new folder")
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, unfinished / WEIGHTS)
+        (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes for its owner alone
         if format == "pth":
             torch.save(plain.state_dict(), unfinished / FILES["pth"])
         elif format == "torchscript":
@@ -75,8 +79,8 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
         if out.exists():
             out.rmdir()
         unfinished.replace(out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     say(f"exported: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")

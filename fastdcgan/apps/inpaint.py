@@ -65,6 +65,7 @@ def inpaint_images(
         assert random_fraction is not None
         hole = random_mask(random_fraction, len(target), size, seed)
     check_out(out)
+    named = names(images, out)
     with progress("inpainting", steps, "steps") as advance:
         completed = inpaint(
             generator,
@@ -78,7 +79,7 @@ def inpaint_images(
             advance=advance,
         )
     masked = target.masked_fill(hole[:, None], 0.0)
-    for name, picture in zip(names(images), completed, strict=True):
+    for name, picture in zip(named, completed, strict=True):
         save(to_picture(picture), out / f"{name}.png")
     save(sheet(list(zip(target, masked, completed, strict=True))), out / "sheet.png")
     say(f"original, masked, completed: {out / 'sheet.png'}")

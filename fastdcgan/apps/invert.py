@@ -42,6 +42,7 @@ def invert_images(
     _, generator, discriminator = open_both(run)
     target = read_pictures(images, generator, fit)
     check_out(out)
+    named = names(images, out)
     with progress("inverting", steps, "steps") as advance:
         found = nearest(
             generator,
@@ -54,7 +55,7 @@ def invert_images(
             advance=advance,
         )
     pictures = found.pictures.cpu()
-    for name, image, picture, latent in zip(names(images), target, pictures, found.latent.cpu(), strict=True):
+    for name, image, picture, latent in zip(named, target, pictures, found.latent.cpu(), strict=True):
         save(to_picture(picture), out / f"{name}.png")
         save(to_safetensors({"latent": latent}), out / f"{name}.safetensors")
         print(f"{name}: root-mean-square error {rms(picture, image):.1f} of 255")

@@ -35,9 +35,11 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} does not exist: give the path of a picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    if picture.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8, as in training
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         return picture.convert("RGBA")
-    return picture.convert("L" if picture.mode in ("1", "L", "I", "F") or picture.mode.startswith("I;") else "RGB")
+    return picture.convert("L" if picture.mode in ("1", "L", "F") else "RGB")
 
 
 def read_pictures(paths: Sequence[Path], generator: AnyGenerator, fit: bool) -> Tensor:
@@ -139,7 +141,19 @@ def save(content: Image.Image | bytes, path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def names(paths: Sequence[Path]) -> list[str]:
-    """A name for what comes of each file: its stem, numbered where two have the same."""
-    stems = [path.stem for path in paths]
-    return [f"{stem}-{i}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
+def names(paths: Sequence[Path], out: Path) -> list[str]:
+    """A name in the folder `out` for what comes of each file: its stem, numbered where that is taken.
+
+    Raises:
+        UserError: the results would take the place of the pictures themselves.
+    """
+    stems, taken = [path.stem for path in paths], {"sheet"}
+    for i, stem in enumerate(stems):
+        number = i
+        while stems[i] in taken or (stems[i] == stem and [path.stem for path in paths].count(stem) > 1):
+            stems[i], number = f"{stem}-{number}", number + 1
+        taken.add(stems[i])
+    given = {path.resolve() for path in paths}
+    if any((out / f"{name}.png").resolve() in given for name in taken):
+        raise UserError(f"--out {out} would replace the pictures themselves: give another folder")
+    return stems

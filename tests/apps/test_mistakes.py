@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastdcgan.apps.pictures import names, open_picture
 from fastdcgan.apps.trained import open_both, open_run
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
@@ -77,6 +81,7 @@ def test_networks_are_frozen(networks):
 def test_the_help_needs_no_torch():
     code = """
 import sys
+from pathlib import Path
 from fastdcgan.cli import main
 try:
     main(["--help"])
@@ -85,3 +90,17 @@ except SystemExit:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False")
+
+
+def test_results_take_nobodys_place(tmp_path):
+    assert names([Path("x/a.png"), Path("y/a.png"), Path("a-0.png"), Path("sheet.png")], tmp_path) == [
+        "a-0", "a-1", "a-0-2", "sheet-3",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="would replace the pictures themselves"):
+        names([tmp_path / "a.png"], tmp_path)
+
+
+def test_a_picture_of_16_bits_keeps_its_upper_8(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "deep.png")), ramp)

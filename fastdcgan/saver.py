@@ -29,8 +29,7 @@ class Saver:
     def __init__(self, run: RunFolder | None, world: World, total: int) -> None:
         self.run, self.world, self.total = run, world, total
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.writing: Future[bool] | None = None
-        self.saved = 0  # the step of the last one, written or not
+        self.writing: Future[int | None] | None = None
         self.lost: int | None = None  # the step of the last checkpoint, if it could not be written
 
     def save(self, step: TrainStep, stream: Stream, done: int, distance: float | None = None) -> None:
@@ -49,34 +48,33 @@ class Saver:
         }
         progress = {"step": done, "images": stream.images, "data": positions, "distance": distance}
         progress |= {"total": self.total, "of": [self.run.config.epochs, self.run.config.batch_size, self.world.size]}
-        self.saved = done
         self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress))
 
     def wait(self) -> None:
         """Return when everything is on the disk."""
         if self.writing is not None:
-            self.lost = None if self.writing.result() else self.saved
+            self.lost = self.writing.result()
             self.writing = None
 
 
-def write(run: RunFolder, taken: Checkpoint) -> bool:
+def write(run: RunFolder, taken: Checkpoint) -> int | None:
     """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on.
 
     Returns:
-        whether the disk took it.
+        its step, if it could not be written.
     """
     done, distance = taken.progress["step"], taken.progress["distance"]
     if not all(bool(value.isfinite().all()) for kind in taken.tensors.values() for value in kind.values()):
         say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
-        return True
+        return None
     try:
         folder = checkpoint.save(run.path, done, taken, run.config.keep)
         if distance is not None:
             checkpoint.keep_best(run.path, folder, distance)
     except OSError as error:
         say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
-        return False
-    return True
+        return done
+    return None
 
 
 def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:

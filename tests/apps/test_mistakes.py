@@ -81,7 +81,6 @@ def test_networks_are_frozen(networks):
 def test_the_help_needs_no_torch():
     code = """
 import sys
-from pathlib import Path
 from fastdcgan.cli import main
 try:
     main(["--help"])

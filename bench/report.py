@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from fastdcgan.bench.throughput import median_ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -201,7 +202,7 @@ def same_kind(one: str, other: str) -> bool:
 
 def times(row: dict[str, Any], plain: dict[str, Any] | None, rounds: str) -> str:
     """How many times as fast as the plain example: the median over rounds, which both were in."""
-    return "" if plain is None else f"x{median(a / b for a, b in zip(row[rounds], plain[rounds], strict=True)):.2f}"
+    return "" if plain is None else f"x{median_ratio(row[rounds], plain[rounds]):.2f}"
 
 
 def rate(row: dict[str, Any] | None) -> str:

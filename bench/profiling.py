@@ -51,8 +51,9 @@ def profile_training(
     """
     if nsight and device.type != "cuda":
         raise UserError("--nsight records a GPU and there is none here: leave it out to profile the CPU")
-    if steps < 1:
-        raise UserError(f"--steps {steps} is too small: at least 1")
+    for flag, value, least in (("--steps", steps, 1), ("--width", width, 1), ("--batch-size", batch_size, 2)):
+        if value < least:
+            raise UserError(f"{flag} {value} is too small: at least {least}")
     quiet()
     dataset = open_dataset(data, image_size=image_size, device=device)
     stream = dataset.stream(batch_size)

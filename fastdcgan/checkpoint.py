@@ -100,20 +100,24 @@ def load(folder: Path) -> Checkpoint:
 
 
 def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole, saying which were not; None where there is none at all.
+    """The newest checkpoint that is whole, or else the best, saying which were not; None where there is none at all.
 
     Raises:
-        UserError: there are checkpoints and every one is damaged.
+        UserError: there are checkpoints and not one can be read.
     """
     bring_back(run)
-    folders = complete(run)
+    best = run / "checkpoints" / "best"  # older than the others
+    folders = [*([best] if best.exists() else []), *complete(run)]
     for folder in reversed(folders):
         try:
             return load(folder)
         except UserError as error:
             say(f"warning: {error}; trying the one before")
     if folders:
-        raise UserError(f"every checkpoint in {run / 'checkpoints'} is damaged: start again in another --run-dir")
+        raise UserError(
+            f"not one checkpoint in {run / 'checkpoints'} can be read: mend what the warnings name (permissions, a"
+            " copy), or start again in another --run-dir"
+        )
     return None
 
 

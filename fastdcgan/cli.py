@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import io
@@ -48,9 +49,9 @@ def train(config: OmitArgPrefixes[TrainConfig]) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import record
 
-            record(run)(config)  # torchrun shows the traceback of the process that ended first
+            record(run)(config, asked(sys.argv[2:]))  # torchrun shows the traceback of the process that ended first
         else:
-            run(config)
+            run(config, asked(sys.argv[2:]))
     except Interrupted as interrupted:
         sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
 
@@ -585,8 +586,13 @@ app.command(data_app, name="data")
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command line; exits with 0, or with 2 after one line about a user's mistake."""
+    if argv is not None:
+        sys.argv[1:] = argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows
     try:
-        parse(sys.argv[1:] if argv is None else argv)()
+        parse(sys.argv[1:])()
     except UserError as error:
         sys.exit(complain(str(error)))
     except BrokenPipeError:  # whoever read the output has had enough
@@ -637,6 +643,23 @@ def parse(argv: list[str]) -> Callable[[], None]:
         if end.code in (0, None):
             raise
         raise UserError(in_one_line(errors.getvalue())) from None
+
+
+def asked(argv: list[str]) -> set[str]:
+    """The fields of TrainConfig that the arguments of `train` name: also those that have their default's value."""
+    switches = {field.name for field in dataclasses.fields(TrainConfig) if "bool" in str(field.type)}
+    names, words = set(), iter(argv)
+    for word in words:
+        name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
+        if not word.startswith("--"):
+            names.add("data")
+        elif name.removeprefix("no_") in switches:
+            names.add(name.removeprefix("no_"))
+        else:
+            names.add(name)
+            if not equals:
+                next(words, None)
+    return names - {"resume"}
 
 
 def in_one_line(box: str) -> str:

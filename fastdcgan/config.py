@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +26,7 @@ PRESETS = {
 }
 DEFAULTS = (64, 64, 20_000)
 
-# A resumed run cannot change these: its networks or its data would be others.
-FIXED = ("data", "image_size", "channels", "latent_dim", "gen_width", "disc_width", "arch", "spectral_norm")
+NAMES = ("digits", "fake", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba")  # of data sets; else DATA is a path
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,21 @@ class TrainConfig:
     run, or go back to the last sound checkpoint with other noise, three times at most."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at the data or the device.
+        """Check what can be checked without looking at the data or the device. Paths may be given as text.
 
         Raises:
             UserError: an impossible value.
         """
+        if isinstance(self.data, Path):
+            object.__setattr__(self, "data", str(self.data))
+        for name in ("cache_dir", "run_dir"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if not _fits(getattr(self, field.name), str(field.type)):
+                raise UserError(f"{flag(field.name)} {getattr(self, field.name)!r} is not possible: {field.type}")
+        if "\\udc" in ascii(str(self.run_dir)):  # how Python shows bytes that are no text
+            raise UserError(f"--run-dir {str(self.run_dir)!r} is not possible: TensorBoard needs a name in UTF-8")
         for name, least in (
             ("steps", 1),
             ("latent_dim", 1),
@@ -226,36 +237,54 @@ class TrainConfig:
         Raises:
             UserError: a field this version does not know, or a value of another type than the field's.
         """
-        kinds = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        checked: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in kinds:
-                raise UserError(f"config.json has a field '{name}' that this version does not know: update fastdcgan")
-            if not _fits(value, kinds[name]):
-                raise UserError(f"config.json: {name} is {value!r}, which is not possible there ({kinds[name]})")
-            checked[name] = Path(value) if value is not None and "Path" in kinds[name] else value
-        return cls(**checked)
+        new = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if new:
+            raise UserError(f"config.json has a field '{min(new)}' that this version does not know: update fastdcgan")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"config.json: {error}") from None
 
-    def resumed(self, saved: TrainConfig) -> TrainConfig:
-        """The saved run's configuration with what this one sets otherwise than the defaults.
+    def differs(self) -> set[str]:
+        """The names of the fields that are not at their defaults."""
+        return {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+
+    def resumed(self, saved: TrainConfig, asked: Set[str]) -> TrainConfig:
+        """The saved run's configuration with the fields of this one that are named in `asked`.
 
         Raises:
-            UserError: a change that would make it another run.
+            UserError: a change that would make it another run: its networks or its data would be others.
         """
-        asked = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
-        for name in FIXED:
-            if name in asked and asked[name] != getattr(saved, name):
+        before, now = saved._fixed, self._fixed
+        for name in sorted(asked & before.keys()):
+            if before[name] != now[name]:
                 raise UserError(
-                    f"{flag(name)} {asked[name]} cannot change in a resumed run, which has {getattr(saved, name)}:"
+                    f"{flag(name)} {getattr(self, name)} cannot change in a resumed run, which has {before[name]}:"
                     " leave it out, or train in another --run-dir"
                 )
-        if "steps" in asked or "epochs" in asked:
+        changed = {name: getattr(self, name) for name in asked - before.keys()}
+        if "steps" in changed or "epochs" in changed:
             saved = dataclasses.replace(saved, steps=None, epochs=None)
-        return dataclasses.replace(saved, **asked)
+        return dataclasses.replace(saved, **changed)
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        """What a resumed run cannot change, in words that say the same where the same is meant."""
+        return {
+            "data": absolute(self.data),
+            "image_size": "{}x{}".format(*self.size),
+            "channels": self.channels,
+            "latent_dim": self.latent_dim,
+            "gen_width": self.widths[0],
+            "disc_width": self.widths[1],
+            "arch": self.arch,
+            "spectral_norm": self.spectral_norm,
+        }
+
+
+def absolute(data: str) -> str:
+    """DATA as any folder can be trained from: a name as it is, a path from the root on."""
+    return data if data in NAMES else os.path.abspath(os.path.expanduser(data))
 
 
 def flag(field: str) -> str:
@@ -275,4 +304,4 @@ def _fits(value: object, kind: str) -> bool:
         return "int" in kind or "float" in kind
     if isinstance(value, float):
         return "float" in kind
-    return isinstance(value, str) and ("str" in kind or "Path" in kind)
+    return ("str" if isinstance(value, str) else "Path" if isinstance(value, Path) else "nothing") in kind

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.alarms import Alarm
-from fastdcgan.runs import replace_file
+from fastdcgan.files import replace_file
 
 GRID = 64  # pictures in a grid
 
@@ -21,10 +21,14 @@ GRID = 64  # pictures in a grid
 class Monitor:
     """Writes the metrics and pictures of one run; a resumed run first drops what came after its checkpoint."""
 
-    def __init__(self, run: Path, resumed_step: int) -> None:
+    def __init__(self, run: Path, resumed_step: int, told: str) -> None:
+        """
+        Args:
+            told: alarms.jsonl as it was when this process began: a step that comes again raises the same alarm.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run = run
+        self.run, self.told = run, told
         for name in ("metrics", "quality"):
             if (run / f"{name}.jsonl").exists():
                 _drop_after(run / f"{name}.jsonl", resumed_step)
@@ -38,14 +42,13 @@ class Monitor:
                 self.board.add_scalar(key, value, int(values["step"]))
 
     def alarm(self, alarm: Alarm) -> None:
-        """A line of alarms.jsonl."""
-        self._write("alarms", dataclasses.asdict(alarm))
+        """A line of alarms.jsonl, unless the run that is resumed had written it before it was killed."""
+        if _line(dataclasses.asdict(alarm)) not in self.told:
+            self._write("alarms", dataclasses.asdict(alarm))
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
-        # JSON has no number for what is not finite.
-        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.run / f"{name}.jsonl", "a") as file:
-            file.write(json.dumps(known) + "\n")
+            file.write(_line(values))
 
     def picture(self, name: str, images: Tensor, step: int) -> Path:
         """Save images (N, C, H, W) in -1..1 as the grid samples/<name>.png, and show it in TensorBoard."""
@@ -76,6 +79,12 @@ def save_grid(images: Tensor, path: Path) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """-1..1 to 0..255, rounded."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def _line(values: dict[str, Any]) -> str:
+    """As JSON, which has no number for what is not finite."""
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(known) + "\n"
 
 
 def _drop_after(metrics: Path, step: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from fastdcgan.errors import UserError
+from fastdcgan.files import replace_file
 from fastdcgan.plot import Series, chart
 
 FRAMES = 60  # sample grids in the timeline, evenly chosen
@@ -286,9 +287,7 @@ def _write(out: Path, title: str, parts: list[str], say: Callable[[str], None]) 
     page = HEAD.format(title=html.escape(title)) + "\n".join(parts) + "\n" + SLIDER + "</body></html>\n"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(f".{out.name}.unfinished")
-        unfinished.write_text(page)
-        unfinished.replace(out)
+        replace_file(out, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
+from fastdcgan.files import replace_file
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 
 VERSIONS_OF = ("fastdcgan", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow")
@@ -98,7 +99,8 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
     if not path.is_dir():
         raise UserError(f"--run-dir {path} is a file: name a folder")
     if not (path / "config.json").exists():
-        if any(item.name not in (".lock", "samples", "checkpoints") for item in path.iterdir()):
+        started = (".lock", ".config.json.unfinished", "samples", "checkpoints")  # all that a kill may have left
+        if any(item.name not in started for item in path.iterdir()):
             raise UserError(f"--run-dir {path} exists and is not a run: name another folder")
         return None
     if not config.resume:
@@ -107,14 +109,17 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration in a run folder.
+    """The configuration in a run folder, with the channels that the data turned out to have.
 
     Raises:
         UserError: config.json is missing or damaged.
     """
     try:
-        values = json.loads((path / "config.json").read_text())["config"]
-        return TrainConfig.from_json(dict(values))
+        content = json.loads((path / "config.json").read_text())
+        values = dict(content["config"])
+        if values.get("channels") is None:
+            values["channels"] = content.get("data", {}).get("channels")
+        return TrainConfig.from_json(values)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -250,14 +255,3 @@ def describe_device(facts: dict[str, Any]) -> str:
     if str(facts.get("device", "cpu")).startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
-    except OSError:
-        unfinished.unlink(missing_ok=True)
-        raise

@@ -7,7 +7,7 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, current_thread, main_thread
@@ -17,7 +17,7 @@ import torch
 
 from fastdcgan.alarms import Alarm
 from fastdcgan.checkpoint import complete, load_newest, load_sound
-from fastdcgan.config import TrainConfig
+from fastdcgan.config import TrainConfig, absolute
 from fastdcgan.console import say, spinner, training_progress
 from fastdcgan.data import open_dataset
 from fastdcgan.distributed import World, join
@@ -59,8 +59,12 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     """Train as configured and return the run folder; under torchrun, together with the other processes.
+
+    Args:
+        asked: the fields of `config` that a resumed run takes from it, the others from its folder. Default: those that
+            are not at their defaults.
 
     Raises:
         UserError: a mistake in the configuration or the data, before anything is written; an alarm that ends the run.
@@ -70,18 +74,18 @@ def train(config: TrainConfig) -> Path:
     device = choose_device(config.device)
     world = join(device)
     try:
-        return train_in(world, config, device)
+        return train_in(world, config, config.differs() if asked is None else asked, device)
     finally:
         world.leave()
         heap.keeps = False  # as the caller had it: the step had asked for it
 
 
-def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
+def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.device) -> Path:
     """`train`, as one of the processes of `world`."""
     saved = world.share(world.first(lambda: saved_config(config)))
     if saved is not None:
+        config = config.resumed(saved, asked)
         warn_of_changes(config, saved)
-        config = config.resumed(saved)
     precision = choose_precision(config.precision, device)
 
     height, width = config.size
@@ -143,7 +147,7 @@ def train_in(world: World, config: TrainConfig, device: torch.device) -> Path:
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
     folder = world.share(choose_folder(config, data.name))
-    config = dataclasses.replace(config, run_dir=folder, resume=False)
+    config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
     facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}))
     saver = Saver(run, world, total)
@@ -283,9 +287,9 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:
     """Say what a resumed run no longer has in common with one that never stopped."""
     for name in CHANGES:
-        asked, before = getattr(config, name), getattr(saved, name)
-        if asked != before and asked != TrainConfig.__dataclass_fields__[name].default:
-            say(f"note: {name} changes from {before} to {asked}: the run is no longer the one that never stopped")
+        now, before = getattr(config, name), getattr(saved, name)
+        if now != before:
+            say(f"note: {name} changes from {before} to {now}: the run is no longer the one that never stopped")
 
 
 def report_skipped(skipped: list[tuple[str, str]], run: Path) -> None:

@@ -31,12 +31,14 @@ class Watch:
         random = torch.Generator().manual_seed(config.seed)
         self.latents = torch.randn(GRID, config.latent_dim, generator=random).to(device)
         self.quality = Quality(real, config.latent_dim, config.seed, device)
+        alarms = run / "alarms.jsonl"
+        self.told = alarms.read_text() if alarms.exists() else ""
         self._begin(done)
         self.monitor.picture("real", real[:GRID].permute(0, 3, 1, 2) / 127.5 - 1, done)
         self.status = ""
 
     def _begin(self, done: int) -> None:
-        self.monitor = Monitor(self.run, done)
+        self.monitor = Monitor(self.run, done, self.told)
         self.alarms = Alarms(self.config.loss, self.config.label_smoothing, done)
 
     def begin_again(self, done: int) -> None:

@@ -196,6 +196,29 @@ def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch
         train(small(tmp_path / "early", on_divergence="rollback"))
 
 
+def test_a_resumed_run_does_not_write_an_alarm_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poisoned after step 5, both times: the last sound checkpoint is that of step 3."""
+    Poison(monkeypatch, {5, 8 + 2})
+    run = train(small(tmp_path / "run", steps=8, checkpoint_every=3))
+    before = lines(run, "alarms")
+    train(small(run, steps=9, resume=True))
+    assert [alarm["step"] for alarm in before] == [6] and lines(run, "alarms") == before
+
+
+def test_the_best_checkpoint_is_the_last_resort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distances = iter([0.5, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+    run = train(small(tmp_path / "run", keep=2))
+    for folder in checkpoint.complete(run):
+        (folder / "state.json").write_text("{}")
+    assert load_run(run).step == 6
+    (run / "checkpoints" / "best" / "state.json").unlink()
+    with pytest.raises(UserError, match="not one checkpoint"):
+        load_run(run)
+
+
 def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distances = iter([0.5, 0.2, 0.3, 0.25])
     monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))

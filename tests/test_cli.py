@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.cli import main
+from fastdcgan.cli import asked, main
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,42 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str,
 def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "--device cpu" in mistake(capsys, "train", "--device", "cuda")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("", ""),
+        ("photos", "data"),
+        ("--resume --run-dir digits", "run_dir"),
+        ("--run-dir=digits --lr 2e-4 photos", "run_dir lr data"),
+        ("--no-compile --flip --image_size 64 --no-flip", "compile flip image_size"),
+        ("--resume digits", "data"),
+    ],
+)
+def test_which_flags_of_train_are_given(line: str, names: str) -> None:
+    assert asked(line.split()) == set(names.split())
+
+
+def test_a_resumed_run_takes_flags_as_they_are_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--run-dir", "run", *TINY, "--lr", "1e-3"])
+    Path("elsewhere").mkdir()
+    again = ["train", "--run-dir", "run", "--resume", "--steps", "4"]
+    capsys.readouterr()
+    main([*again, "--lr", "2e-4", "digits"])
+    assert "lr changes from 0.001 to 0.0002" in capsys.readouterr().err
+    assert json.loads(Path("run/config.json").read_text())["config"]["lr"] == 2e-4
+    assert "DATA fake cannot change" in mistake(capsys, *again, "fake")
+
+
+def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("photos").mkdir()
+    for i in range(20):
+        Image.effect_noise((20, 20), 90).convert("RGB").save(f"photos/{i}.png")
+    main(["train", "photos", "--run-dir", "run", "--cache", "off", *TINY])
+    monkeypatch.chdir("photos")
+    main(["train", "../photos/", "--run-dir", "../run", "--resume", "--steps", "4", "--image-size", "8x8"])
+    assert Path("../run/samples/step-000004.png").exists()
 
 
 def test_folders_that_cannot_be_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from fastdcgan.config import TrainConfig
+from fastdcgan.config import TrainConfig, flag
 from fastdcgan.errors import UserError
 
 
@@ -27,6 +28,12 @@ from fastdcgan.errors import UserError
         ({"seed": -1}, "--seed"),
         ({"seed": 2**63}, "--seed"),
         ({"arch": "tutorial", "image_size": "32"}, "28x28"),
+        ({"precision": "fp8"}, "--precision 'fp8'.*bf16"),
+        ({"on_divergence": "panic"}, "--on-divergence 'panic'"),
+        ({"channels": 2}, "--channels 2"),
+        ({"lr": "fast"}, "--lr 'fast'"),
+        ({"compile": 1}, "--compile 1"),
+        ({"run_dir": Path(os.fsdecode(b"r\xff"))}, "--run-dir.*UTF-8"),
     ],
 )
 def test_impossible_values(wrong: dict, says: str) -> None:
@@ -68,15 +75,46 @@ def test_json_round_trip() -> None:
     ],
 )
 def test_json_of_another_kind(field: str, value: object) -> None:
-    with pytest.raises(UserError, match=field):
+    with pytest.raises(UserError, match=f"config.json.*({flag(field)}|{field})"):
         TrainConfig.from_json({**TrainConfig().as_json(), field: value})
 
 
 def test_a_resumed_run_keeps_what_it_was() -> None:
     saved = TrainConfig(data="photos", image_size="32", steps=100, batch_size=16)
-    again = TrainConfig(data="photos", steps=200, resume=True, run_dir=Path("r")).resumed(saved)
+    again = resumed(TrainConfig(data="photos", steps=200, resume=True, run_dir=Path("r")), saved)
     assert (again.size, again.steps, again.batch_size) == ((32, 32), 200, 16)
-    assert TrainConfig(epochs=2.0).resumed(saved).steps is None
+    assert resumed(TrainConfig(epochs=2.0), saved).steps is None
     for field, value in (("data", "cats"), ("image_size", "64"), ("gen_width", 8), ("latent_dim", 8)):
         with pytest.raises(UserError, match="cannot change"):
-            dataclasses.replace(TrainConfig(), **{field: value}).resumed(saved)
+            resumed(dataclasses.replace(TrainConfig(), **{field: value}), saved)
+
+
+def resumed(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
+    return config.resumed(saved, config.differs())
+
+
+def test_paths_may_be_text() -> None:
+    config = TrainConfig(data=Path("photos"), run_dir="run", cache_dir="cache")  # type: ignore[arg-type]
+    assert (config.data, config.run_dir, config.cache_dir) == ("photos", Path("run"), Path("cache"))
+
+
+def test_a_resumed_run_takes_what_is_asked_for_even_where_it_is_the_default() -> None:
+    saved = TrainConfig(data="photos", lr=1e-3, compile=True, keep=5)
+    again = TrainConfig(run_dir=Path("r")).resumed(saved, {"lr", "compile", "run_dir"})
+    assert (again.lr, again.compile, again.keep) == (2e-4, False, 5)
+    with pytest.raises(UserError, match="DATA digits cannot change"):
+        TrainConfig().resumed(saved, {"data"})
+
+
+def test_a_resumed_run_may_say_the_same_in_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved = TrainConfig(data="photos", channels=3)
+    for same in (
+        {"data": str(tmp_path / "photos") + "/"},
+        {"image_size": "64x64"},
+        {"gen_width": 64},
+        {"disc_width": 64},
+        {"channels": 3},
+    ):
+        asked = dataclasses.replace(TrainConfig(data="photos"), **same)
+        assert asked.resumed(saved, set(same)) == saved

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastdcgan.errors import UserError
+from fastdcgan.files import replace_file
 from fastdcgan.models import AnyGenerator
 from fastdcgan.monitor import to_uint8
-from fastdcgan.runs import replace_file
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}

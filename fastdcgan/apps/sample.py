@@ -27,7 +27,7 @@ def sample(
         raise UserError(f"--count {count} is too small: at least 1")
     latents([seed], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
-    one_grid = out.suffix.lower() == ".png"
+    one_grid = out.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".webp")  # of which it can be the first
     check_out(out, (".png",) if one_grid else ())
     grid: list[Tensor] = []
     with progress("sampling", count, "images") as advance:

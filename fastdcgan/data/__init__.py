@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdcgan.config import NAMES
 from fastdcgan.data.dataset import Dataset, Stream
 from fastdcgan.errors import UserError
 
@@ -15,9 +16,8 @@ if TYPE_CHECKING:
 
     from fastdcgan.data.source import EncodedSource
 
-__all__ = ["Dataset", "Stream", "open_dataset"]
+__all__ = ["NAMES", "Dataset", "Stream", "open_dataset"]
 
-NAMES = ("digits", "fake", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba")
 LOADERS = ("auto", "dali", "torch")
 CACHES = ("auto", "device", "host", "disk", "off")
 CROPS = ("centre", "random")
@@ -83,7 +83,7 @@ def open_dataset(
         return _files(source, folder, strict=strict, **files, **placed)
     if source in NAMES:
         return _named(source, image_size, channels, cache_dir, placed)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix == ".npy" and path.is_file():
         from fastdcgan.data.packed import open_packed
 
@@ -130,9 +130,9 @@ def open_source(data: str) -> EncodedSource:
     from fastdcgan.data.archives import LmdbSource, TarSource, ZipSource, expand_braces
     from fastdcgan.data.source import FolderSource
 
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))  # Path.expanduser raises where there is no such user
     if "{" in data and not path.exists():
-        shards = [Path(shard).expanduser() for shard in expand_braces(data)]
+        shards = [Path(shard) for shard in expand_braces(os.path.expanduser(data))]
         absent = next((shard for shard in shards if not shard.is_file()), None)
         if absent is not None:
             raise UserError(f"the pattern {data} names {absent}, which does not exist: correct the range in the braces")
@@ -163,5 +163,12 @@ def open_source(data: str) -> EncodedSource:
 
 
 def default_cache_dir() -> Path:
-    """~/.cache/fastdcgan, or where XDG_CACHE_HOME says."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastdcgan"
+    """~/.cache/fastdcgan, or where XDG_CACHE_HOME says.
+
+    Raises:
+        UserError: the system knows of no home folder.
+    """
+    folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if folder.startswith("~"):
+        raise UserError("there is no home folder to keep a cache in: give another with --cache-dir")
+    return Path(folder) / "fastdcgan"

@@ -11,6 +11,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from weakref import WeakValueDictionary
@@ -60,7 +61,8 @@ class ZipSource(EncodedSource):
                 if entry.flag_bits & 1:
                     self.unusable.append((printable(name), "encrypted"))
                 elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    self.unusable.append((printable(name), "compressed in a way that cannot be read in place"))
+                    method = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}.get(entry.compress_type, "unknown")
+                    self.unusable.append((printable(name), f"compressed ({method}) in a way that is not read in place"))
                 elif max(entry.file_size, entry.compress_size) > MOST_ENCODED_BYTES:
                     self.unusable.append((printable(name), "larger than 1 GiB"))
                 else:
@@ -117,13 +119,18 @@ class TarSource(EncodedSource):
         _require_images(self)
 
     def _index(self, number: int, shard: Path) -> None:
+        prefix = f"{shard.name}/" if len(self._shards) > 1 else ""
         images: list[tarfile.TarInfo] = []
         label_of: dict[str, tarfile.TarInfo] = {}
         try:
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
                     suffix = PurePosixPath(member.name).suffix.lower()
-                    if not member.isfile() or is_hidden(member.name.removeprefix("./")):
+                    if is_hidden(member.name.removeprefix("./")):
+                        continue
+                    if (member.issym() or member.islnk()) and suffix in IMAGE_SUFFIXES:
+                        self.unusable.append((printable(prefix + member.name), "a link inside the archive"))
+                    if not member.isfile():
                         continue
                     if suffix == ".cls":
                         label_of[member.name[:-4]] = member
@@ -134,7 +141,6 @@ class TarSource(EncodedSource):
                 what = f"{shard} is not a readable tar file ({error})"
                 raise UserError(f"{what}: shards must be uncompressed .tar files; unpack it into a folder") from None
             self.unusable.append((printable(shard.name), f"the shard is broken behind {images[-1].name} ({error})"))
-        prefix = f"{shard.name}/" if len(self._shards) > 1 else ""
         for member in images:
             if member.size > MOST_ENCODED_BYTES:
                 self.unusable.append((printable(prefix + member.name), "larger than 1 GiB"))
@@ -142,7 +148,10 @@ class TarSource(EncodedSource):
             self.names.append(prefix + member.name)
             self._places.append((number, member.offset_data, member.size))
             label = label_of.get(member.name[: -len(PurePosixPath(member.name).suffix)])
-            text = self._files[number].read_at(label.offset_data, label.size) if label and label.size < 1024 else None
+            text = None
+            if label and label.size < 1024:
+                with suppress(OSError):  # the shard is cut short in the middle of it
+                    text = self._files[number].read_at(label.offset_data, label.size)
             self._labels.append(None if text is None else text.decode("utf-8", "backslashreplace").strip())
 
     def classes(self) -> tuple[list[int], list[str]] | None:
@@ -179,6 +188,7 @@ class LmdbSource(EncodedSource):
 
     def __init__(self, path: Path) -> None:
         self.path, self.unusable = path, []
+        self._file = path / "data.mdb" if path.is_dir() else path
         try:
             import lmdb
         except ImportError:
@@ -188,6 +198,9 @@ class LmdbSource(EncodedSource):
             if self._env is None:
                 self._env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
                 _environments[path.resolve()] = self._env
+            # LMDB maps the file as long as it says it is: reading behind its end would kill the process (SIGBUS).
+            if self._file.stat().st_size < (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]:
+                raise UserError(f"{path} is cut short: fetch it again")
             with self._env.begin() as transaction:
                 self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
         except lmdb.Error as error:
@@ -210,7 +223,7 @@ class LmdbSource(EncodedSource):
         return None
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files([self.path / "data.mdb" if self.path.is_dir() else self.path])
+        return _fingerprint_of_files([self._file])
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -231,7 +244,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _require_images(source: EncodedSource) -> None:
     if not source.names:
-        raise UserError(f"no images in {source.path}: give an archive with .jpg or .png files in it")
+        found = "{} is {}; ".format(*source.unusable[0]) if source.unusable else ""
+        raise UserError(f"no images in {source.path}: {found}give an archive with .jpg or .png files in it")
 
 
 def _fingerprint_of_files(paths: Sequence[Path]) -> str:

@@ -22,7 +22,7 @@ from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, EncodedSource, wh
 FILES_AT_ONCE = 256
 QUICK = 50e-6  # seconds a file: it comes from memory, and threads would only take turns at the interpreter
 SHOW_PROGRESS_FROM = 20_000  # files; fewer are done before a bar could be read
-FORMAT = 1  # of the remembered verdicts; raise it when `examine` judges differently
+FORMAT = 2  # of the remembered verdicts; raise it when `examine` judges differently
 
 
 class Census:

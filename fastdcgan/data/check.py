@@ -38,6 +38,8 @@ def check(data: str, *, strict: bool = False) -> CheckReport:
     """
     if data in NAMES:
         raise UserError(f"{data} is known to be sound: data check is for folders and archives of your own")
+    if data.endswith(".npy"):
+        raise UserError(f"{data} is packed, so every image in it could be decoded: check what it was packed from")
     source = open_source(data)
     report = CheckReport(files=len(source) + len(source.unusable), unusable=list(source.unusable))
 

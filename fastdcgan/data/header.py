@@ -5,6 +5,7 @@ JPEG and PNG headers are read here, in a few microseconds; everything else is as
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,6 +39,7 @@ IMAGE_SUFFIXES = frozenset(
         ".heif",
     ]
 )
+TURNED_BY_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)[2-8]")  # as Pillow has it, where EXIF says nothing
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 
 
@@ -124,6 +126,8 @@ def _jpeg(data: bytes) -> Facts | None:
             return Facts(JPEG if orientation == 1 else OTHER, height, width, components == 3)
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
+        elif marker == 0xE1 and TURNED_BY_XMP.search(data, at + 4, at + 2 + length):
+            return None
         elif marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and length >= 14 and at + 16 <= len(data):
             adobe_transform = data[at + 15]
         elif marker in (0xD9, 0xDA):
@@ -160,7 +164,7 @@ def _png(head: bytes) -> Facts | None:
     at = 33
     while at + 8 <= len(head):
         length, name = struct.unpack_from(">I4s", head, at)
-        if name in (b"tRNS", b"eXIf"):
+        if name in (b"tRNS", b"eXIf") or (name == b"iTXt" and TURNED_BY_XMP.search(head, at + 8, at + 8 + length)):
             return None
         if name == b"IDAT":
             return Facts(PNG, height, width, colour_type == 2)

@@ -50,6 +50,8 @@ def pack(
     Raises:
         UserError: as `open_dataset`; `out` exists with other content, cannot be written, or does not fit on the disk.
     """
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give the name of a file, such as {out / 'set.npy'}")
     out = out if out.suffix == ".npy" else out.with_name(out.name + ".npy")
     dataset = open_dataset(
         data,

@@ -25,10 +25,18 @@ def open_packed(path: Path, image_size: tuple[int, int], channels: int | None, *
     """
     try:
         array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy takes a broken header for Python source, and a size from it as it stands
         raise UserError(f"{path} cannot be read ({error}): pack it again with fastdcgan data pack") from None
-    if array.ndim != 4 or array.dtype != np.uint8 or array.shape[3] not in (1, 3, 4):
-        what = f"{path} holds {array.dtype} {array.shape}, not uint8 (images, height, width, channels)"
+    if (
+        not isinstance(array, np.ndarray)  # a .npz by another name
+        or array.ndim != 4
+        or array.dtype != np.uint8
+        or array.shape[3] not in (1, 3, 4)
+        or not array.flags.c_contiguous
+        or not array.size
+    ):
+        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        what = f"{path} holds {found}, not uint8 (images, height, width, channels), one image after the other"
         raise UserError(f"{what}: make it with fastdcgan data pack")
     height, width = array.shape[1:3]
     if (height, width) != image_size:
@@ -41,6 +49,6 @@ def open_packed(path: Path, image_size: tuple[int, int], channels: int | None, *
     note = read_json(note_path(path))
     flip = bool(note.get("flip", array.shape[3] >= 3))
     labels, class_names = note.get("labels"), note.get("class_names")
-    if labels is not None and len(labels) != len(array):  # the note of another array
+    if not isinstance(labels, list) or len(labels) != len(array):  # none, or the note of another array
         labels = class_names = None
     return ArrayDataset(path.stem, array, flip=flip, labels=labels, class_names=class_names, **placed)

@@ -85,7 +85,7 @@ class FolderSource(EncodedSource):
     def __init__(self, path: Path) -> None:
         self.path, self.unusable, self._root = path, [], str(path)
         self.names, self._sizes, other_suffixes, facts = [], list[int](), set(), []
-        for name, size, modified in sorted(self._walk("", set())):
+        for name, size, modified in sorted(self._walk()):
             suffix = os.path.splitext(name)[1]
             if suffix.lower() in IMAGE_SUFFIXES or self._starts_like_an_image(name):
                 self.names.append(name)
@@ -101,31 +101,37 @@ class FolderSource(EncodedSource):
             found = f"it holds only {', '.join(sorted(other_suffixes)[:4])} files" if other_suffixes else "it is empty"
             raise UserError(f"no images in the folder {path}: {found}{unreadable}; give a folder of .jpg or .png files")
 
-    def _walk(self, relative: str, visited: set[tuple[int, int]]) -> Iterator[tuple[str, int, int]]:
-        """(name, size, time of last change) of every file; `visited` breaks loops of links."""
-        folder = self.path / relative
-        try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in visited:
-                return
-            visited.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            self.unusable.append((printable(relative or str(self.path)), f"folder cannot be read ({error.strerror})"))
-            return
-        for entry in entries:
-            name = f"{relative}/{entry.name}" if relative else entry.name
-            if is_hidden(entry.name):
-                continue
+    def _walk(self) -> Iterator[tuple[str, int, int]]:
+        """(name, size, time of last change) of every file."""
+        waiting, visited = [""], set()  # folders still to look into; those looked into, which breaks loops of links
+        while waiting:
+            relative = waiting.pop()
+            folder = self.path / relative
             try:
-                status = entry.stat()
-                if stat.S_ISDIR(status.st_mode):
-                    yield from self._walk(name, visited)
-                elif stat.S_ISREG(status.st_mode):
-                    yield name, status.st_size, status.st_mtime_ns
+                status = folder.stat()
+                if (status.st_dev, status.st_ino) in visited:
+                    continue
+                visited.add((status.st_dev, status.st_ino))
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
             except OSError as error:
-                reason = "broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
-                self.unusable.append((printable(name), reason))
+                reason = f"folder cannot be read ({error.strerror})"
+                self.unusable.append((printable(relative or str(self.path)), reason))
+                continue
+            folders = []
+            for entry in entries:
+                name = f"{relative}/{entry.name}" if relative else entry.name
+                if is_hidden(entry.name):
+                    continue
+                try:
+                    status = entry.stat()
+                    if stat.S_ISDIR(status.st_mode):
+                        folders.append(name)
+                    elif stat.S_ISREG(status.st_mode):
+                        yield name, status.st_size, status.st_mtime_ns
+                except OSError as error:
+                    reason = "broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
+                    self.unusable.append((printable(name), reason))
+            waiting += reversed(folders)  # in the order of their names, each with all that is in it
 
     def _starts_like_an_image(self, name: str) -> bool:
         try:

@@ -50,9 +50,10 @@ def test_truncated_latents_keep_their_order_within_the_bounds():
         ({"seed": -1}, "--seed"),
         ({"seed": 2**64}, "--seed"),
         ({"truncation": 0.0}, "--truncation"),
+        ({"out": "grid.jpg"}, "end it in .png"),
     ],
 )
 def test_impossible_settings_are_named_and_nothing_is_written(run, tmp_path, setting, complaint):
     with pytest.raises(UserError, match=complaint):
-        sample(run, out=tmp_path / "new" / "grid.png", **setting)
+        sample(run, **setting | {"out": tmp_path / "new" / setting.get("out", "grid.png")})
     assert not (tmp_path / "new").exists()

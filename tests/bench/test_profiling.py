@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdcgan.bench.profiling import in_order, profile_training
+from fastdcgan.cli import main
 from fastdcgan.errors import UserError
 from fastdcgan.spans import span
 
@@ -36,6 +37,15 @@ def test_kernels_in_order():
 def test_nsight_needs_a_gpu(tmp_path):
     with pytest.raises(UserError, match="--nsight"):
         profile_training(**SMALL, device=torch.device("cpu"), executor="fast-eager", out=tmp_path, nsight=True)
+
+
+@pytest.mark.parametrize("wrong", [["--width", "0"], ["--batch-size", "1"], ["--steps", "0"]])
+def test_impossible_numbers_are_named(wrong, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["profile", *wrong])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"fastdcgan: {' '.join(wrong)} is too small")
 
 
 def test_spans_are_nothing_while_nobody_listens():

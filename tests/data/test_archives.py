@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastdcgan.data import Dataset
-from fastdcgan.data.archives import ZipSource, expand_braces
+from fastdcgan.data.archives import LmdbSource, ZipSource, expand_braces
 from fastdcgan.errors import UserError
 
 FILES = 7
@@ -95,6 +95,40 @@ def test_encrypted_entries_are_named(files: dict[str, bytes], tmp_path: Path) ->
     source = ZipSource(path)
     assert len(source) == FILES - 1
     assert source.unusable == [(next(iter(files)), "encrypted")]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_that_cannot_be_read_in_place_says_why(compression: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", compression) as archive:
+        archive.writestr("a.jpg", b"x")
+    with pytest.raises(UserError, match=r"a\.jpg is compressed \((bzip2|LZMA)\)"):
+        ZipSource(tmp_path / "set.zip")
+
+
+def test_links_in_a_tar_are_named(files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for name, data in files.items():
+            add(archive, name, data)
+        for name, kind in (("a/soft.jpg", tarfile.SYMTYPE), ("a/hard.jpg", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a/0.jpg"
+            archive.addfile(member)
+    data = opened(tmp_path / "set.tar")
+    assert data.count == FILES
+    assert data.skipped == [("a/soft.jpg", "a link inside the archive"), ("a/hard.jpg", "a link inside the archive")]
+
+
+def test_a_shard_cut_short_in_a_label_gives_its_images(
+    files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for k, data in enumerate(files.values()):
+            add(archive, f"{k}.jpg", data)
+            add(archive, f"{k}.cls", b"7")
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(b"6.cls") + 512])  # its header is there, its content is not
+    assert (opened(path).count, opened(path).labels) == (FILES, None)
 
 
 def test_one_tar_has_classes_from_its_folders(
@@ -189,6 +223,19 @@ def test_lsun_lmdb(
     assert torch.equal(data.take(range(FILES)), from_folder(loader))
     second = opened(path, loader=loader)  # while the first is in use
     assert torch.equal(second.take(range(FILES)), data.take(range(FILES)))
+
+
+def test_an_lmdb_cut_short_is_refused(files: dict[str, bytes], tmp_path: Path) -> None:
+    """Reading on would end the process: pages behind the end of a mapped file."""
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path), map_size=10 << 20) as env, env.begin(write=True) as transaction:
+        for name, data in files.items():
+            transaction.put(name.encode(), data * 20)
+    file = tmp_path / "data.mdb"
+    assert len(LmdbSource(tmp_path)) == FILES
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="cut short"):
+        LmdbSource(tmp_path)
 
 
 def test_lmdb_missing_package_says_what_to_install(

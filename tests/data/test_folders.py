@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -134,6 +136,19 @@ def test_names_can_always_be_printed() -> None:
     assert printable("фото.jpg") == "фото.jpg"
 
 
+def test_folders_in_folders_without_end(make_folder: Callable[..., Path], encoded: Callable[..., bytes]) -> None:
+    folder = make_folder(1)
+    deep = "d/" * 300
+    (folder / deep).mkdir(parents=True)
+    (folder / deep / "a.jpg").write_bytes(encoded(1))
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 100)  # or so many folders that pytest cannot delete them
+    try:
+        assert FolderSource(folder).names == [f"{deep}a.jpg", "good-0000.jpg"]
+    finally:
+        sys.setrecursionlimit(before)
+
+
 def test_mistakes_are_answered_in_one_line(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], tmp_path: Path
 ) -> None:
@@ -146,6 +161,7 @@ def test_mistakes_are_answered_in_one_line(
     not_zip.write_bytes(b"x")
     cases = {
         "digit": "did you mean digits",
+        "~nobody-of-this-name/photos": "no dataset or path named",
         str(tmp_path / "absent"): "no dataset or path named",
         str(empty): "it is empty",
         str(texts): "only .csv, .txt files",

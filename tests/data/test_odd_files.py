@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastdcgan.data import Dataset
 from fastdcgan.data.check import check
@@ -32,6 +33,17 @@ def rotated(picture: Image.Image) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise, so it is stored turned the other way
     return file_of(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+
+
+def turned_by_xmp(picture: Image.Image, format: str) -> bytes:
+    """As some programs do who write no EXIF."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    stored = picture.transpose(Image.Transpose.ROTATE_90)
+    if format == "JPEG":
+        return file_of(stored, "JPEG", quality=95, xmp=xmp)
+    chunks = PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    return file_of(stored, "PNG", pnginfo=chunks)
 
 
 def half_transparent(picture: Image.Image) -> Image.Image:
@@ -67,6 +79,8 @@ USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Ima
     "large JPEG": ("a.jpg", lambda p: file_of(p(5, (400, 320)), "JPEG", quality=95), lambda p: p(5)),
     "EXIF-rotated JPEG": ("a.jpg", lambda p: rotated(p(5)), lambda p: p(5)),
     "large EXIF-rotated JPEG": ("a.jpg", lambda p: rotated(p(5, (400, 320))), lambda p: p(5)),
+    "XMP-rotated JPEG": ("a.jpg", lambda p: turned_by_xmp(p(5), "JPEG"), lambda p: p(5)),
+    "XMP-rotated PNG": ("a.png", lambda p: turned_by_xmp(p(5), "PNG"), lambda p: p(5)),
     "PNG": ("a.png", lambda p: file_of(p(5), "PNG"), lambda p: p(5)),
     "16-bit PNG": ("a.png", lambda p: sixteen_bits(p(5)), lambda p: grey(p(5))),
     "RGBA PNG": ("a.png", lambda p: file_of(half_transparent(p(5)), "PNG"), lambda p: on_white(p(5))),

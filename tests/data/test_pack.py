@@ -168,9 +168,42 @@ def test_opening_with_other_wishes_says_what_the_file_holds(
     np.save(tmp_path / "other.npy", np.zeros((5, 16, 16, 3)))
     with pytest.raises(UserError, match="holds float64"):
         opened(tmp_path / "other.npy")
-    (tmp_path / "broken.npy").write_bytes(b"x")
-    with pytest.raises(UserError, match="cannot be read"):
-        opened(tmp_path / "broken.npy")
+
+
+@pytest.mark.parametrize(
+    "damage", ["text", "header", "negative", "cut", "no images", "columns first", "several", "pickle"]
+)
+def test_files_that_are_no_packed_set(damage: str, tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    path = tmp_path / "set.npy"
+    images = np.zeros((5, 16, 16, 3), np.uint8)
+    np.save(path, {"no images": images[:0], "columns first": np.asfortranarray(images)}.get(damage, images))
+    if damage == "text":
+        path.write_bytes(b"x")
+    if damage == "header":
+        path.write_bytes(path.read_bytes().replace(b"{", b"}"))
+    if damage == "negative":
+        path.write_bytes(path.read_bytes().replace(b"(5, ", b"(-5,"))
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    if damage == "several":
+        np.savez(path.open("wb"), a=images)
+    if damage == "pickle":
+        np.save(path, np.array([{}]), allow_pickle=True)
+    with pytest.raises(UserError, match="data pack") as raised:
+        opened(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_note_that_says_nonsense_is_not_believed(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    np.save(tmp_path / "set.npy", np.zeros((5, 16, 16, 3), np.uint8))
+    for labels in ("5", '{"a": 1}', '"abcde"', "[1]"):
+        (tmp_path / "set.npy.json").write_text(f'{{"labels": {labels}, "class_names": ["a"]}}')
+        assert opened(tmp_path / "set.npy").labels is None
+
+
+def test_a_folder_is_not_packed_into(tmp_path: Path, make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="is a folder"):
+        pack(str(make_folder(3)), image_size=SIZE, out=tmp_path)
 
 
 def test_a_plain_array_without_a_note_is_a_set_too(tmp_path: Path, opened: Callable[..., Dataset]) -> None:

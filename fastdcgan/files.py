@@ -1,0 +1,24 @@
+"""Writing files."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    if path.name in ("", ".."):
+        raise IsADirectoryError(21, "it is a folder", str(path))
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise

@@ -84,6 +84,9 @@ fi
 wait
 
 section "step 64 pixels" 115 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
+# The graph's memory in one segment that grows: as much as is in use at a time, and not the gaps between segments.
+section "step 64 pixels, expandable segments" 60 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    "$PYTHON" -c "$(steps step-64-expandable 64 5 "128 1024" "fast-captured")"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
 import os, shutil, traceback
 from pathlib import Path

@@ -252,17 +252,27 @@ class TrainConfig:
     def resumed(self, saved: TrainConfig, asked: Set[str]) -> TrainConfig:
         """The saved run's configuration with the fields of this one that are named in `asked`.
 
+        Data that is no longer where it was may be named anew.
+
         Raises:
-            UserError: a change that would make it another run: its networks or its data would be others.
+            UserError: a change that would make it another run: its networks or its data would be others. Or no data.
         """
         before, now = saved._fixed, self._fixed
+        place = before["data"]
+        if "{" in place:  # of shards: the folder before the braces
+            place = os.path.dirname(place.partition("{")[0])
+        moved = place not in NAMES and not os.path.exists(place)
         for name in sorted(asked & before.keys()):
-            if before[name] != now[name]:
+            if before[name] != now[name] and not (name == "data" and moved):
                 raise UserError(
                     f"{flag(name)} {getattr(self, name)} cannot change in a resumed run, which has {before[name]}:"
                     " leave it out, or train in another --run-dir"
                 )
         changed = {name: getattr(self, name) for name in asked - before.keys()}
+        if moved and "data" not in asked:
+            raise UserError(f"there is no {before['data']} any more: name the data's new place before --run-dir")
+        if moved:
+            changed["data"] = now["data"]
         if "steps" in changed or "epochs" in changed:
             saved = dataclasses.replace(saved, steps=None, epochs=None)
         return dataclasses.replace(saved, **changed)

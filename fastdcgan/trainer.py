@@ -37,6 +37,7 @@ ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 # What may change in a resumed run, and makes it another than the one that never stopped.
 CHANGES = (
     *(
+        "data",
         "batch_size",
         "sync_batchnorm",
         "seed",

@@ -86,7 +86,9 @@ def test_a_resumed_run_takes_flags_as_they_are_given(tmp_path: Path, capsys: pyt
     assert "DATA fake cannot change" in mistake(capsys, *again, "fake")
 
 
-def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("photos").mkdir()
     for i in range(20):
         Image.effect_noise((20, 20), 90).convert("RGB").save(f"photos/{i}.png")
@@ -94,6 +96,14 @@ def test_a_run_goes_on_from_another_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir("photos")
     main(["train", "../photos/", "--run-dir", "../run", "--resume", "--steps", "4", "--image-size", "8x8"])
     assert Path("../run/samples/step-000004.png").exists()
+    monkeypatch.chdir("..")
+    Path("photos").rename("pictures")
+    again = ["train", "--run-dir", "run", "--resume", "--steps", "6"]
+    capsys.readouterr()
+    assert "photos any more: name the data's new place" in mistake(capsys, *again)
+    main([*again, "pictures"])
+    said = capsys.readouterr().err
+    assert "data changes from" in said and "going on from step 4" in said
 
 
 def test_folders_that_cannot_be_trained_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

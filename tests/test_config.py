@@ -80,11 +80,11 @@ def test_json_of_another_kind(field: str, value: object) -> None:
 
 
 def test_a_resumed_run_keeps_what_it_was() -> None:
-    saved = TrainConfig(data="photos", image_size="32", steps=100, batch_size=16)
-    again = resumed(TrainConfig(data="photos", steps=200, resume=True, run_dir=Path("r")), saved)
+    saved = TrainConfig(data="mnist", image_size="32", steps=100, batch_size=16)
+    again = resumed(TrainConfig(data="mnist", steps=200, resume=True, run_dir=Path("r")), saved)
     assert (again.size, again.steps, again.batch_size) == ((32, 32), 200, 16)
     assert resumed(TrainConfig(epochs=2.0), saved).steps is None
-    for field, value in (("data", "cats"), ("image_size", "64"), ("gen_width", 8), ("latent_dim", 8)):
+    for field, value in (("image_size", "64"), ("arch", "tutorial"), ("gen_width", 8), ("latent_dim", 8)):
         with pytest.raises(UserError, match="cannot change"):
             resumed(dataclasses.replace(TrainConfig(), **{field: value}), saved)
 
@@ -98,16 +98,32 @@ def test_paths_may_be_text() -> None:
     assert (config.data, config.run_dir, config.cache_dir) == ("photos", Path("run"), Path("cache"))
 
 
-def test_a_resumed_run_takes_what_is_asked_for_even_where_it_is_the_default() -> None:
-    saved = TrainConfig(data="photos", lr=1e-3, compile=True, keep=5)
+def test_a_resumed_run_takes_what_is_asked_for_even_where_it_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    saved = TrainConfig(data=tmp_path / "photos", lr=1e-3, compile=True, keep=5)  # type: ignore[arg-type]
     again = TrainConfig(run_dir=Path("r")).resumed(saved, {"lr", "compile", "run_dir"})
     assert (again.lr, again.compile, again.keep) == (2e-4, False, 5)
     with pytest.raises(UserError, match="DATA digits cannot change"):
         TrainConfig().resumed(saved, {"data"})
 
 
+def test_data_that_has_moved_may_be_named_anew(tmp_path: Path) -> None:
+    for was, now in (("photos", "pictures"), ("photos/{0..9}.tar", "pictures/{0..9}.tar")):
+        (tmp_path / "photos").mkdir()
+        saved, config = TrainConfig(data=str(tmp_path / was)), TrainConfig(data=str(tmp_path / now))
+        assert TrainConfig().resumed(saved, set()) == saved
+        with pytest.raises(UserError, match="cannot change"):
+            config.resumed(saved, {"data"})
+        (tmp_path / "photos").rename(tmp_path / "pictures")
+        assert config.resumed(saved, {"data"}) == config
+        with pytest.raises(UserError, match="there is no .* any more"):
+            TrainConfig().resumed(saved, set())
+        (tmp_path / "pictures").rmdir()
+
+
 def test_a_resumed_run_may_say_the_same_in_other_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
     saved = TrainConfig(data="photos", channels=3)
     for same in (
         {"data": str(tmp_path / "photos") + "/"},

@@ -116,7 +116,7 @@ def test_data_that_has_moved_may_be_named_anew(tmp_path: Path) -> None:
             config.resumed(saved, {"data"})
         (tmp_path / "photos").rename(tmp_path / "pictures")
         assert config.resumed(saved, {"data"}) == config
-        with pytest.raises(UserError, match="there is no .* any more"):
+        with pytest.raises(UserError, match=r"there is no .* any more"):
             TrainConfig().resumed(saved, set())
         (tmp_path / "pictures").rmdir()
 

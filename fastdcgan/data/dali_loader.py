@@ -3,7 +3,7 @@
 DALI is fed with encoded bytes in our own order, so the order, the sharding and the position in them are the same for
 every loader, and a pipeline has no state worth keeping. That matters because one broken image kills a pipeline for
 good: it is then replaced by a new one, the images that were in it are decoded again without the culprit, and none is
-lost.
+lost. A file whose very structure is broken would end the process, so those never reach it (`header.is_plain`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import nvidia.dali.types
 import torch
 from nvidia.dali.pipeline import Pipeline
 
-from fastdcgan.data.header import JPEG, PNG
+from fastdcgan.data.header import JPEG, PNG, is_plain
 from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import UnusableImage
@@ -37,7 +37,7 @@ class _Batch:
     """A request that the pool is at work on."""
 
     decoded: Decoded
-    reading: list[Future[None]]  # of the files for DALI, into `encoded`
+    reading: list[Future[None]]  # of the files for DALI, into `encoded`, or by Pillow, into `decoded`
     decoding: list[Future[None]]  # of all others, by Pillow, into `decoded`
     encoded: dict[int, bytes]  # row -> file
 
@@ -57,7 +57,7 @@ class DaliLoader(Loader):
         large = bool(np.median(self.census.encoded_bytes) >= GPU_DECODE_FROM_BYTES)
         self.device = device if device.type == "cuda" and large else torch.device("cpu")
         if self.device.type == "cuda":  # the GPU decodes large JPEGs whole faster than the CPU decodes them scaled
-            self.fast |= self.census.kind == JPEG
+            self.fast |= (self.census.kind == JPEG) & self.moderate
             self._copy_stream = torch.cuda.Stream(self.device)
         self._pipeline: Pipeline | None = None
         self._max_batch = 0
@@ -70,7 +70,7 @@ class DaliLoader(Loader):
             encoded: dict[int, bytes] = {}
             return _Batch(
                 decoded,
-                in_pieces(pool, lambda rows: self.each(decoded, rows, encoded.__setitem__), np.flatnonzero(fast)),
+                in_pieces(pool, lambda rows: self._read_rows(decoded, rows, encoded), np.flatnonzero(fast)),
                 in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.flatnonzero(~fast)),
                 encoded,
             )
@@ -98,6 +98,19 @@ class DaliLoader(Loader):
             # Without waiting: an abandoned generator ends wherever Python collects garbage, also while a thread starts.
             pool.shutdown(wait=False, cancel_futures=True)
             self._pipeline = None
+
+    def _read_rows(self, decoded: Decoded, rows: Ids, encoded: dict[int, bytes]) -> None:
+        """Collect these rows' files for DALI; one that is not as it should be is decoded with Pillow."""
+        kinds, sizes = self.census.kind[decoded.ids], self.census.sizes[decoded.ids]
+        images = decoded.images.numpy()
+
+        def enter(row: int, data: bytes) -> None:
+            if is_plain(data, int(kinds[row]), tuple(sizes[row].tolist())):
+                encoded[row] = data
+            else:
+                images[row] = self.pillow(decoded, row, data)
+
+        self.each(decoded, rows, enter)
 
     def _decode_rows(self, decoded: Decoded, rows: Ids) -> None:
         """Decode these rows' files with Pillow."""

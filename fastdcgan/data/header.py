@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def examine(glimpse: Glimpse) -> Facts:
             facts = _jpeg(glimpse.whole())  # long metadata pushed the frame header out of sight
         complete = b"\xff\xd9" in glimpse.tail
     elif head.startswith(b"\x89PNG\r\n\x1a\n"):
-        facts = _png(head)
+        facts = _png(head, whole=len(head) == glimpse.size)
         complete = b"IEND" in glimpse.tail
     elif head[:4] == b"RIFF":
         complete = glimpse.size >= int.from_bytes(head[4:8], "little")
@@ -99,16 +100,22 @@ def examine(glimpse: Glimpse) -> Facts:
     return facts
 
 
+def is_plain(data: bytes, kind: int, size: tuple[int, int]) -> bool:
+    """Whether a whole file is still what `examine` found, a JPEG or PNG of (height, width) `size` as shown, and every
+    segment of it is where the one before says: DALI can crash on others, where Pillow finds what is wrong."""
+    facts = _jpeg(data) if kind == JPEG else _png(data, whole=True)
+    return facts is not None and facts[:3] == (kind, *size)
+
+
 def _jpeg(data: bytes) -> Facts | None:
-    """Facts from a JPEG's segments, None where they do not suffice."""
-    at, orientation, adobe_transform = 2, 1, -1
+    """Facts from a JPEG's segments up to the pixels, None where they do not suffice."""
+    at, orientation, adobe_transform, facts = 2, 1, -1, None
     while at + 4 <= len(data):
-        if data[at] != 0xFF:
-            return None
         marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
+        if data[at] != 0xFF or marker == 0xFF:
+            return None
+        if marker == 0xDA:
+            return facts
         length = (data[at + 2] << 8) | data[at + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if at + 10 > len(data):
@@ -123,14 +130,14 @@ def _jpeg(data: bytes) -> Facts | None:
                 return unusable(too_many_pixels(height, width))
             if orientation >= 5:
                 height, width = width, height
-            return Facts(JPEG if orientation == 1 else OTHER, height, width, components == 3)
-        if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            facts = Facts(JPEG if orientation == 1 else OTHER, height, width, components == 3)
+        elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
         elif marker == 0xE1 and TURNED_BY_XMP.search(data, at + 4, at + 2 + length):
             return None
         elif marker == 0xEE and data[at + 4 : at + 9] == b"Adobe" and length >= 14 and at + 16 <= len(data):
             adobe_transform = data[at + 15]
-        elif marker in (0xD9, 0xDA):
+        elif marker == 0xD9:
             return None
         at += 2 + length
     return None
@@ -152,23 +159,26 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _png(head: bytes) -> Facts | None:
-    """Facts from a PNG's chunks up to the pixels, None where Pillow should look."""
-    if len(head) < 33 or head[12:16] != b"IHDR":
+def _png(head: bytes, whole: bool) -> Facts | None:
+    """Facts from a PNG's chunks up to the pixels, or of the whole file, None where Pillow should look."""
+    if len(head) < 33 or head[8:16] != b"\0\0\0\rIHDR":
         return None
     width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">IIBBBBB", head, 16)
     if width * height > MOST_PIXELS:
         return unusable(too_many_pixels(height, width))
     if depth != 8 or colour_type not in (0, 2) or interlaced or not width or not height:
         return None
-    at = 33
+    at, facts, pixels = 8, Facts(PNG, height, width, colour_type == 2), False
     while at + 8 <= len(head):
         length, name = struct.unpack_from(">I4s", head, at)
+        pixels = pixels or name == b"IDAT"
+        if not pixels and zlib.crc32(head[at + 4 : at + 8 + length]) != int.from_bytes(head[at + 8 + length :][:4]):
+            return None  # Pillow takes such a file for broken, DALI does not
         if name in (b"tRNS", b"eXIf") or (name == b"iTXt" and TURNED_BY_XMP.search(head, at + 8, at + 8 + length)):
             return None
-        if name == b"IDAT":
-            return Facts(PNG, height, width, colour_type == 2)
         at += 12 + length
+        if name == b"IEND" or (pixels and not whole):
+            return facts if not whole or at <= len(head) else None
     return None
 
 

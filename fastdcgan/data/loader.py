@@ -22,7 +22,7 @@ from fastdcgan.data import pillow_decode
 from fastdcgan.data.census import Census
 from fastdcgan.data.header import JPEG, OTHER, UNUSABLE
 from fastdcgan.data.order import Ids
-from fastdcgan.data.pillow_decode import UnusableImage
+from fastdcgan.data.pillow_decode import LARGE_PIXELS, UnusableImage
 from fastdcgan.data.source import EncodedSource, why_unreadable
 
 Pixels = NDArray[np.uint8]
@@ -70,7 +70,9 @@ class Loader(ABC):
         # bool (n,): files for the fast decoder. The rest goes to Pillow: what is odd, and the JPEGs at least twice as
         # large as needed, because libjpeg's scaled decoding, which only Pillow offers, beats any full decoding.
         scaled = (census.kind == JPEG) & (self.centre[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
-        self.fast = (census.kind != OTHER) & (census.kind != UNUSABLE) & ~scaled
+        # Pillow also decodes the largest, one at a time, so that a batch of them does not fill the memory.
+        self.moderate = census.sizes.prod(axis=1, dtype=np.int64) <= LARGE_PIXELS
+        self.fast = (census.kind != OTHER) & (census.kind != UNUSABLE) & ~scaled & self.moderate
 
     @abstractmethod
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:

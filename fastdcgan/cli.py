@@ -11,6 +11,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -588,6 +589,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run one command line; exits with 0, or with 2 after one line about a user's mistake."""
     if argv is not None:
         sys.argv[1:] = argv
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
+    threading.excepthook = in_a_thread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows
@@ -625,6 +630,12 @@ def whole_numbers(flag: str, text: str, count: int) -> list[int]:
     if len(numbers) != count:
         raise UserError(f"{flag} {text} is not {count} whole numbers separated by commas")
     return numbers
+
+
+def in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, unless it could not write: TensorBoard raises that again where it is used."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def parse(argv: list[str]) -> Callable[[], None]:

@@ -6,6 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 
 
+def short(name: str) -> str:
+    """A name that leaves room for more in the name of a file, which has 255 bytes."""
+    return name.encode(errors="ignore")[:100].decode(errors="ignore")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all.
 
@@ -18,7 +23,7 @@ def replace_file(path: Path, content: bytes) -> None:
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise

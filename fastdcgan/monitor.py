@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -47,8 +48,15 @@ class Monitor:
             self._write("alarms", dataclasses.asdict(alarm))
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
-        with open(self.run / f"{name}.jsonl", "a") as file:
-            file.write(_line(values))
+        line = _line(values).encode()
+        with open(self.run / f"{name}.jsonl", "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, "no room for a whole line", file.name)
+            except OSError:
+                file.truncate(before)
+                raise
 
     def picture(self, name: str, images: Tensor, step: int) -> Path:
         """Save images (N, C, H, W) in -1..1 as the grid samples/<name>.png, and show it in TensorBoard."""

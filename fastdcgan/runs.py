@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,22 @@ from torch import Tensor
 from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
-from fastdcgan.files import replace_file
+from fastdcgan.files import replace_file, short
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 
 VERSIONS_OF = ("fastdcgan", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow")
 
 
 class RunFolder:
-    """One run's folder, locked against a second process for as long as this object lives."""
+    """One run's folder, locked against a second process until `unlock`."""
 
-    def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any]) -> None:
+    def __init__(self, path: Path, config: TrainConfig, facts: dict[str, Any], known: Sequence[Path] = ()) -> None:
         """Make the folder (or take one that exists, for a resumed run) and write its config.json.
 
         Args:
             config: of the run.
             facts: what the data turned out to be; kept in config.json beside versions and device.
+            known: its checkpoints when the run to go on with was read.
 
         Raises:
             UserError: it cannot be written, or another process is training in it.
@@ -49,9 +51,16 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--run-dir {path}: another process is training there; choose another folder") from None
+        if checkpoint.complete(path) != list(known):
+            self.unlock()
+            raise UserError(f"--run-dir {path}: another process has trained there meanwhile; choose another folder")
         self.path, self.config, self.facts = path, config, facts
         checkpoint.remove_unfinished(path)
         self.write_config()
+
+    def unlock(self) -> None:
+        """Let another process, or another run of this one, train in the folder."""
+        self._lock.close()
 
     def keep_intervals(self, every: dict[str, int]) -> None:
         """Have a resumed run log, sample and save at the same steps as this one."""
@@ -76,7 +85,7 @@ def choose_folder(config: TrainConfig, name: str) -> Path:
     """The folder of a new run over data called `name`: --run-dir, or runs/<name>-<time>."""
     if config.run_dir is not None:
         return config.run_dir
-    path = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     return path if not path.exists() else path.with_name(f"{path.name}-{os.getpid()}")
 
 
@@ -104,6 +113,8 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
             raise UserError(f"--run-dir {path} exists and is not a run: name another folder")
         return None
     if not config.resume:
+        if not checkpoint.complete(path) and not (path / "metrics.jsonl").exists():
+            return None  # nothing was trained: the images, for one, turned out to be too few
         raise UserError(f"--run-dir {path} already holds a run: add --resume to go on with it, or name another folder")
     return read_config(path)
 

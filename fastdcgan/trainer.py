@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import NoReturn
@@ -73,16 +73,15 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
     device = choose_device(config.device)
-    world = join(device)
-    try:
-        return train_in(world, config, config.differs() if asked is None else asked, device)
-    finally:
-        world.leave()
-        heap.keeps = False  # as the caller had it: the step had asked for it
+    with ExitStack() as at_end:
+        at_end.callback(setattr, heap, "keeps", False)  # as the caller had it: the step will have asked for it
+        world = join(device)
+        at_end.callback(world.leave)
+        return train_in(world, config, config.differs() if asked is None else asked, device, at_end)
 
 
-def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.device) -> Path:
-    """`train`, as one of the processes of `world`."""
+def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.device, at_end: ExitStack) -> Path:
+    """`train`, as one of the processes of `world`; `at_end` is told what must be undone however it ends."""
     saved = world.share(world.first(lambda: saved_config(config)))
     if saved is not None:
         config = config.resumed(saved, asked)
@@ -114,6 +113,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         sync_batch_norm(discriminator)
 
     resumed = world.share(world.first(lambda: load_newest(config.run_dir, say) if saved and config.run_dir else None))
+    known = complete(config.run_dir) if saved and config.run_dir else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     step = TrainStep(
         generator,
@@ -150,8 +150,11 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     folder = world.share(choose_folder(config, data.name))
     config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
     facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
-    run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}))
+    run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}, known))
+    if run is not None:
+        at_end.callback(run.unlock)
     saver = Saver(run, world, total)
+    at_end.callback(saver.wait)  # before the folder is unlocked
     watch, rollbacks = None, 0
     if run is not None:  # the first process
         report_skipped(data.skipped, folder)
@@ -297,8 +300,10 @@ def report_skipped(skipped: list[tuple[str, str]], run: Path) -> None:
     """List the images (file, reason) that cannot be used in skipped.txt, and say how many there are."""
     path, skipped = run / "skipped.txt", list(dict.fromkeys(skipped))
     lines = "".join(f"{file}\t{reason}\n" for file, reason in skipped)
-    if lines and (not path.exists() or path.read_text() != lines):
-        path.write_text(lines)
+    if not lines:
+        path.unlink(missing_ok=True)  # they have been mended since
+    elif not path.exists() or path.read_text(encoding="utf-8") != lines:
+        path.write_text(lines, encoding="utf-8")
         say(f"{len(skipped):,} images cannot be used and are left out; {path} says which and why")
 
 

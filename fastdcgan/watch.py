@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,9 +35,10 @@ class Watch:
         self.quality = Quality(real, config.latent_dim, config.seed, device)
         alarms = run / "alarms.jsonl"
         self.told = alarms.read_text() if alarms.exists() else ""
+        self.status, self.silent = "", False
         self._begin(done)
-        self.monitor.picture("real", real[:GRID].permute(0, 3, 1, 2) / 127.5 - 1, done)
-        self.status = ""
+        with self.writing():
+            self.monitor.picture("real", real[:GRID].permute(0, 3, 1, 2) / 127.5 - 1, done)
 
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done, self.told)
@@ -43,7 +46,7 @@ class Watch:
 
     def begin_again(self, done: int) -> None:
         """The run has gone back to step `done`."""
-        self.monitor.close()
+        self.close()
         self._begin(done)
 
     def log(self, figures: dict[str, float]) -> list[Alarm]:
@@ -52,7 +55,8 @@ class Watch:
         Args:
             figures: step, images_per_second, what `Alarms.look_at_metrics` takes, and what else is to be written.
         """
-        self.monitor.log(figures)
+        with self.writing():
+            self.monitor.log(figures)
         self.status = (
             f"{figures['images_per_second']:,.0f} images/s  loss D {figures['loss_d']:.2f} G {figures['loss_g']:.2f}"
             f"  D(x) {figures['d_real']:.2f}  D(G(z)) {figures['d_fake']:.2f}"
@@ -63,18 +67,31 @@ class Watch:
     def sample(self, done: int, step: TrainStep) -> list[Alarm]:
         """Draw the grids, of the moving average and of the latest weights; the alarms that they raise."""
         pictures = step.average(self.latents)
-        self.monitor.picture(f"step-{done:06d}", pictures, done)
-        self.monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(self.latents), done)
         varied = self.quality.diversity(pictures)
-        self.monitor.log({"step": done, **varied}, "quality")
+        with self.writing():
+            self.monitor.picture(f"step-{done:06d}", pictures, done)
+            self.monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(self.latents), done)
+            self.monitor.log({"step": done, **varied}, "quality")
         return self.tell(self.alarms.look_at_samples(done, **varied))
 
     def tell(self, raised: list[Alarm]) -> list[Alarm]:
         """Write alarms down and say them; returns them."""
         for alarm in raised:
-            self.monitor.alarm(alarm)
+            with self.writing():
+                self.monitor.alarm(alarm)
             say(f"warning: step {alarm.step:,}: {alarm.message}")
         return raised
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A disk that is full, or gone, costs figures and pictures, not the run; said once."""
+        try:
+            yield
+        except OSError as error:
+            if not self.silent:
+                say(f"warning: {self.run}: figures and pictures cannot be written ({error}); training goes on without")
+            self.silent = True
+
     def close(self) -> None:
-        self.monitor.close()
+        with self.writing():
+            self.monitor.close()

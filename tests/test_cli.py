@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,10 @@ def test_train_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert Image.open("alone/seed-000004.png").tobytes() == Image.open("singles/seed-000004.png").tobytes()
     capsys.readouterr()
     assert "--count" in mistake(capsys, "sample", "run", "--count", "0")
+
+
+def test_closed_streams_do_not_matter(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastdcgan", "train", "--run-dir", str(tmp_path / "run"), *TINY]
+    closed = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *map(str, command)], timeout=120, check=False)
+    assert closed.returncode == 0
+    assert (tmp_path / "run" / "samples" / "step-000002.png").exists()

@@ -6,24 +6,27 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastdcgan import checkpoint
+from fastdcgan import checkpoint, trainer
 from fastdcgan.config import TrainConfig
 from fastdcgan.distributed import ALONE
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
+from fastdcgan.monitor import Monitor
 from fastdcgan.runs import load_run
 from fastdcgan.saver import restore
 from fastdcgan.step import TrainStep
@@ -293,6 +296,64 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     assert f"fastdcgan train --run-dir {run} --resume" in said and "Traceback" not in said
     step = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["step"]
     assert f"stopped after step {step:,}" in said
+
+
+def test_a_run_that_is_finished_while_another_looks_at_its_images_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = trainer.open_dataset
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(trainer, "open_dataset", looked)
+        train(small(tmp_path / "run", steps=1, seed=1))
+        return looked(*args, **options)
+
+    monkeypatch.setattr(trainer, "open_dataset", slowly)
+    with pytest.raises(UserError, match="another process has trained there meanwhile"):
+        train(small(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_run_that_failed_lets_go_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a notebook, which keeps the failure with all that belongs to it."""
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError) as kept:
+        patched.setattr(TrainStep, "read_metrics", lambda _: (_ for _ in ()).throw(RuntimeError("planted")))
+        train(small(tmp_path / "run"))
+    assert [each.name for each in checkpoint.complete(tmp_path / "run")] == ["step-000003"]
+    train(small(tmp_path / "run", steps=6, resume=True))
+    assert kept.value.args == ("planted",)
+
+
+def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fastdcgan.monitor.replace_file", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    run = train(small(tmp_path / "run"))
+    assert capsys.readouterr().err.count("figures and pictures cannot be written") == 1
+    assert_equal_bits(run, straight, 12)
+    assert not list((run / "samples").iterdir())
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = Monitor(tmp_path, 0, "")
+    monkeypatch.setattr(monitor.board, "add_scalar", lambda *_: None)  # its thread would meet the limit too
+    monitor.log({"step": 1, "loss": 2.0})
+    size, limits = (tmp_path / "metrics.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no room for a whole line"):
+            monitor.log({"step": 2, "loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    monitor.log({"step": 3, "loss": 4.0})
+    monitor.close()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 3]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -128,6 +128,7 @@ def open_source(data: str) -> EncodedSource:
         UserError: nothing there, or nothing that holds images.
     """
     from fastdcgan.data.archives import LmdbSource, TarSource, ZipSource, expand_braces
+    from fastdcgan.data.header import IMAGE_SUFFIXES
     from fastdcgan.data.source import FolderSource
 
     path = Path(os.path.expanduser(data))  # Path.expanduser raises where there is no such user
@@ -141,8 +142,11 @@ def open_source(data: str) -> EncodedSource:
         if path.is_dir():
             if (path / "data.mdb").is_file():
                 return LmdbSource(path)
-            shards = sorted(entry for entry in path.iterdir() if entry.suffix == ".tar" and entry.name[0] != ".")
-            return TarSource(path, shards) if shards else FolderSource(path)
+            entries = [entry for entry in path.iterdir() if entry.name[0] != "." and entry.is_file()]
+            shards = sorted(entry for entry in entries if entry.suffix == ".tar")
+            if not shards or any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
+                return FolderSource(path)
+            return TarSource(path, shards)
         if path.is_file():
             with open(path, "rb"):
                 pass

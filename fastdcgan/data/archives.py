@@ -48,7 +48,7 @@ class ZipSource(EncodedSource):
         self.path, self.names, self.unusable = path, [], []
         try:
             archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{path} is not a readable zip file ({error}): unpack it yourself, or fetch it again"
             ) from None
@@ -56,7 +56,8 @@ class ZipSource(EncodedSource):
         with archive:
             for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
                 name = entry.filename
-                if entry.is_dir() or is_hidden(name) or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                hidden = is_hidden(name.removeprefix("./"))
+                if entry.is_dir() or hidden or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 if entry.flag_bits & 1:
                     self.unusable.append((printable(name), "encrypted"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -153,7 +154,8 @@ def remember(census: Census, source: EncodedSource, folder: Path) -> None:
 
 
 def _memory(source: EncodedSource, folder: Path) -> Path:
-    return folder / f"{source.fingerprint()[:32]}.npz"
+    key = hashlib.sha256(os.fsencode(f"{source.path.absolute()} {source.fingerprint()}")).hexdigest()
+    return folder / f"{key[:32]}.npz"
 
 
 def _recall(memory: Path, count: int) -> Census | None:

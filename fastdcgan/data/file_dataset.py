@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastdcgan.data.source import EncodedSource, printable
 from fastdcgan.data.store import DiskStore, Shape, Store
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
+from fastdcgan.files import short
 
 PICTURES = 1  # raise it when the same file would decode to other pixels: kept images are then made anew
 
@@ -74,7 +76,8 @@ class FileDataset(Dataset):
         self.labels = [classes[0][i] for i in self._numbers] if classes else None
         self.class_names = classes[1] if classes else None
         self._usable = Usable(usable, self._on_broken)
-        self._order = Order(len(source), seed, rank, world_size)
+        listing = hashlib.sha256(os.fsencode("\n".join(source.names))).hexdigest()[:16]
+        self._order = Order(len(source), seed, rank, world_size, listing)
         self._needed = 1  # images without which no stream can go on
         self._store: Store | None = None
         self._store_chosen = False
@@ -93,16 +96,18 @@ class FileDataset(Dataset):
         if store is not None:
             taken[torch.from_numpy(~missing)] = store.read(wanted[~missing])
         rows = np.flatnonzero(missing)
-        requests = (self._request(wanted[rows[start : start + PIECE]]) for start in range(0, len(rows), PIECE))
-        done = 0
-        for decoded in self.loader().decode(requests):
-            these = rows[done : done + len(decoded.ids)]
-            taken[torch.from_numpy(these)] = decoded.images.cpu()
-            done += len(these)
-            self._usable.drop(decoded.broken)
-            for row, i in zip(these, decoded.ids, strict=True):
-                if int(i) in decoded.broken:
-                    taken[row] = self.take([self._stand_in(int(np.searchsorted(self._numbers, i)))])[0]
+        while len(rows):
+            requests = (self._request(wanted[rows[start : start + PIECE]]) for start in range(0, len(rows), PIECE))
+            done, broken = 0, []
+            for decoded in self.loader().decode(requests):
+                these = rows[done : done + len(decoded.ids)]
+                taken[torch.from_numpy(these)] = decoded.images.cpu()
+                done += len(these)
+                self._usable.drop(decoded.broken)
+                broken += [row for row, i in zip(these, decoded.ids, strict=True) if int(i) in decoded.broken]
+            for row in broken:
+                wanted[row] = self._numbers[self._stand_in(int(np.searchsorted(self._numbers, wanted[row])))]
+            rows = np.array(broken, dtype=np.int64)
         return taken
 
     def _request(self, ids: Ids) -> Request:
@@ -154,7 +159,7 @@ class FileDataset(Dataset):
 
     def _leave_out_again(self, state: dict[str, Any] | None) -> None:
         """A continued run leaves out what it left out before, so that the order stays the same."""
-        if state and state["count"] == len(self._source):
+        if state and not self._order.changed(state):
             for i in state["unusable"]:
                 if self._usable.mask[i]:  # repaired meanwhile: no verdict on the file, only a matter of this run
                     self._usable.mask[i] = False
@@ -187,7 +192,8 @@ class FileDataset(Dataset):
         left = int(self._usable.mask.sum())
         if left < self._needed:
             raise UserError(
-                f"only {left} images of {self.name} can be decoded, too few for one batch: see its skipped files"
+                f"only {left} images of {self.name} can be decoded, too few for one batch; the last that cannot:"
+                f" {self.skipped[-1][0]}: {self.skipped[-1][1]}"
             )
 
     def _host_memory_ahead(self, channels: int | None) -> Pixels | None:
@@ -207,7 +213,7 @@ class FileDataset(Dataset):
             return None
         ahead, self._ahead = self._ahead, None
         size, mode, on_device = int(np.prod(self.shape, dtype=np.int64)), self._cache, self._device.type == "cuda"
-        on_disk = self._cache_dir / "images" / f"{self.name}-{self._key()}.npy"
+        on_disk = self._cache_dir / "images" / f"{short(self.name)}-{self._key()}.npy"
         if mode == "auto" and on_disk.exists():
             kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
             fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)

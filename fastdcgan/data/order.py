@@ -40,8 +40,13 @@ def random_places(count: int, seed: int, epoch: int) -> NDArray[np.float64]:
 class Order:
     """The endless sequence of image numbers that one rank sees; element k is global element rank + world_size * k."""
 
-    def __init__(self, count: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
+    def __init__(self, count: int, seed: int, rank: int = 0, world_size: int = 1, listing: str = "") -> None:
+        """`listing` stands for what the numbers mean, as a digest of the files' names does."""
+        self.count, self.seed, self.rank, self.world_size, self.listing = count, seed, rank, world_size, listing
+
+    def changed(self, state: dict[str, Any]) -> bool:
+        """Whether a position was saved (`Position.state`) for other images than these."""
+        return bool(state["count"] != self.count or state.get("listing", self.listing) != self.listing)
 
     def slice(self, start: int, length: int) -> Ids:
         """int64 (length,): elements start .. start + length - 1 of this rank's sequence."""
@@ -98,6 +103,7 @@ class Position:
             "taken": self.taken,
             "images": self.images,
             "count": order.count,
+            "listing": order.listing,
             "world_size": order.world_size,
             "unusable": np.flatnonzero(~usable).tolist(),
         }
@@ -112,7 +118,7 @@ class Position:
         if state is None:
             return cls()
         taken_by_all = state["taken"] * state["world_size"]
-        if state["count"] != order.count:
+        if order.changed(state):
             say(f"the data changed: {order.count} files where there were {state['count']}; going on with a new epoch")
             taken_by_all = -(-taken_by_all // state["count"]) * order.count
         # The first element of this rank, rank + world_size * k, that is not below.

@@ -77,8 +77,8 @@ def pack(
     try:
         with _alone(part, out) as file:
             done = read_json(journal) if file.seek(0, os.SEEK_END) else {}
-            if done.get("fingerprint") != fingerprint:
-                done = {"fingerprint": fingerprint, "next": 0, "broken": []}
+            if done.get("fingerprint") != fingerprint or "skipped" not in done:
+                done = {"fingerprint": fingerprint, "next": 0, "broken": [], "skipped": []}
                 write_json(journal, done)
             try:
                 reserve(file, HEADER_BYTES + dataset.count * row_bytes)
@@ -93,7 +93,7 @@ def pack(
             file.write(_header((count, *image_size, dataset.channels)))
             file.flush()
             os.fsync(file.fileno())
-            write_json(note_path(out), _note(dataset, fingerprint, set(done["broken"])))
+            write_json(note_path(out), _note(dataset, done))
             journal.unlink()  # first: a journal without its part would vouch for rows that are not there
             os.replace(part, out)
     except OSError as error:
@@ -112,6 +112,7 @@ def _write_rows(file: BinaryIO, journal: Path, done: dict[str, Any], dataset: Da
             file.write(images.numpy().data)
             done["broken"] += sorted(set(range(start, stop)) - set(good))
             done["next"] = stop
+            done["skipped"] = list(dict.fromkeys((name, reason) for name, reason in done["skipped"] + dataset.skipped))
             advance(stop - start)
             if time.monotonic() - saved > SAVE_EVERY or stop == dataset.count:
                 file.flush()
@@ -120,15 +121,16 @@ def _write_rows(file: BinaryIO, journal: Path, done: dict[str, Any], dataset: Da
                 saved = time.monotonic()
 
 
-def _note(dataset: Dataset, fingerprint: str, broken: set[int]) -> dict[str, Any]:
+def _note(dataset: Dataset, done: dict[str, Any]) -> dict[str, Any]:
+    broken = set(done["broken"])
     labels = dataset.labels and [label for i, label in enumerate(dataset.labels) if i not in broken]
     return {
-        "fingerprint": fingerprint,
+        "fingerprint": done["fingerprint"],
         "name": dataset.name,
         "flip": dataset.flip,
         "labels": labels,
         "class_names": dataset.class_names,
-        "skipped": dataset.skipped,
+        "skipped": done["skipped"],
     }
 
 

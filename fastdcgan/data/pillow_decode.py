@@ -24,6 +24,7 @@ EMPTY = "empty file (0 bytes)"
 
 _one_large_image = threading.Lock()
 Image.init()  # registers the formats now: doing it lazily is not safe from several threads
+FORMATS = [name for name in Image.OPEN if name != "EPS"]  # which Pillow would have another program, Ghostscript, draw
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is kept by measure/decode
 
 
@@ -143,7 +144,7 @@ def _open(data: bytes) -> Image.Image:
     if data.startswith(b"\xff\xd8"):
         # Not through Image.open, which refuses large images that scaled decoding handles well.
         return JpegImagePlugin.jpeg_factory(file, None)
-    return Image.open(file)
+    return Image.open(file, formats=FORMATS)
 
 
 def _finish(

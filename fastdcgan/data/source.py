@@ -57,8 +57,9 @@ class EncodedSource(ABC):
 
 
 def printable(name: str) -> str:
-    """A file name that any terminal and any text file can show: undecodable bytes become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name that any terminal and any line of text can show: undecodable bytes become \\xNN, a line's end \\n."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def why_unreadable(error: OSError) -> str:
@@ -117,6 +118,8 @@ class FolderSource(EncodedSource):
                 reason = f"folder cannot be read ({error.strerror})"
                 self.unusable.append((printable(relative or str(self.path)), reason))
                 continue
+            if relative and {".lock", "config.json", "samples"} <= {entry.name for entry in entries}:
+                continue  # a run, whose pictures are not to be trained on
             folders = []
             for entry in entries:
                 name = f"{relative}/{entry.name}" if relative else entry.name

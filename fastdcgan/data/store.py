@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -73,28 +73,37 @@ class DiskStore(Store):
         self._note = path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            note = read_json(self._note)
-            if note.get("fingerprint") != fingerprint:
-                self._path.unlink(missing_ok=True)
-            if path.exists():
-                present = np.ones(shape[0], dtype=bool)
-                present[note["absent"]] = False
-                super().__init__(_as_tensor(np.load(path, mmap_mode="c")), present)
-                return
-            # After a power failure rows may be missing that are noted as present: trust only what this boot wrote.
-            if note != (fresh := {"fingerprint": fingerprint, "boot": _boot_id()}):
-                self._rows.unlink(missing_ok=True)
-                self._part.unlink(missing_ok=True)
-                write_json(self._note, fresh)
-            for file, file_shape in ((self._part, shape), (self._rows, shape[:1])):
-                if not file.exists():
-                    _make(file, file_shape)
-            array = np.load(self._part, mmap_mode="r+")
-            super().__init__(_as_tensor(array), np.load(self._rows, mmap_mode="r+").view(bool))
+            try:
+                array, present = self._open(shape, fingerprint)
+            except (ValueError, EOFError, KeyError, IndexError, TypeError):  # damaged
+                for file in (self._path, self._part, self._rows, self._note):
+                    file.unlink(missing_ok=True)
+                array, present = self._open(shape, fingerprint)
+            super().__init__(_as_tensor(array), present)
+            self._mine = self._part.stat().st_ino if self._part.exists() else None
+
+    def _open(self, shape: Shape, fingerprint: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        note = read_json(self._note)
+        if note.get("fingerprint") != fingerprint:
+            self._path.unlink(missing_ok=True)
+        if self._path.exists():
+            present = np.ones(shape[0], dtype=bool)
+            present[note["absent"]] = False
+            return _load(self._path, shape, "c"), present
+        # After a power failure rows may be missing that are noted as present: trust only what this boot wrote.
+        if note != (fresh := {"fingerprint": fingerprint, "boot": _boot_id()}):
+            self._rows.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
+            write_json(self._note, fresh)
+        for file, file_shape in ((self._part, shape), (self._rows, shape[:1])):
+            if not file.exists():
+                _make(file, file_shape)
+        return _load(self._part, shape, "r+"), _load(self._rows, shape[:1], "r+").view(bool)
 
     def finish(self) -> None:
         with _locked(self._path.with_suffix(".lock")):
-            if not self._part.exists():
+            # Another process may have finished it, or begun anew because the sources have changed.
+            if not self._part.exists() or self._part.stat().st_ino != self._mine:
                 return
             with open(self._part, "rb+") as file:
                 os.fsync(file.fileno())
@@ -139,6 +148,14 @@ def _make(path: Path, shape: tuple[int, ...]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _load(path: Path, shape: tuple[int, ...], mode: Literal["c", "r+"]) -> NDArray[np.uint8]:
+    """A .npy as a memory map. Raises ValueError or EOFError where it is damaged."""
+    array: NDArray[np.uint8] = np.load(path, mmap_mode="r")  # "r+" would lengthen a file that is cut short
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"{path} holds something else")
+    return np.load(path, mmap_mode=mode)
 
 
 def _boot_id() -> str:

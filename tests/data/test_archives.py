@@ -57,6 +57,7 @@ def test_zip(
             archive.writestr(name, data)
         archive.writestr("__MACOSX/a/._0.jpg", b"x")
         archive.writestr("notes.txt", b"hello")
+        archive.writestr("./.hidden.jpg", b"x")
         archive.writestr("a/bad.jpg", b"text, not a picture")
     data = opened(path, loader=loader)
     assert (data.name, data.count, data.class_names) == ("set", FILES, ["a", "b"])
@@ -268,3 +269,29 @@ def test_a_zip_entry_that_states_too_small_a_size_is_not_unpacked_whole(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_names_in_a_zip_may_begin_with_a_dot_and_a_slash(
+    files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(f"./{name}", data)
+    data = opened(tmp_path / "set.zip")
+    assert (data.count, data.class_names) == (FILES, ["a", "b"])
+
+
+@pytest.mark.parametrize("damage", ["a name that is no UTF-8", "a version of the far future"])
+def test_a_zip_that_python_cannot_list_is_one_line(damage: str, tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("é.jpg", b"x")
+    data = bytearray(path.read_bytes())
+    if "name" in damage:
+        data = data.replace("é".encode(), b"\xff\xff")
+    else:
+        at = data.index(b"PK\x01\x02")
+        data[at + 6] = 99
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="not a readable zip file"):
+        opened(path)

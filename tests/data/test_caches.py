@@ -183,6 +183,43 @@ def test_what_another_boot_left_unfinished_is_not_trusted(tmp_path: Path, monkey
     assert not DiskStore(path, shape, "print").present.any()
 
 
+def test_who_began_before_the_sources_changed_does_not_finish_the_new_file(tmp_path: Path) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    ones = torch.ones(shape, dtype=torch.uint8)
+    before = DiskStore(path, shape, "before")
+    after = DiskStore(path, shape, "after")
+    before.write(np.arange(2), ones)
+    before.finish()
+    assert not path.exists()
+    after.write(np.arange(2), 2 * ones)
+    after.finish()
+    kept = DiskStore(path, shape, "after")
+    assert kept.present.all() and torch.equal(kept.array, 2 * ones)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "another shape", "no note", "note without its list"])
+def test_a_damaged_file_is_made_anew(damage: str, finished: bool, tmp_path: Path) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    store = DiskStore(path, shape, "print")
+    store.write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
+    if finished:
+        store.finish()
+    file = path if finished else path.with_suffix(".part")
+    note = path.with_suffix(".json")
+    if damage == "another shape":
+        np.save(path, np.ones((3, 4, 4, 1), np.uint8))
+        path.replace(file)
+    elif damage == "no note":
+        note.write_text("")
+    elif damage == "note without its list":
+        note.write_text('{"fingerprint": "print"}')
+    else:
+        os.truncate(file, 130 if damage == "cut short" else 0)
+    assert not DiskStore(path, shape, "print").present.any()
+    assert not DiskStore(path, shape, "print").array.any()
+
+
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path

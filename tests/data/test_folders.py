@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +135,64 @@ def test_the_fingerprint_changes_with_every_change(make_folder: Callable[..., Pa
 def test_names_can_always_be_printed() -> None:
     assert printable(os.fsdecode(b"caf\xe9.jpg")) == "caf\\xe9.jpg"
     assert printable("фото.jpg") == "фото.jpg"
+    assert printable("a\tb\n\x1b[31m.jpg") == "a\\tb\\n\\x1b[31m.jpg"
+
+
+def test_a_run_among_the_images_is_left_out(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    run = {"runs/a/config.json": b"{}", "runs/a/.lock": b"", "runs/a/samples/real.png": encoded(format="PNG")}
+    folder = make_folder(3, run)
+    assert (opened(folder).count, opened(folder / "runs" / "a" / "samples").count) == (3, 1)
+
+
+def test_a_tar_beside_images_does_not_hide_them(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    assert opened(make_folder(3, {"notes.tar": b"x"})).count == 3
+    assert opened(make_folder(0, {"odd.tar/a.jpg": encoded(), "b/c.jpg": encoded(1)}, "another")).count == 2
+
+
+def test_verdicts_are_of_one_folder(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    """Two folders whose files have the same names, sizes and times, as unpacked archives may have."""
+    good, bad = make_folder(3, name="good"), make_folder(3, name="bad")
+    file = bad / "good-0001.jpg"
+    file.write_bytes(b"x" * file.stat().st_size)
+    for each in (*good.iterdir(), *bad.iterdir()):
+        os.utime(each, (0, 0))
+    assert opened(bad).count == 2
+    assert opened(good).count == 3
+
+
+def test_other_files_in_the_same_number_are_noticed(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    batches: Callable[..., list[torch.Tensor]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = make_folder(6, {"good-0001.jpg": b""})
+    stream = opened(folder).stream(2)
+    batches(stream, 1)
+    state = stream.state()
+    (folder / "good-0000.jpg").rename(folder / "last.jpg")
+    data = opened(folder)
+    data.stream(2, state)
+    assert "the data changed" in capsys.readouterr().err
+    assert [name for name, _ in data.skipped] == ["good-0001.jpg"]
+
+
+def test_thousands_of_files_that_break_in_a_row(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    folder = make_folder(1)
+    broken = encoded(1, "PNG", size=(8, 8))
+    at = broken.index(b"IDAT") + 8
+    (folder / "a.png").write_bytes(broken[:at] + bytes(20) + broken[at + 20 :])
+    for k in range(1500):
+        os.link(folder / "a.png", folder / f"a{k}.png")
+    data = opened(folder, loader="torch")
+    assert torch.equal(data.take([0])[0], opened(make_folder(1, name="alone"), loader="torch").take([0])[0])
+    assert len(data.skipped) == 1501
 
 
 def test_folders_in_folders_without_end(make_folder: Callable[..., Path], encoded: Callable[..., bytes]) -> None:

@@ -112,6 +112,9 @@ def test_a_killed_pack_goes_on_where_it_was(
     whole = pack(str(folder), image_size=SIZE, out=tmp_path / "whole.npy", cache_dir=tmp_path / "another")
     assert np.array_equal(np.load(out), np.load(whole))
     assert len(np.load(out)) == 400
+    notes = [json.loads(file.with_name(f"{file.name}.json").read_text()) for file in (out, whole)]
+    assert notes[0] == notes[1]
+    assert len(notes[0]["skipped"]) == 3
     assert leftovers(tmp_path) == ["set.npy", "set.npy.json"]
 
 
@@ -119,7 +122,7 @@ def test_a_journal_without_its_rows_is_not_believed(make_folder: Callable[..., P
     folder, out = make_folder(5), tmp_path / "set.npy"
     whole = np.load(pack(str(folder), image_size=SIZE, out=out))
     note = json.loads((tmp_path / "set.npy.json").read_text())
-    journal = {"fingerprint": note["fingerprint"], "next": 5, "broken": []}
+    journal = {"fingerprint": note["fingerprint"], "next": 5, "broken": [], "skipped": []}
     (tmp_path / "set.npy.part.json").write_text(json.dumps(journal))
     out.unlink()
     assert np.array_equal(np.load(pack(str(folder), image_size=SIZE, out=out)), whole)

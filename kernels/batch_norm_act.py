@@ -66,7 +66,7 @@ def batch_norm_act(
     are combined with the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
     1983.
     """
-    _check(x, (weight, bias, running_mean, running_var), training, groups, negative_slope)
+    _check(x, (weight, bias, running_mean, running_var), training, groups, eps, negative_slope)
     if sync and training:
         from fastdcgan.kernels.batch_norm_act_sync import SyncBatchNormAct
 
@@ -130,7 +130,11 @@ def _left_to_the_compiler(x: Tensor, training: bool, groups: int) -> bool:
     return False
 
 
-def _check(x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, negative_slope: float) -> None:
+def _check(
+    x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, eps: float, negative_slope: float
+) -> None:
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm_act: eps is above 0 in training mode, not {eps}")
     if not negative_slope >= 0:
         raise ValueError(f"batch_norm_act: negative_slope is 0 or more, not {negative_slope}")
     if x.dim() not in (2, 4):

@@ -53,7 +53,7 @@ def uint8_to_float(
     if use_triton("uint8_to_float", images, backend):
         from fastdcgan.kernels.uint8_to_float_triton import gather
 
-        gather(images, index, flip, out)
+        gather(images, *(given if given is None else given.contiguous() for given in (index, flip)), out)
         return out
     return reference(images, index, flip, out)
 

@@ -23,7 +23,8 @@ if joint["sync"]:
 batch = joint["noise"].shape[1] // 2
 mine = slice(rank * batch, (rank + 1) * batch)
 source = torch.zeros(batch, 16, 16, 3, dtype=torch.uint8)
-step = TrainStep(generator, discriminator, source, torch.arange(batch), world=world, merge_halves=joint["merge"])
+options = {"merge_halves": joint["merge"], "spectral_norm": joint["spectral"]}
+step = TrainStep(generator, discriminator, source, torch.arange(batch), world=world, **options)
 if rank == 0:
     step.load_weights(joint["weights"])
 step.begin_together(world)

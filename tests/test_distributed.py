@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,28 +27,12 @@ FLAGS = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 8 --log-every
     ("sync", "compile", "merge"), [(True, False, False), (True, False, True), (True, True, True), (False, False, True)]
 )
 def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, sync: bool, compile: bool, merge: bool) -> None:
-    torch.manual_seed(0)
-    generator, discriminator = models.Generator(16, 3, 10, 8).double(), models.Discriminator(16, 3, 8).double()
-    weights = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
-    noise, real = torch.randn(STEPS, BATCH, 10).double(), torch.rand(STEPS, BATCH, 3, 16, 16).double() * 2 - 1
-    joint = {"weights": weights | {"average": generator.state_dict()}, "noise": noise, "real": real}
-    torch.save(joint | {"sync": sync, "compile": compile, "merge": merge}, tmp_path / "joint.pt")
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    worker = [sys.executable, str(Path(__file__).parent / "one_of_two.py"), str(tmp_path)]
-    processes = [
-        subprocess.Popen([*worker, str(rank)], env=os.environ | meeting, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        errors = process.communicate(timeout=180)[1]
-        assert process.returncode == 0, errors
-    found = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
-
+    joint, found = trained_together(tmp_path, sync=sync, compile=compile, merge=merge, spectral=False)
     slow = reference.Generator(16, 3, 10, 8).double(), reference.Discriminator(16, 3, 8).double()
     for network, kind in zip(slow, ("generator", "discriminator"), strict=True):
-        network.load_state_dict(weights[kind])
+        network.load_state_dict(joint["weights"][kind])
     optimizers = reference.adam(slow[0]), reference.adam(slow[1])
-    for each_noise, each_real in zip(noise, real, strict=True):
+    for each_noise, each_real in zip(joint["noise"], joint["real"], strict=True):
         reference.reference_step(*slow, *optimizers, each_real, each_noise)
 
     for network, kind in zip(slow, ("generator", "discriminator"), strict=True):
@@ -61,6 +46,31 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, sync: bool, 
                 # Each process normalises by its own images: close to the joint batch, and not equal to it.
                 assert 1e-6 < distance < 0.2, f"{kind} {name}: {distance:.1e}"
                 assert torch.equal(ours, found[1][kind][name]), f"{kind} {name} is not the same in both processes"
+
+
+def test_two_processes_divide_by_the_same_singular_values(tmp_path: Path) -> None:
+    _, found = trained_together(tmp_path, sync=True, compile=False, merge=False, spectral=True)
+    assert all(torch.equal(value, found[1]["discriminator"][name]) for name, value in found[0]["discriminator"].items())
+
+
+def trained_together(tmp_path: Path, **options: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What two processes were given, and the weights that each ends with."""
+    torch.manual_seed(0)
+    generator, discriminator = models.Generator(16, 3, 10, 8).double(), models.Discriminator(16, 3, 8).double()
+    weights = {"generator": generator.state_dict(), "discriminator": discriminator.state_dict()}
+    noise, real = torch.randn(STEPS, BATCH, 10).double(), torch.rand(STEPS, BATCH, 3, 16, 16).double() * 2 - 1
+    joint = {"weights": weights | {"average": generator.state_dict()}, "noise": noise, "real": real, **options}
+    torch.save(joint, tmp_path / "joint.pt")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    worker = [sys.executable, str(Path(__file__).parent / "one_of_two.py"), str(tmp_path)]
+    processes = [
+        subprocess.Popen([*worker, str(rank)], env=os.environ | meeting, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        errors = process.communicate(timeout=180)[1]
+        assert process.returncode == 0, errors
+    return joint, [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
 
 
 def torchrun(run: Path, *more: str, steps: int, restarts: int = 0) -> subprocess.Popen[str]:

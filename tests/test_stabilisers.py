@@ -330,6 +330,22 @@ FLAGS = {
 }
 
 
+def test_schedules_reach_a_whole_run(tmp_path: Path) -> None:
+    config = TrainConfig(image_size="16", gen_width=4, latent_dim=8, batch_size=16, steps=8, lr_decay="linear")
+    run = train(dataclasses.replace(config, run_dir=tmp_path / "run", device="cpu", lr_g=1e-3, lr_d=4e-3))
+    state = checkpoint.load(checkpoint.complete(run)[-1]).tensors["state"]
+    # Of the last step, before which 7 of 8 were done.
+    assert (float(state["adam_g.lr"]), float(state["adam_d.lr"])) == pytest.approx((1e-3 / 8, 4e-3 / 8))
+
+
+def test_a_resumed_run_moves_at_the_rate_it_was_given(tmp_path: Path) -> None:
+    config = TrainConfig(image_size="16", gen_width=4, latent_dim=8, batch_size=16, steps=2, device="cpu")
+    run = train(dataclasses.replace(config, run_dir=tmp_path / "run"))
+    train(dataclasses.replace(config, run_dir=run, resume=True, steps=4, lr_g=1e-3))
+    state = checkpoint.load(checkpoint.complete(run)[-1]).tensors["state"]
+    assert (float(state["adam_g.lr"]), float(state["adam_d.lr"])) == (1e-3, 2e-4)
+
+
 def test_a_killed_run_with_every_stabiliser_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     config = TrainConfig(
         image_size="16", gen_width=4, latent_dim=8, batch_size=16, steps=6, checkpoint_every=3, device="cpu"
@@ -363,4 +379,4 @@ def test_impossible_values(values: dict[str, object], complaint: str) -> None:
 
 def test_spectral_norm_cannot_come_in_the_middle_of_a_run() -> None:
     with pytest.raises(UserError, match="--spectral-norm"):
-        TrainConfig(spectral_norm=True).resumed(TrainConfig())
+        TrainConfig(spectral_norm=True).resumed(TrainConfig(), {"spectral_norm"})

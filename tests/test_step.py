@@ -280,6 +280,7 @@ def test_bf16_keeps_float32_masters(monkeypatch: pytest.MonkeyPatch) -> None:
         for low, master in zip(adam.copies, adam.masters.values(), strict=True):
             assert low is None or torch.equal(low, master.bfloat16())
     assert all(v.dtype == torch.float32 for v in step.weights()["generator"].values() if v.is_floating_point())
+    assert step.discriminate(exact.draw().bfloat16()).dtype == torch.float32  # and so are the losses
     moved = [m - m0 for m, m0 in zip(step.adam_d.masters.values(), make_step().discriminator.parameters(), strict=True)]
     moved_exactly = [
         p - p0 for p, p0 in zip(exact.discriminator.parameters(), make_step().discriminator.parameters(), strict=True)
@@ -287,6 +288,16 @@ def test_bf16_keeps_float32_masters(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (torch.cat([v.detach().reshape(-1) for v in vs]) for vs in (moved, moved_exactly))
     # bfloat16 has 3 digits and Adam's first steps are signs: the directions agree, the numbers do not.
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+
+
+def test_gradient_norms_are_of_the_gradients() -> None:
+    step = make_step(dtype=torch.float64)
+    step.update()  # Adam's first moments are now (1 - beta1) times the gradients
+    found = step.gradient_norms()
+    for name, adam in (("grad_norm_d", step.adam_d), ("grad_norm_g", step.adam_g)):
+        whole = torch.cat([moment.reshape(-1) for moment in adam.exp_avg.values()])
+        assert found[name] == pytest.approx(whole.norm().item())
+    assert found["grad_norm_d"] != found["grad_norm_g"]
 
 
 class NoHostSynchronisation(TorchDispatchMode):
@@ -380,6 +391,7 @@ class StandInGraph:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.waits = 0
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.calls.append("register")
@@ -393,11 +405,11 @@ def captured_with_stand_ins(
 ) -> tuple[Captured, StandInGraph]:
     from contextlib import contextmanager, nullcontext
 
+    graph = StandInGraph()
+
     class Stream:
         def wait_stream(self, other: object) -> None:
-            pass
-
-    graph = StandInGraph()
+            graph.waits += 1
 
     @contextmanager
     def record(*args: object, **kwargs: object):  # type: ignore[no-untyped-def]
@@ -420,6 +432,7 @@ def test_captured_warms_up_with_ordinary_steps_then_records_once(monkeypatch: py
     for _ in range(Captured.WARM_UP):
         executor.run()
     assert graph.calls == [] and executor.step.adam_g.steps == Captured.WARM_UP
+    assert graph.waits == 2 * Captured.WARM_UP  # the side stream for what came before, and the other for it
     for _ in range(4):
         executor.run()
     assert graph.calls == ["register", "capture", "replay", "replay", "replay", "replay"]

@@ -86,6 +86,10 @@ def test_errors():
         "groups=0": lambda: reference(x, *parameters, training=True, groups=0),
         "more than one value": lambda: reference(x[:, :, :1, :1], *parameters, training=True, groups=4),
         "negative_slope is": lambda: reference(x, *parameters, training=True, negative_slope=-0.2),
+        "eps is": lambda: reference(x, *parameters, training=True, eps=0.0),
+        "bias is .* strides .2": lambda: reference(
+            x, parameters[0], torch.zeros(12)[::2], *parameters[2:], training=True
+        ),
         "backend is": lambda: batch_norm_act(x, *parameters, training=True, backend="cuda"),
     }.items():
         with pytest.raises(ValueError, match=message):

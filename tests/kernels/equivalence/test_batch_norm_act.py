@@ -149,6 +149,31 @@ def test_other_layouts_are_copied(device):
         fused(base[:, ::2], weight[::2], *every_other[1:], training=True)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_gradient_where_the_activation_has_none(device, slope):
+    """At exactly 0 (here everywhere) torch takes the slope of the negative side, and so does every pass here."""
+    x = torch.randn(4, 6, 5, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = (torch.zeros(6, device=device, requires_grad=True) for _ in range(2))
+    y = fused(
+        x,
+        weight,
+        bias,
+        torch.zeros(6, device=device),
+        torch.ones(6, device=device),
+        training=True,
+        negative_slope=slope,
+    )
+    dy = torch.randint(1, 5, y.shape, device=device).float()
+    for differentiable in (False, True):
+        dx, dweight, dbias = torch.autograd.grad(
+            y, (x, weight, bias), dy, retain_graph=True, create_graph=differentiable
+        )
+        assert not dx.any()
+        torch.testing.assert_close(dbias, slope * dy.sum((0, 2, 3)))
+        normalized = torch.nn.functional.batch_norm(x, None, None, training=True)
+        torch.testing.assert_close(dweight, slope * (dy * normalized).sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
+
+
 def test_gradient_in_another_layout(device):
     """A gradient that arrives contiguous, or expanded from a sum, is not read as if it were channels_last."""
     x = torch.randn(4, 6, 5, 5, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()

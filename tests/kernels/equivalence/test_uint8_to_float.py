@@ -62,6 +62,17 @@ def test_into_one_half_of_a_batch(device):
     assert (batch[4:] == 7).all()
 
 
+def test_index_and_flip_may_lie_anywhere(device):
+    images = torch.randint(0, 256, (10, 6, 5, 3), dtype=torch.uint8, device=device)
+    index, flip = (
+        torch.arange(10, device=device)[::2],
+        torch.tensor([1, 1, 0, 0, 1, 0, 0, 1, 1, 1], device=device).bool(),
+    )
+    for which in ((index, flip[::2]), (index[:1].expand(5), flip[1:2].expand(5)), (None, flip.flip(0))):
+        actual, expected = (uint8_to_float(images, *which, backend=backend) for backend in ("triton", "reference"))
+        assert torch.equal(actual, expected)
+
+
 def test_an_index_out_of_range_is_nan_and_touches_nothing(device):
     images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8, device=device)
     batch = uint8_to_float(images, torch.tensor([1, 4, -1, 2**40], device=device), backend="triton")

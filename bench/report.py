@@ -111,10 +111,14 @@ def other_lines(found: Results) -> list[str]:
         parity = content["parity"]
         low, high = parity["interval"]
         verdict = "within" if parity["holds"] else "not shown to be within"
+        fast = next(curve for curve in content["curves"] if curve["contender"] != "example")
+        (height, width), executor = content["network"]["image_size"], fast["contender"].removeprefix("fast-")
         lines.append(
-            f"- The same steps give the same quality: over {parity['seeds']} seeds on {content['data']} the fast step's"
-            f" sliced Wasserstein distance differs from the reference's by {parity['difference']:+.1%} (95% interval"
-            f" {low:+.1%} to {high:+.1%}), {verdict} {parity['margin']:.0%} ({cited(stem)})."
+            f"- The same steps give the same quality: over {parity['seeds']} seeds of {fast['steps'][-1]:,} steps on"
+            f" {content['data']} at {height}x{width}, width {content['network']['width']}, the {executor} step's"
+            f" ({content['precision'][fast['contender']]}) sliced Wasserstein distance differs from the reference's by"
+            f" {parity['difference']:+.1%} (95% interval {low:+.1%} to {high:+.1%}), {verdict} {parity['margin']:.0%}"
+            f" ({cited(stem)})."
         )
     for stem, content in found.items():
         if "overhead" in content:

@@ -428,7 +428,7 @@ def data_pack(
     try:
         pack(data, image_size=size, out=out, channels=channels, loader=loader, strict=strict)
     except KeyboardInterrupt:
-        say("interrupted: the same command goes on from here")
+        say("the same command goes on from here")
         raise
 
 
@@ -582,6 +582,7 @@ command(bench)
 command(profile)
 command(data_check, "check", data_app)
 command(data_pack, "pack", data_app)
+data_app.__doc__ = "Look at a set's files, or pack it into one."
 app.command(data_app, name="data")
 
 
@@ -609,6 +610,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(complain(f"the disk is full{where}: make room and try again"))
         sys.exit(complain(f"a file cannot be used{where}: {error.strerror or error}; look at its permissions and name"))
     except KeyboardInterrupt:
+        say("interrupted")
         sys.exit(130)
 
 

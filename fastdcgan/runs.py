@@ -172,7 +172,9 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     else:
         newest = checkpoint.load_newest(path, print)
         if newest is None:
-            raise UserError(f"{path} has no checkpoint: train with fastdcgan train --run-dir {path}")
+            near = [each.parent for pattern in ("../config.json", "*/config.json") for each in path.glob(pattern)]
+            hint = f"give a run, such as {max(near, key=os.path.getmtime)}" if near else "train one: fastdcgan train"
+            raise UserError(f"{path} has no checkpoint: {hint}")
         saved, folder = newest, path
     config = read_config(folder) if (folder / "config.json").exists() else None
     generator = _generator(saved.tensors["average" if ema else "generator"], path)
@@ -194,7 +196,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        raise UserError(f"{file} is not a file of weights alone, and nothing else is loaded from a pickle") from error
+        raise UserError(f"{file} is not a .safetensors file, nor a .pth file of weights and nothing else") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{file} does not hold a network's weights by name (a state_dict)")
     return {str(name).removeprefix("_orig_mod.").removeprefix("module."): value for name, value in weights.items()}

@@ -19,7 +19,7 @@ from fastdcgan.alarms import Alarm
 from fastdcgan.checkpoint import complete, load_newest, load_sound
 from fastdcgan.config import TrainConfig, absolute
 from fastdcgan.console import say, spinner, training_progress
-from fastdcgan.data import open_dataset
+from fastdcgan.data import open_dataset, packed_size
 from fastdcgan.distributed import World, join
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
@@ -87,6 +87,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         config = config.resumed(saved, asked)
         warn_of_changes(config, saved)
     precision = choose_precision(config.precision, device)
+    if config.image_size is None:
+        config = dataclasses.replace(config, image_size=packed_size(config.data))
 
     height, width = config.size
     with world.first_on_each_machine():
@@ -282,7 +284,13 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """The precision of --precision; auto is bf16 on a GPU that computes in it, fp32 elsewhere."""
+    """The precision of --precision; auto is bf16 on a GPU that computes in it, fp32 elsewhere.
+
+    Raises:
+        UserError: TF32 on a CPU, which has none.
+    """
+    if wanted == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32 is of NVIDIA GPUs: use fp32, or bf16, on a CPU")
     if wanted != "auto":
         return wanted
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -136,6 +137,45 @@ def test_run_folders_that_are_not(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 def test_a_folder_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be written" in mistake(capsys, "train", "--run-dir", "/proc/here", *TINY)
+
+
+def test_a_packed_set_says_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("set.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 12, 3), dtype=np.uint8))
+    main(["train", "set.npy", "--run-dir", "run", "--steps", "2", "--gen-width", "4", "--batch-size", "4"])
+    assert "20 images, 8x12x3" in capsys.readouterr().err
+    main(["train", "--run-dir", "run", "--resume", "--steps", "3"])
+    np.save("odd.npy", np.zeros((20, 9, 9, 3), np.uint8))
+    capsys.readouterr()
+    assert "image size 9 is not possible" in mistake(capsys, "train", "odd.npy")
+
+
+def test_tf32_is_not_of_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (("train", "fake", "--device", "cpu", *TINY), ("bench", "--image-size", "16")):
+        assert "--precision tf32" in mistake(capsys, *command, "--precision", "tf32")
+    assert not Path("runs").exists()
+
+
+def test_what_is_no_run_names_one_nearby(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "fake", "--run-dir", "runs/a", *TINY])
+    capsys.readouterr()
+    assert "give a run, such as runs/a" in mistake(capsys, "sample", "runs")
+    assert "give a run, such as runs/a" in mistake(capsys, "sample", "runs/a/checkpoints")
+    Path("text.jpg").write_text("hello")
+    assert "not a .safetensors file, nor a .pth" in mistake(capsys, "sample", "text.jpg")
+
+
+def test_ctrl_c_leaves_no_half_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "fake", "--run-dir", "run", *TINY])
+    capsys.readouterr()
+
+    def interrupt(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(SystemExit) as end:
+        main(["sample", "run", "--count", "2", "--out", "singles"])
+    assert (end.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+    assert not list(Path("singles").iterdir())
 
 
 def test_train_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

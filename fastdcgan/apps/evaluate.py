@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import batches, circumstances, open_images, require_whole, shuffled
 from fastdcgan.apps.latent import BATCH, generate, latents
-from fastdcgan.apps.neighbours import prdc
+from fastdcgan.apps.neighbours import nearest, prdc
 from fastdcgan.apps.pictures import check_out, save, sheet
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say, spinner
@@ -25,7 +26,7 @@ from fastdcgan.errors import UserError, check_seed
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.monitor import to_uint8
 
-SHOWN = 6  # pictures a side of the two squares beside each other
+ROWS, COLUMNS = 5, 6  # of the two sets of pictures beside each other
 FEWEST = 32
 
 
@@ -101,11 +102,17 @@ def evaluate(
         **circumstances(device_of(generator)),
     }
     save((json.dumps(report, indent=1) + "\n").encode(), out)
-    rows = [
-        [*real[SHOWN * i : SHOWN * (i + 1)], None, *fake[SHOWN * i : SHOWN * (i + 1)]] for i in range(min(SHOWN, 5))
-    ]
-    save(sheet(rows), out.with_suffix(".png"))
+    shown, twins = fake[: ROWS * COLUMNS], out.with_name(f"{out.stem}-nearest.png")
+    save(side_by_side(real, shown), out.with_suffix(".png"))
     say(f"{out}; real (left) and generated (right): {out.with_suffix('.png')}")
+    save(side_by_side(shown, real[nearest(shown, real)]), twins)
+    say(f"generated (left) and the nearest of the {count:,} real images, in the same places (right): {twins}")
+
+
+def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
+    """The first pictures of two sets (N, C, H, W)."""
+    rows = (slice(first, first + COLUMNS) for first in range(0, ROWS * COLUMNS, COLUMNS))
+    return sheet([[*left[row], None, *right[row]] for row in rows])
 
 
 def measure(real: Tensor, fake: Tensor, discriminator: AnyDiscriminator, seed: int = 0) -> dict[str, float]:

@@ -192,7 +192,7 @@ def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]] | Non
     ]
     if run.config is not None and run.step is not None:
         rows += [
-            ("trained on", Path(run.config.data).name),
+            ("trained on", "/".join(Path(run.config.data).parts[-2:])),
             ("steps", f"{run.step:,} of {run.config.batch_size} images"),
         ]
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -58,7 +58,7 @@ def interpolate(
         frames = [to_picture(image).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images[:-1]]
         held = [frame for i, frame in enumerate(frames) for _ in range(HOLD if i % steps == 0 else 1)]
         save(gif(frames, steps) if kind == ".gif" else mp4(held), out)
-    say(f"{len(images)} pictures: {out}")
+    say(f"{len(images) - animated} pictures: {out}")
 
 
 def gif(frames: list[Image.Image], steps: int) -> bytes:

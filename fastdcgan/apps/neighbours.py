@@ -1,4 +1,7 @@
-"""Precision, recall, density and coverage: whether generated features lie among real ones, and real among generated."""
+"""Precision, recall, density and coverage: whether generated features lie among real ones, and real among generated.
+
+And the nearest real images, which show whether the generator draws the set by heart.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
         "density": in_real.sum(0).float().mean().item() / k,
         "coverage": in_real.any(1).float().mean().item(),
     }
+
+
+def nearest(pictures: Tensor, among: Tensor) -> Tensor:
+    """The number of the picture of `among` (M, C, H, W) whose pixels are nearest to each of `pictures` (N, C, H, W)."""
+    return torch.cdist(pictures.flatten(1), among.flatten(1)).argmin(1)
 
 
 def _reach(features: Tensor, k: int) -> Tensor:

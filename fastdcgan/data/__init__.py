@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdcgan.config import NAMES
 from fastdcgan.data.dataset import Dataset, Stream
+from fastdcgan.data.packed import open_packed, packed_size
 from fastdcgan.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastdcgan.data.source import EncodedSource
 
-__all__ = ["NAMES", "Dataset", "Stream", "open_dataset"]
+__all__ = ["NAMES", "Dataset", "Stream", "open_dataset", "packed_size"]
 
 LOADERS = ("auto", "dali", "torch")
 CACHES = ("auto", "device", "host", "disk", "off")
@@ -85,8 +86,6 @@ def open_dataset(
         return _named(source, image_size, channels, cache_dir, placed)
     path = Path(os.path.expanduser(source))
     if path.suffix == ".npy" and path.is_file():
-        from fastdcgan.data.packed import open_packed
-
         if crop == "random":
             raise UserError(f"{path} holds pictures that are cropped already: leave --crop random out")
         return open_packed(path, image_size, channels, **placed)

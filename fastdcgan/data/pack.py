@@ -52,7 +52,9 @@ def pack(
     """
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the name of a file, such as {out / 'set.npy'}")
-    out = out if out.suffix == ".npy" else out.with_name(out.name + ".npy")
+    if out.suffix not in ("", ".npy"):
+        raise UserError(f"--out {out} is not possible: end it in .npy")
+    out = out.with_suffix(".npy")
     dataset = open_dataset(
         data,
         image_size=image_size,
@@ -99,6 +101,10 @@ def pack(
     except OSError as error:
         need = in_words(HEADER_BYTES + dataset.count * row_bytes)
         raise UserError(f"cannot write {out} ({error.strerror}), which takes {need}: choose another --out") from None
+    without = (
+        f"; {len(done['skipped']):,} cannot be used: {note_path(out)} says which and why" if done["skipped"] else ""
+    )
+    say(f"{out}: {count:,} images{without}")
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from fastdcgan.errors import UserError
 def note_path(path: Path) -> Path:
     """set.npy -> set.npy.json"""
     return path.with_name(path.name + ".json")
+
+
+def packed_size(data: str) -> str | None:
+    """HEIGHTxWIDTH of the images in a packed set; None where `data` is none (`open_packed` says what is wrong)."""
+    path = Path(os.path.expanduser(data))
+    if path.suffix != ".npy" or not path.is_file():
+        return None
+    try:
+        shape = np.load(path, mmap_mode="r").shape
+    except Exception:
+        return None
+    return f"{shape[1]}x{shape[2]}" if len(shape) == 4 else None
 
 
 def open_packed(path: Path, image_size: tuple[int, int], channels: int | None, **placed: Any) -> ArrayDataset:

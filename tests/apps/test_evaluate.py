@@ -21,7 +21,7 @@ from fastdcgan.apps.distances import (
 from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure
 from fastdcgan.apps.features import untrained as fresh_discriminator
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.neighbours import prdc
+from fastdcgan.apps.neighbours import nearest, prdc
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
 from fastdcgan.models import Generator
@@ -47,7 +47,8 @@ def test_outputs(run, tmp_path):
     report = json.loads((tmp_path / "e.json").read_text())
     assert report["images"] == 64 and report["step"] == 400
     assert report["results"]["other real images"]["precision"] > 0.3
-    assert Image.open(tmp_path / "e.png").size == (13 * 98 - 2, 5 * 98 - 2)
+    for name in ("e.png", "e-nearest.png"):
+        assert Image.open(tmp_path / name).size == (13 * 98 - 2, 5 * 98 - 2)
 
 
 def images(count, size, seed=0, channels=3):
@@ -114,6 +115,11 @@ def test_precision_and_recall_tell_collapse_from_noise():
     assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.2
     far = prdc(real, 3 * torch.randn(400, 4, generator=random))
     assert far["precision"] < 0.5 and far["recall"] > 0.8
+
+
+def test_the_nearest_real_images_are_found():
+    real = torch.rand(20, 3, 8, 8)
+    assert nearest(real[[7, 3, 19]] + 0.01 * torch.randn(3, 3, 8, 8), real).tolist() == [7, 3, 19]
 
 
 def test_features_of_pale_pictures_are_as_exact_as_of_others(networks):

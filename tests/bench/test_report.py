@@ -113,7 +113,9 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         "start-cold": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 41.2, "rounds": [1.0]}]),
         "start-warm": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 9.7, "rounds": [1.0]}]),
         "quality": {
-            "measured": "quality", "data": "digits",
+            "measured": "quality", "data": "digits", "network": {"image_size": [16, 16], "width": 8},
+            "precision": {"example": "fp32", "fast-eager": "fp32"},
+            "curves": [{"contender": "example"}, {"contender": "fast-eager", "steps": [0, 150, 300]}],
             "parity": {"difference": 0.01, "interval": [-0.05, 0.07], "margin": 0.2, "seeds": 5, "holds": True},
         },
         "follow": throughput(rows=[], overhead={"share": 0.0123}),
@@ -136,6 +138,10 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
             " x2.8 with --loader dali --cache host, memory at hand, x3.1 with --loader dali --cache off; from",
         ),
         ("start-cold", "takes 41 s, in later runs, from the compiler's cache, 10 s"),
+        (
+            "quality",
+            "over 5 seeds of 300 steps on digits at 16x16, width 8, the eager step's (fp32) sliced Wasserstein",
+        ),
         ("quality", "+1.0% (95% interval -5.0% to +7.0%), within 20%"),
         ("follow", "take 1.23%"),
         ("scaling", "2 processes, one core each: weak scaling 80%, strong scaling 70%"),

@@ -209,6 +209,16 @@ def test_a_folder_is_not_packed_into(tmp_path: Path, make_folder: Callable[..., 
         pack(str(make_folder(3)), image_size=SIZE, out=tmp_path)
 
 
+def test_what_was_packed_is_said(
+    tmp_path: Path, make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = make_folder(5, {"bad.jpg": b"text"}), tmp_path / "set"
+    assert pack(str(folder), image_size=SIZE, out=out) == tmp_path / "set.npy"
+    assert f"{out}.npy: 5 images; 1 cannot be used: {out}.npy.json says which" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"end it in \.npy"):
+        pack(str(folder), image_size=SIZE, out=tmp_path / "set.txt")
+
+
 def test_a_plain_array_without_a_note_is_a_set_too(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
     np.save(tmp_path / "mine.npy", np.full((5, 16, 16, 1), 7, np.uint8))
     data = opened(tmp_path / "mine.npy")

@@ -138,6 +138,7 @@ class TrainStep:
         return uint8_to_float(self.source, self.index, self.flips, dtype=self.dtype)
 
     def generate(self, noise: Tensor) -> Tensor:
+        """Images (B, C, H, W) in -1..1 from latents (B, latent_dim)."""
         return self.generator(noise)
 
     def discriminate(self, images: Tensor, groups: int = 1) -> Tensor:
@@ -149,6 +150,7 @@ class TrainStep:
         )
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """What D minimises, a () tensor, at images (B, C, H, W) each; and D(x) and D(G(z)) as METRICS show them, (2,)."""
         real, fake = self.views.see(real, REAL), self.views.see(fake, FAKE)
         if self.merge_halves:
             logits_real, logits_fake = self.discriminate(torch.cat((real, fake)), groups=2).chunk(2)
@@ -159,6 +161,7 @@ class TrainStep:
         return loss, torch.stack(outputs).detach()
 
     def generator_loss(self, fake: Tensor) -> Tensor:
+        """What G minimises, a () tensor, at the images (B, C, H, W) that it drew."""
         return self.objective.generator(self.discriminate(self.views.see(fake, FAKE_AGAIN)))
 
     def penalised(self) -> bool:

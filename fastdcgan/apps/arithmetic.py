@@ -61,8 +61,8 @@ def arithmetic(
             row.append(image)
     for i, row in enumerate(rows):
         row += [None, *(square[3 * i : 3 * i + 3] if i < 3 else [])]
-    save(sheet(rows), out)
-    say(f"groups, their means, and the result: {out}")
+    save(sheet(rows, [*["plus"] * len(plus), *["minus"] * len(minus), "", "result, and near it"]), out)
+    say(f"groups, under them their means, and the result: {out}")
 
 
 def combine(means: Tensor, added: int) -> Tensor:

@@ -73,8 +73,9 @@ def denoise_images(
                 f"{name}: PSNR {noisy_psnr:.1f} -> {modelled:.1f} dB (a filter alone: {filtered:.1f}),"
                 f" SSIM {noisy_ssim:.2f} -> {after_ssim:.2f}"
             )
-    columns = [noisy, denoised] if truth is None else [truth, noisy, denoised]
-    save(sheet(list(zip(*columns, strict=True))), out / "sheet.png")
+    columns = {} if truth is None else {"clean": truth}
+    columns |= {"noisy": noisy, "denoised": denoised}
+    save(sheet(list(zip(*columns.values(), strict=True)), list(columns)), out / "sheet.png")
     say(f"{'noisy' if truth is None else 'clean, noisy'}, denoised: {out / 'sheet.png'}")
 
 

@@ -103,16 +103,18 @@ def evaluate(
     }
     save((json.dumps(report, indent=1) + "\n").encode(), out)
     shown, twins = fake[: ROWS * COLUMNS], out.with_name(f"{out.stem}-nearest.png")
-    save(side_by_side(real, shown), out.with_suffix(".png"))
-    say(f"{out}; real (left) and generated (right): {out.with_suffix('.png')}")
-    save(side_by_side(shown, real[nearest(shown, real)]), twins)
-    say(f"generated (left) and the nearest of the {count:,} real images, in the same places (right): {twins}")
+    save(side_by_side({"real": real, "generated": shown}), out.with_suffix(".png"))
+    say(f"{out}; real and generated pictures: {out.with_suffix('.png')}")
+    near = real[nearest(shown, real)]
+    save(side_by_side({"generated": shown, f"nearest of {count:,} real ones, in the same places": near}), twins)
+    say(f"generated pictures and the nearest real ones: {twins}")
 
 
-def side_by_side(left: Tensor, right: Tensor) -> Image.Image:
-    """The first pictures of two sets (N, C, H, W)."""
+def side_by_side(sets: dict[str, Tensor]) -> Image.Image:
+    """The first pictures of two sets (N, C, H, W), under their names."""
+    (left, right), (name, other) = sets.values(), sets
     rows = (slice(first, first + COLUMNS) for first in range(0, ROWS * COLUMNS, COLUMNS))
-    return sheet([[*left[row], None, *right[row]] for row in rows])
+    return sheet([[*left[row], None, *right[row]] for row in rows], [name, *[""] * COLUMNS, other])
 
 
 def measure(real: Tensor, fake: Tensor, discriminator: AnyDiscriminator, seed: int = 0) -> dict[str, float]:
@@ -213,7 +215,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'':16s}" + "".join(f"{name:>20s}" for name in names)]
     for key in results[names[0]]:
         values = (results[name].get(key) for name in names)
-        lines.append(
-            f"{key:16s}" + "".join(f"{value:20.3f}" if value is not None else f"{'':>20s}" for value in values)
-        )
+        better = "lower" if key.startswith(("swd", "ms_ssim", "fid", "kid")) else "higher"
+        figures = "".join(f"{value:20.3f}" if value is not None else f"{'':>20s}" for value in values)
+        lines.append(f"{key:16s}{figures}  {better} is better")
     return "\n".join(lines)

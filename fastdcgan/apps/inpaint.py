@@ -81,7 +81,8 @@ def inpaint_images(
     masked = target.masked_fill(hole[:, None], 0.0)
     for name, picture in zip(named, completed, strict=True):
         save(to_picture(picture), out / f"{name}.png")
-    save(sheet(list(zip(target, masked, completed, strict=True))), out / "sheet.png")
+    rows = list(zip(target, masked, completed, strict=True))
+    save(sheet(rows, ["original", "masked", "completed"]), out / "sheet.png")
     say(f"original, masked, completed: {out / 'sheet.png'}")
 
 

@@ -59,7 +59,7 @@ def invert_images(
         save(to_picture(picture), out / f"{name}.png")
         save(to_safetensors({"latent": latent}), out / f"{name}.safetensors")
         print(f"{name}: root-mean-square error {rms(picture, image):.1f} of 255")
-    save(sheet(list(zip(target, pictures, strict=True))), out / "sheet.png")
+    save(sheet(list(zip(target, pictures, strict=True)), ["image", "nearest"]), out / "sheet.png")
     say(f"given pictures and their nearest in the run: {out / 'sheet.png'}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from fastdcgan.errors import UserError
@@ -20,6 +20,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
 CELL = 96  # pixels: smaller pictures are enlarged in sheets made to be looked at
 GAP = 2
+HEADING = 20
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -92,19 +93,26 @@ def to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def sheet(rows: Sequence[Sequence[Tensor | None]]) -> Image.Image:
-    """Images (C, H, W) in -1..1 in rows, on white; None leaves a place empty. Small ones are enlarged to be seen."""
+def sheet(rows: Sequence[Sequence[Tensor | None]], headings: Sequence[str] = ()) -> Image.Image:
+    """Images (C, H, W) in -1..1 in rows, on white; None leaves a place empty. Small ones are enlarged to be seen.
+
+    Args:
+        headings: of the columns; one that is longer than a column needs "" for the next.
+    """
     first = next(image for row in rows for image in row if image is not None)
     height, width = first.shape[-2:]
     times = max(1, -(-CELL // min(height, width)))
     step_x, step_y = width * times + GAP, height * times + GAP
     columns = max(len(row) for row in rows)
-    page = Image.new(MODES[len(first)], (columns * step_x - GAP, len(rows) * step_y - GAP), "white")
+    top = HEADING if headings else 0
+    page = Image.new(MODES[len(first)], (columns * step_x - GAP, top + len(rows) * step_y - GAP), "white")
+    for x, heading in enumerate(headings):
+        ImageDraw.Draw(page).text((x * step_x + GAP, 2), heading, "black", ImageFont.load_default(14))
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             if image is not None:
                 picture = to_picture(image).resize((width * times, height * times), Image.Resampling.NEAREST)
-                page.paste(picture, (x * step_x, y * step_y))
+                page.paste(picture, (x * step_x, top + y * step_y))
     return page
 
 

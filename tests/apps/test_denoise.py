@@ -35,10 +35,10 @@ def test_wiener_takes_noise_away_and_leaves_edges():
 
 def test_outputs_and_report(run, digit_files, tmp_path, capsys):
     denoise_images(run, digit_files, out=tmp_path / "a", sigma=0.1, add_noise=True, restarts=2, steps=40)
-    assert Image.open(tmp_path / "a" / "sheet.png").size == (3 * 98 - 2, 4 * 98 - 2)
+    assert Image.open(tmp_path / "a" / "sheet.png").size == (3 * 98 - 2, 20 + 4 * 98 - 2)
     assert capsys.readouterr().out.count("PSNR") == 4
     denoise_images(run, digit_files, out=tmp_path / "b", restarts=2, steps=40)
-    assert Image.open(tmp_path / "b" / "sheet.png").size == (2 * 98 - 2, 4 * 98 - 2)
+    assert Image.open(tmp_path / "b" / "sheet.png").size == (2 * 98 - 2, 20 + 4 * 98 - 2)
     assert Image.open(tmp_path / "b" / "digit3.png").size == (16, 16)
 
 

@@ -48,7 +48,7 @@ def test_outputs(run, tmp_path):
     assert report["images"] == 64 and report["step"] == 400
     assert report["results"]["other real images"]["precision"] > 0.3
     for name in ("e.png", "e-nearest.png"):
-        assert Image.open(tmp_path / name).size == (13 * 98 - 2, 5 * 98 - 2)
+        assert Image.open(tmp_path / name).size == (13 * 98 - 2, 20 + 5 * 98 - 2)
 
 
 def images(count, size, seed=0, channels=3):

@@ -62,7 +62,7 @@ def test_outputs_and_a_mask_from_a_file(run, digit_files, tmp_path):
     mask.paste(255, (4, 4, 12, 10))
     mask.save(tmp_path / "mask.png")
     inpaint_images(run, digit_files, mask=tmp_path / "mask.png", out=tmp_path / "out", restarts=2, steps=20)
-    assert Image.open(tmp_path / "out" / "sheet.png").size == (3 * 96 + 4, 4 * 96 + 6)
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (3 * 96 + 4, 20 + 4 * 96 + 6)
     before, after = (to_tensor(open_picture(p)) for p in (digit_files[3], tmp_path / "out" / "digit3.png"))
     changed = (before != after)[0]
     assert changed[4:10, 4:12].any()

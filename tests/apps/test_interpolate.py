@@ -11,16 +11,16 @@ from PIL import Image
 from fastdcgan.apps.arithmetic import arithmetic, combine
 from fastdcgan.apps.interpolate import interpolate
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.pictures import open_picture, to_tensor
+from fastdcgan.apps.pictures import HEADING, open_picture, to_tensor
 from fastdcgan.apps.sample import sample
 from fastdcgan.errors import UserError
 
 CELL = 96
 
 
-def cell(path, x, y):
+def cell(path, x, y, top=0):
     """The picture in column x and row y of a sheet, as it was before it was enlarged: (1, 16, 16) in -1..1."""
-    left, top = x * (CELL + 2), y * (CELL + 2)
+    left, top = x * (CELL + 2), top + y * (CELL + 2)
     page = open_picture(path).crop((left, top, left + CELL, top + CELL))
     return to_tensor(page.resize((16, 16), Image.Resampling.NEAREST))
 
@@ -65,8 +65,8 @@ def test_film_where_there_is_ffmpeg(run, tmp_path):
 
 def test_a_group_less_itself_leaves_the_other(run, tmp_path):
     arithmetic(run, [["1", "2"], ["5"]], [["1", "2"]], out=tmp_path / "sum.png")
-    assert open_picture(tmp_path / "sum.png").size == (7 * 98 - 2, 4 * 98 - 2)
-    result, five = cell(tmp_path / "sum.png", 5, 1), cell(tmp_path / "sum.png", 1, 0)
+    assert open_picture(tmp_path / "sum.png").size == (7 * 98 - 2, HEADING + 4 * 98 - 2)
+    result, five = (cell(tmp_path / "sum.png", *place, top=HEADING) for place in ((5, 1), (1, 0)))
     assert (result - five).abs().max() < 2 / 127.5
     assert combine(torch.tensor([[1.0], [2.0], [10.0]]), 2).item() == -7
 

@@ -40,7 +40,7 @@ def test_the_feature_loss_brings_features_nearer(networks, digits):
 
 def test_outputs_belong_together(run, networks, digit_files, tmp_path):
     invert_images(run, digit_files, out=tmp_path / "out", restarts=2, steps=40)
-    assert Image.open(tmp_path / "out" / "sheet.png").size == (2 * 96 + 2, 4 * 96 + 6)
+    assert Image.open(tmp_path / "out" / "sheet.png").size == (2 * 96 + 2, 20 + 4 * 96 + 6)
     latent = load_file(tmp_path / "out" / "digit2.safetensors")["latent"]
     drawn = generate(networks[0], latent[None])[0]
     written = to_tensor(open_picture(tmp_path / "out" / "digit2.png"))

@@ -150,7 +150,7 @@ class TrainStep:
         )
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-        """What D minimises, a () tensor, at images (B, C, H, W) each; and D(x) and D(G(z)) as METRICS show them, (2,)."""
+        """What D minimises, a () tensor, at images (B, C, H, W) each; and D(x) and D(G(z)), as in METRICS, (2,)."""
         real, fake = self.views.see(real, REAL), self.views.see(fake, FAKE)
         if self.merge_halves:
             logits_real, logits_fake = self.discriminate(torch.cat((real, fake)), groups=2).chunk(2)

@@ -131,13 +131,16 @@ class TrainConfig:
     run, or go back to the last sound checkpoint with other noise, three times at most."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at the data or the device. Paths may be given as text.
+        """Check what can be checked without looking at the data or the device. Paths may be given as text, a
+        square's side as a number.
 
         Raises:
             UserError: an impossible value.
         """
         if isinstance(self.data, Path):
             object.__setattr__(self, "data", str(self.data))
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", str(self.image_size))
         for name in ("cache_dir", "run_dir"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, Path(getattr(self, name)))

@@ -29,12 +29,17 @@ def make_objective(loss: str, label_smoothing: float = 0.0) -> Objective:
     Args:
         label_smoothing: s in 0..1: real images have the target 1 - s (Salimans et al. 2016, section 3.4: one-sided);
             for "bce" and "lsgan", the losses with targets.
+
+    Raises:
+        ValueError: label_smoothing for another loss.
     """
     if label_smoothing == 0:
         return OBJECTIVES[loss]
-    discriminator = {"bce": _bce_discriminator_smoothed, "lsgan": _lsgan_discriminator}[loss]
+    smoothed = {"bce": _bce_discriminator_smoothed, "lsgan": _lsgan_discriminator}
+    if loss not in smoothed:
+        raise ValueError(f"label_smoothing needs a loss with targets, bce or lsgan, not {loss}")
     return Objective(
-        partial(discriminator, smoothing=label_smoothing), OBJECTIVES[loss].generator, OBJECTIVES[loss].output
+        partial(smoothed[loss], smoothing=label_smoothing), OBJECTIVES[loss].generator, OBJECTIVES[loss].output
     )
 
 

@@ -94,7 +94,8 @@ def resumed(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
 
 
 def test_paths_may_be_text() -> None:
-    config = TrainConfig(data=Path("photos"), run_dir="run", cache_dir="cache")  # type: ignore[arg-type]
+    config = TrainConfig(data=Path("photos"), run_dir="run", cache_dir="cache", image_size=32)  # type: ignore[arg-type]
+    assert config.size == (32, 32) and config == TrainConfig.from_json(config.as_json())
     assert (config.data, config.run_dir, config.cache_dir) == ("photos", Path("run"), Path("cache"))
 
 

@@ -80,6 +80,9 @@ def test_objectives(loss: str) -> None:
     g = objective.generator(torch.tensor(fake, dtype=torch.float64))
     assert d.item() == pytest.approx(sum(map(by_hand[0], real)) / 4 + sum(map(by_hand[1], fake)) / 4)
     assert g.item() == pytest.approx(sum(map(by_hand[2], fake)) / 4)
+    if loss in ("hinge", "wgan-gp"):
+        with pytest.raises(ValueError, match="with targets"):
+            make_objective(loss, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(16, 16, 3), (28, 20, 1)])

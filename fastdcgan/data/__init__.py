@@ -132,10 +132,11 @@ def open_source(data: str) -> EncodedSource:
 
     path = Path(os.path.expanduser(data))  # Path.expanduser raises where there is no such user
     if "{" in data and not path.exists():
-        shards = [Path(shard) for shard in expand_braces(os.path.expanduser(data))]
-        absent = next((shard for shard in shards if not shard.is_file()), None)
-        if absent is not None:
-            raise UserError(f"the pattern {data} names {absent}, which does not exist: correct the range in the braces")
+        shards = []
+        for shard in expand_braces(os.path.expanduser(data)):  # which may stand for very many
+            if not os.path.isfile(shard):
+                raise UserError(f"the pattern {data} names {shard}, which does not exist: correct the braces")
+            shards.append(Path(shard))
         return TarSource(path, shards)
     try:
         if path.is_dir():

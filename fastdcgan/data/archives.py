@@ -10,7 +10,7 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -227,20 +227,21 @@ class LmdbSource(EncodedSource):
         return _fingerprint_of_files([self._file])
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """'a-{08..10}.tar' -> ['a-08.tar', 'a-09.tar', 'a-10.tar']; '{x,y}.tar' -> ['x.tar', 'y.tar']."""
+def expand_braces(pattern: str) -> Iterator[str]:
+    """'a-{08..10}.tar' -> 'a-08.tar', 'a-09.tar', 'a-10.tar'; '{x,y}.tar' -> 'x.tar', 'y.tar'."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
+    choices: Iterable[str]
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if numbers:
         first, last = numbers[1], numbers[2]
-        choices = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+        choices = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
     else:
         choices = match[1].split(",")
-    return [
-        rest for choice in choices for rest in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+    for choice in choices:
+        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _require_images(source: EncodedSource) -> None:

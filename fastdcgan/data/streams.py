@@ -120,6 +120,7 @@ class StagedStream(Stream):
         """Queue the copy of the next batch into one half of `source`."""
         filled = self._full.get()
         if isinstance(filled, BaseException):
+            self._full.put(filled)  # for whoever asks again: nothing else will come
             raise filled
         slot, copied, self._cursors[half] = filled
         batch_size = len(self.index)

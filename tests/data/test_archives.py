@@ -249,9 +249,10 @@ def test_lmdb_missing_package_says_what_to_install(
 
 
 def test_braces() -> None:
-    assert expand_braces("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
-    assert expand_braces("{x,y}-{0..1}") == ["x-0", "x-1", "y-0", "y-1"]
-    assert expand_braces("plain.tar") == ["plain.tar"]
+    assert list(expand_braces("a-{08..10}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert list(expand_braces("{x,y}-{0..1}")) == ["x-0", "x-1", "y-0", "y-1"]
+    assert list(expand_braces("plain.tar")) == ["plain.tar"]
+    assert next(expand_braces("{0..99999999}{0..99999999}")) == "00"
 
 
 @pytest.mark.parametrize("stated", [0, 100])

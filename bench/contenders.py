@@ -21,9 +21,8 @@ from torch.nn import functional as F
 
 from fastdcgan import reference
 from fastdcgan.bench.roofline import DTYPES
-from fastdcgan.errors import UserError
 from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.processor import native_bf16
+from fastdcgan.processor import choose_precision, native_bf16
 from fastdcgan.step import TrainStep, make_executor
 
 NAMES = ("example", "example-fp32", "skilled", "fast-eager", "fast-compiled", "fast-captured")
@@ -62,13 +61,8 @@ def entries(names: tuple[str, ...], precision: str, device: torch.device) -> lis
     """The contenders that make sense on the device. `precision` is of `skilled` and `fast`; auto: bf16 on a GPU that
     computes in it, else fp32, and on a CPU that multiplies bfloat16 bf16 too."""
     on_gpu = device.type == "cuda"
-    if precision == "tf32" and not on_gpu:
-        raise UserError("--precision tf32 is of NVIDIA GPUs: use fp32, or bf16, on a CPU")
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        further = ["bf16"] if not on_gpu and native_bf16() else []
-    else:
-        further = []
+    further = ["bf16"] if precision == "auto" and not on_gpu and native_bf16() else []
+    precision = choose_precision(precision, device)
     chosen = []
     for name in names:
         if name == "example":

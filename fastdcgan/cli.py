@@ -353,7 +353,8 @@ def profile(
     """
     silence_torchs_profiler()
     from fastdcgan.bench.profiling import profile_training
-    from fastdcgan.trainer import choose_device, choose_precision
+    from fastdcgan.processor import choose_precision
+    from fastdcgan.trainer import choose_device
 
     where = choose_device(device)
     if cuda_graph and where.type != "cuda":

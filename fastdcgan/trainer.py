@@ -25,7 +25,7 @@ from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
 from fastdcgan.pace import USUAL, Pace
-from fastdcgan.processor import native_bf16
+from fastdcgan.processor import choose_precision, native_bf16
 from fastdcgan.quality import COMPARED
 from fastdcgan.runs import RunFolder, choose_folder, saved_config
 from fastdcgan.saver import Saver, position, restore
@@ -281,19 +281,6 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or check nvidia-smi")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def choose_precision(wanted: str, device: torch.device) -> str:
-    """The precision of --precision; auto is bf16 on a GPU that computes in it, fp32 elsewhere.
-
-    Raises:
-        UserError: TF32 on a CPU, which has none.
-    """
-    if wanted == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is of NVIDIA GPUs: use fp32, or bf16, on a CPU")
-    if wanted != "auto":
-        return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:

@@ -142,9 +142,10 @@ def open_source(data: str) -> EncodedSource:
         if path.is_dir():
             if (path / "data.mdb").is_file():
                 return LmdbSource(path)
-            entries = [entry for entry in path.iterdir() if entry.name[0] != "." and entry.is_file()]
-            shards = sorted(entry for entry in entries if entry.suffix == ".tar")
-            if not shards or any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries):
+            # What an entry is costs more to ask than its name: a large folder of images is asked nothing.
+            entries = [entry for entry in path.iterdir() if entry.name[0] != "."]
+            shards = sorted(entry for entry in entries if entry.suffix == ".tar" and entry.is_file())
+            if not shards or any(entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file() for entry in entries):
                 return FolderSource(path)
             return TarSource(path, shards)
         if path.is_file():

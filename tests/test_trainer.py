@@ -340,7 +340,8 @@ def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
 
 def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = Monitor(tmp_path, 0, "")
-    monkeypatch.setattr(monitor.board, "add_scalar", lambda *_: None)  # its thread would meet the limit too
+    monitor.board.close()  # its thread, at any moment, would meet the limit too
+    monkeypatch.setattr(monitor.board, "add_scalar", lambda *_: None)
     monitor.log({"step": 1, "loss": 2.0})
     size, limits = (tmp_path / "metrics.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

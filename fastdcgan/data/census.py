@@ -8,6 +8,7 @@ import os
 import time
 import zipfile
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -53,12 +54,16 @@ class Census:
         """bool (n,)"""
         return self.kind != UNUSABLE
 
-    def enter(self, i: int, facts: Facts, encoded_bytes: int) -> None:
-        self.kind[i], self.sizes[i], self.colour[i] = facts.kind, (facts.height, facts.width), facts.colour
-        self.encoded_bytes[i] = encoded_bytes
-        self.reasons.pop(i, None)
-        if facts.kind == UNUSABLE:
-            self.reasons[i] = facts.reason
+    def enter(self, numbers: Sequence[int], looks: Sequence[tuple[Facts, int]]) -> None:
+        """What `look_at` found of these files."""
+        self.kind[numbers] = [facts.kind for facts, _ in looks]
+        self.sizes[numbers] = np.array([(facts.height, facts.width) for facts, _ in looks]).reshape(-1, 2)
+        self.colour[numbers] = [facts.colour for facts, _ in looks]
+        self.encoded_bytes[numbers] = [encoded_bytes for _, encoded_bytes in looks]
+        for i, (facts, _) in zip(numbers, looks, strict=True):
+            self.reasons.pop(i, None)
+            if facts.kind == UNUSABLE:
+                self.reasons[i] = facts.reason
 
     def drop(self, i: int, reason: str) -> None:
         self.kind[i] = UNUSABLE
@@ -107,9 +112,7 @@ def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Cen
 
     def look(start: int) -> int:
         numbers = waiting[start : start + FILES_AT_ONCE]
-        for i in numbers:
-            facts, size = look_at(source, i)
-            found.enter(i, facts, size)
+        found.enter(numbers, [look_at(source, i) for i in numbers])
         return len(numbers)
 
     started = time.perf_counter()

@@ -13,8 +13,6 @@ from fastdcgan.data.loader import Decoded, Loader, Request
 from fastdcgan.data.order import Ids, Order
 from fastdcgan.data.store import Store
 
-LEAST_REQUEST = 64  # images decoded together, where a batch is smaller
-
 
 class Usable:
     """Which files of a set can be used, shared by all its streams; shrinks when a file breaks while it is decoded."""

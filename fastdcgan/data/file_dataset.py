@@ -16,7 +16,7 @@ from fastdcgan.console import say
 from fastdcgan.data import room
 from fastdcgan.data.census import Census, look_at, remember, take_census
 from fastdcgan.data.dataset import PIECE, Dataset, Stream, require_a_batch
-from fastdcgan.data.feed import LEAST_REQUEST, DecodeFeed, Feed, StoreFeed, Usable, select, sound_rows
+from fastdcgan.data.feed import DecodeFeed, Feed, StoreFeed, Usable, select, sound_rows
 from fastdcgan.data.loader import Loader, Pixels, Request
 from fastdcgan.data.order import Ids, Order, Position, random_places
 from fastdcgan.data.prefault import prefaulted
@@ -144,14 +144,15 @@ class FileDataset(Dataset):
         position = Position.resume(self._order, state)
         if not self._store_chosen:
             self._store, self._store_chosen = self._choose_store(), True
-        request = max(batch_size, LEAST_REQUEST)
+        loader = self.loader()
+        request = max(batch_size, loader.together)
         if self._store is not None:
-            feed: Feed = StoreFeed(self._order, position.taken, self._usable, self._store, self.loader(), request)
+            feed: Feed = StoreFeed(self._order, position.taken, self._usable, self._store, loader, request)
             if isinstance(feed, StoreFeed) and self._store.array.device == self._device:
                 return ResidentStream(feed, batch_size, position)
         else:
             random = self._crop == "random"
-            feed = DecodeFeed(self._order, position.taken, self._usable, self.loader(), request, random_crop=random)
+            feed = DecodeFeed(self._order, position.taken, self._usable, loader, request, random_crop=random)
         shape = (batch_size, *self.shape[1:])
         if self._device.type == "cuda":
             return StagedStream(feed, shape, self._device, position)

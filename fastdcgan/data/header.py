@@ -9,6 +9,7 @@ import re
 import struct
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from fastdcgan.data import pillow_decode
@@ -41,6 +42,7 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 TURNED_BY_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)[2-8]")  # as Pillow has it, where EXIF says nothing
+LONGEST_HEADER, HEADERS = 4096, 512  # bytes of a JPEG's header, and how many of them, that are worth remembering
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 
 
@@ -79,7 +81,7 @@ def examine(glimpse: Glimpse) -> Facts:
         return unusable(EMPTY)
     facts = None
     if head.startswith(b"\xff\xd8\xff"):
-        facts = _jpeg(head)
+        facts = _facts_of(_header(head)) or _jpeg(head)
         if facts is None and glimpse.size > len(head):
             facts = _jpeg(glimpse.whole())  # long metadata pushed the frame header out of sight
         complete = b"\xff\xd9" in glimpse.tail
@@ -109,6 +111,19 @@ def is_plain(data: bytes, kind: int, size: tuple[int, int]) -> bool:
     if kind == PNG:
         facts = _png(data, whole=True)
         return facts is not None and facts[:3] == (PNG, *size)
+    return _is_whole(_header(data), size) or _leads_to_pixels(data, size)
+
+
+def _header(jpeg: bytes) -> bytes:
+    """What comes before the pixels, or less where that is long. Whoever finds it whole knows as much as from the file.
+
+    One program wrote most sets, with the same header in every file: those are walked through once (`lru_cache`).
+    """
+    return jpeg[: jpeg.find(b"\xff\xda", 0, LONGEST_HEADER) + 4]
+
+
+def _leads_to_pixels(data: bytes, size: tuple[int, int]) -> bool:
+    """Whether a JPEG's segments follow one another up to the pixels, with a frame of (height, width) `size`."""
     frame, at, last = b"\x08" + struct.pack(">HH", *size), 2, len(data) - 4
     found = False
     while at <= last and data[at] == 0xFF:
@@ -116,7 +131,7 @@ def is_plain(data: bytes, kind: int, size: tuple[int, int]) -> bool:
         if marker == 0xDA:
             return found and data[:2] == b"\xff\xd8"
         if 0xC0 <= marker <= 0xC2:
-            found = data[at + 4 : at + 9] == frame and data[at + 9] in (1, 3)
+            found = data[at + 4 : at + 9] == frame and data[at + 9 : at + 10] in (b"\x01", b"\x03")
         elif marker in (0xFF, 0xD9):
             return False
         at += 2 + (data[at + 2] << 8 | data[at + 3])
@@ -157,6 +172,9 @@ def _jpeg(data: bytes) -> Facts | None:
             return None
         at += 2 + length
     return None
+
+
+_facts_of, _is_whole = lru_cache(HEADERS)(_jpeg), lru_cache(HEADERS)(_leads_to_pixels)
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -29,6 +29,9 @@ Pixels = NDArray[np.uint8]
 Item = TypeVar("Item")
 Begun = TypeVar("Begun")
 
+# Images decoded together: every request costs as long as decoding some 20 small images, hence many of them; few large
+# ones, since the first batch waits for the first request, and three requests are in memory.
+FEWEST_TOGETHER, MOST_TOGETHER, PIXELS_TOGETHER = 64, 256, 4 << 20
 AT_ONCE = 16  # images one thread reads or decodes before the next thread may have the interpreter
 
 
@@ -71,7 +74,10 @@ class Loader(ABC):
         # large as needed, because libjpeg's scaled decoding, which only Pillow offers, beats any full decoding.
         scaled = (census.kind == JPEG) & (self.centre[:, 2:] >= 2 * np.array(image_size)).all(axis=1)
         # Pillow also decodes the largest, one at a time, so that a batch of them does not fill the memory.
-        self.moderate = census.sizes.prod(axis=1, dtype=np.int64) <= LARGE_PIXELS
+        pixels = census.sizes.prod(axis=1, dtype=np.int64)
+        self.moderate = pixels <= LARGE_PIXELS
+        typical = max(int(np.median(pixels)), 1)
+        self.together = min(max(PIXELS_TOGETHER // typical, FEWEST_TOGETHER), MOST_TOGETHER)
         self.fast = (census.kind != OTHER) & (census.kind != UNUSABLE) & ~scaled & self.moderate
 
     @abstractmethod

@@ -17,6 +17,7 @@ HEAD_BYTES = 65536  # most files are read whole by this; a frame header behind l
 TAIL_BYTES = 64
 KEPT_BYTES = 256 << 20  # of small files, held in memory from the first look at them until they are decoded
 MOST_ENCODED_BYTES = 1 << 30
+READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would translate line ends
 
 
 class EncodedSource(ABC):
@@ -149,7 +150,7 @@ class FolderSource(EncodedSource):
             self._room += len(kept)
             return kept
         # Plain system calls: for small files a Python file object costs as much as decoding the header.
-        handle = os.open(f"{self._root}/{self.names[i]}", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        handle = os.open(f"{self._root}/{self.names[i]}", READ_BYTES)
         try:
             data = os.read(handle, self._sizes[i] + 1)
             if len(data) == self._sizes[i]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastdcgan.data import Dataset
 from fastdcgan.data.header import JPEG, PNG, Facts, Glimpse, examine, is_plain
@@ -35,6 +37,22 @@ def test_what_dalis_parser_refuses_is_not_plain(format: str, encoded: Callable[.
         assert not (parser_fails and plain), data
     assert refused > 100
     assert all(is_plain(data, KINDS[format], examined(data)[1:3]) for data in sources)
+
+
+def test_what_is_remembered_of_a_header_is_the_files_own(encoded: Callable[..., bytes]) -> None:
+    """Files that begin alike, up to what looks like the end of a header, and differ behind it."""
+    looks_like_the_end = b"\xff\xda\0\x0c" + bytes(40)
+    sources = [
+        encoded(i, size=size, **options)
+        for options in ({}, {"comment": looks_like_the_end}, {"icc_profile": looks_like_the_end})
+        for i, size in enumerate([(9, 7), (9, 7), (7, 9), (40, 40)])
+    ]
+    for data in [*sources, *sources]:
+        width, height = Image.open(io.BytesIO(data)).size
+        assert examined(data)[:3] == (JPEG, height, width)
+        assert is_plain(data, JPEG, (height, width))
+        assert not is_plain(data, JPEG, (height + 1, width))
+        assert not is_plain(data[:20], JPEG, (height, width))
 
 
 def damaged(data: bytes, draw: random.Random) -> bytes:

@@ -347,16 +347,17 @@ def environment() -> dict[str, str]:
 def test_what_one_rank_has_decoded_another_does_not(
     loader: str, reads: list[int], make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
 ) -> None:
-    folder, count = make_folder(800), 800
+    count = 3_200  # a rank's half is more than it decodes ahead
+    folder = make_folder(count)
     first, second = (
         opened(folder, loader=loader, cache="disk", rank=rank, world_size=2).stream(50) for rank in range(2)
     )
     batches(second, 1)
-    batches(first, 8)  # its half of the first epoch
+    batches(first, count // 100)  # its half of the first epoch
     half = set(Order(count, 0, 0, 2).slice(0, count // 2).tolist())
     first.close()
     reads.clear()
-    batches(second, 7)
+    batches(second, count // 100 - 1)
     second.close()
     assert not set(reads) & half
 

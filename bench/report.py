@@ -77,11 +77,12 @@ def data_lines(found: Results) -> list[str]:
     lines = []
     for stem, content in of_kind(found, "data path"):
         ratios = {row["way"]: row for row in content["ways"]}
-        first = [row for way, row in ratios.items() if "first epoch" in way]
+        first = [row for way, row in ratios.items() if way.endswith("first epoch")]
         usual, best = first[0], max(first, key=lambda row: row["ratio"])  # the default comes first
         at_hand = ratios.get(f"{usual['way']}, memory at hand", usual)
-        others = [row for row in first[1:] if row is best or (row is at_hand and row["ratio"] > 1.1 * usual["ratio"])]
-        also = "".join(f", x{row['ratio']:.1f} with {row['way'].replace(', first epoch', '')}" for row in others)
+        also = "" if best is usual else f", x{best['ratio']:.1f} with {best['way'].removesuffix(', first epoch')}"
+        if at_hand["ratio"] > 1.1 * usual["ratio"]:
+            also += f", x{at_hand['ratio']:.1f} where the host has its memory at hand"
         lines.append(
             f"- Loading {content['data']} at {content['image_size']} pixels, first epoch: x{usual['ratio']:.1f} of"
             f" ImageFolder and a DataLoader with two workers{also}; from the cache"

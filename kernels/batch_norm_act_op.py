@@ -51,6 +51,11 @@ class BatchNormAct(torch.autograd.Function):
             gradients = differentiable_gradients(
                 x, dy, weight, bias, mean, inverse, ctx.training, ctx.eps, ctx.negative_slope
             )
+        elif torch.compiler.is_compiling():
+            # In dy's place, which is one tensor less in memory: Inductor makes the copy only where dy has another use.
+            # (Without asking for one, autograd would hand out what is written over as dy in its other places too.)
+            dx = as_rows(dy).clone()
+            gradients = dx, *backward_in_place(x, dx, weight, bias, mean, inverse, ctx.training, ctx.negative_slope)
         else:
             gradients = backward(x, dy, weight, bias, mean, inverse, ctx.training, ctx.negative_slope)
         return *gradients, None, None, None, None, None, None, None
@@ -112,12 +117,37 @@ def backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias."""
-    return launch_backward(x, dy, weight, bias, mean, inverse, training, negative_slope, plan_for(x, len(mean)))
+    x, dy = as_rows(x), as_rows(dy)
+    return launch_backward(
+        x, dy, torch.empty_like(x), weight, bias, mean, inverse, training, negative_slope, plan_for(x, len(mean))
+    )
 
 
 @backward.register_fake
 def _(x, dy, weight, bias, mean, inverse, training, negative_slope):
     return torch.empty_like(as_rows(x)), torch.empty_like(weight), torch.empty_like(bias)
+
+
+@torch.library.custom_op("fastdcgan::batch_norm_act_backward_in_place", mutates_args=("dy",))
+def backward_in_place(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    training: bool,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor]:
+    """dweight and dbias; dy, whose rows are in order (`as_rows`), becomes dx."""
+    assert as_rows(dy) is dy
+    plan = plan_for(x, len(mean))
+    return launch_backward(as_rows(x), dy, dy, weight, bias, mean, inverse, training, negative_slope, plan)[1:]
+
+
+@backward_in_place.register_fake
+def _(x, dy, weight, bias, mean, inverse, training, negative_slope):
+    return torch.empty_like(weight), torch.empty_like(bias)
 
 
 def launch_forward(
@@ -134,15 +164,15 @@ def launch_forward(
 
 
 def launch_backward(
-    x, dy, weight, bias, mean, inverse, training, negative_slope, plan: kernels.Plan
+    x, dy, dx, weight, bias, mean, inverse, training, negative_slope, plan: kernels.Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, dy = as_rows(x), as_rows(dy)
     partial = launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan)
-    return launch_gradient(x, dy, weight, bias, mean, inverse, partial, training, negative_slope, plan)
+    return launch_gradient(x, dy, dx, weight, bias, mean, inverse, partial, training, negative_slope, plan)
 
 
-# One launch each, on x's device, for x and dy with their rows in order (`as_rows`). What the first launch of a pass
-# leaves for the second is `partial`: two of (groups, splits, C), of the plan's splits or of one that stands for all.
+# One launch each, on x's device, for x, dy and dx with their rows in order (`as_rows`); dx may be dy. What the first
+# launch of a pass leaves for the second is `partial`: two of (groups, splits, C), of the plan's splits or of one that
+# stands for all.
 
 
 def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
@@ -197,9 +227,9 @@ def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: kernel
 
 
 def launch_gradient(
-    x, dy, weight, bias, mean, inverse, partial, training, negative_slope, plan: kernels.Plan
+    x, dy, dx, weight, bias, mean, inverse, partial, training, negative_slope, plan: kernels.Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     groups, splits, _ = partial[0].shape
     rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):

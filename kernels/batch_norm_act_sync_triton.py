@@ -59,4 +59,6 @@ def gradient(
     rows = x.numel() // (channels * groups)
     joint = (mean_dz * rows)[:, None].contiguous(), (mean_dzx * rows)[:, None].contiguous()
     plan = op.plan_for(x, groups)
-    return op.launch_gradient(x, dy, weight, bias, mean, inverse, joint, True, negative_slope, plan)[0]
+    dx = torch.empty_like(x)
+    op.launch_gradient(x, dy, dx, weight, bias, mean, inverse, joint, True, negative_slope, plan)
+    return dx

@@ -275,7 +275,7 @@ def _total(
 def gradient(
     x_ptr,  # [GROUPS, rows, C]
     dy_ptr,  # [GROUPS, rows, C]
-    dx_ptr,  # [GROUPS, rows, C]
+    dx_ptr,  # [GROUPS, rows, C]; may be dy_ptr: an element is read before it is written, and by no other program
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     mean_ptr,  # [GROUPS, C]

@@ -98,7 +98,7 @@ def test_batch_norm_act(compiled, tmp_path, capability, dtype, shape, groups):
     _, mean, inverse = batch_norm_act_op.launch_forward(
         x, weight, bias, running_mean, running_var, True, 0.1, 1e-5, 0.2, groups, cut
     )
-    batch_norm_act_op.launch_backward(x, x, weight, bias, mean, inverse, True, 0.2, cut)
+    batch_norm_act_op.launch_backward(x, x, x, weight, bias, mean, inverse, True, 0.2, cut)
     assert [kernel.src.name for kernel in launches] == ["statistics", "normalize", "sums", "gradient"]
     for kernel in launches:
         # 168 registers let three programs of 4 warps share a multiprocessor; the plan counts on two.
@@ -113,7 +113,7 @@ def test_batch_norm_act_in_float64_fits_a_consumer_gpu(compiled):
     channels = [torch.empty(128, dtype=torch.float64, device="meta") for _ in range(4)]
     cut = batch_norm_act_op.plan_for(x, 2)
     _, mean, inverse = batch_norm_act_op.launch_forward(x, *channels, True, 0.1, 1e-5, 0.2, 2, cut)
-    batch_norm_act_op.launch_backward(x, x, *channels[:2], mean, inverse, True, 0.2, cut)
+    batch_norm_act_op.launch_backward(x, x, x, *channels[:2], mean, inverse, True, 0.2, cut)
     assert len(launches) == 4 and max(kernel.metadata.shared for kernel in launches) <= CONSUMER
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 
 from fastdcgan.kernels import batch_norm_act, batch_norm_act_op
 from fastdcgan.kernels.batch_norm_act_triton import Plan, plan
@@ -247,7 +249,9 @@ def test_opcheck(device):
     torch.library.opcheck(batch_norm_act_op.evaluate, (x, *channels, 1e-5, 0.2))
     for training in (True, False):
         mean = torch.rand(2 if training else 1, 5, device=device)
-        torch.library.opcheck(batch_norm_act_op.backward, (x, x + 1, *channels[:2], mean, mean + 0.5, training, 0.2))
+        arguments = (x, x + 1, *channels[:2], mean, mean + 0.5, training, 0.2)
+        torch.library.opcheck(batch_norm_act_op.backward, arguments)
+        torch.library.opcheck(batch_norm_act_op.backward_in_place, arguments)
 
 
 def test_compile(device, monkeypatch):
@@ -278,6 +282,34 @@ def test_compile(device, monkeypatch):
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
     assert launches == ["launch_forward", "launch_backward"]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["its own", "shared"])
+def test_a_compiled_gradient_is_written_over_the_one_before(device, shared):
+    """Unless that has another use: it is then copied first."""
+    first, second = (
+        nn.Conv2d(*channels, 3, padding=1, bias=False).to(device, memory_format=torch.channels_last)
+        for channels in ((2, 8), (8, 3))
+    )
+    weight, bias = (torch.rand(8, device=device, requires_grad=True) for _ in range(2))
+    x, beside = (
+        torch.randn(4, channels, 6, 6, device=device).contiguous(memory_format=torch.channels_last)
+        for channels in (2, 8)
+    )
+    beside.requires_grad_()  # its gradient is that of y
+
+    def network(x):
+        running = torch.zeros_like(weight), torch.ones_like(weight)
+        y = fused(first(x), weight, bias, *running, training=True, negative_slope=0.2)
+        return second(y + beside if shared else y).square().mean()
+
+    parameters = [first.weight, weight, bias, second.weight, *([beside] if shared else [])]
+    expected = torch.autograd.grad(network(x), parameters)
+    compiled = torch.compile(network, fullgraph=True)
+    actual, code = run_and_get_code(lambda: torch.autograd.grad(compiled(x), parameters))
+    torch.testing.assert_close(actual, expected)
+    assert "batch_norm_act_backward_in_place" in code[-1]
+    assert bool(re.search(r"fused\w*clone\w*(\.run)?\(", code[-1])) == shared
 
 
 def test_a_layer_left_to_the_compiler(device, check_batch_norm_act, monkeypatch):

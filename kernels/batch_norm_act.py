@@ -37,7 +37,8 @@ def batch_norm_act(
     statistics normalise every sample and `groups` changes nothing.
 
     Both implementations are differentiable twice in x, weight and bias. The Triton one saves x and two numbers for
-    each channel and group for the backward pass, gives the same bits every time, and falls back to plain torch
+    each channel and group for the backward pass, writes the gradient of x over that of y (inside torch.compile, which
+    knows whether that is still needed), gives the same bits every time, and falls back to plain torch
     operations when a gradient is itself to be differentiated (`create_graph=True`). The transforms of `torch.func` are
     for the reference.
 

@@ -15,6 +15,7 @@ from fastdcgan.errors import UserError
 from fastdcgan.files import replace_file
 from fastdcgan.models import AnyGenerator
 from fastdcgan.monitor import to_uint8
+from fastdcgan.pixels import in_8_bits, without_range
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
@@ -31,16 +32,18 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as file:
+            why = without_range(file)
             picture = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a picture") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a picture that can be read: {error}") from None
-    if picture.mode.startswith("I"):  # 16 bits a pixel: keep the upper 8, as in training
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    if why:
+        raise UserError(f"{path} has {why}")
+    picture = in_8_bits(picture)
     if picture.has_transparency_data:
         return picture.convert("RGBA")
-    return picture.convert("L" if picture.mode in ("1", "L", "F") else "RGB")
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
 def read_pictures(paths: Sequence[Path], generator: AnyGenerator, fit: bool) -> Tensor:

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from fastdcgan.pixels import in_8_bits, without_range
+
 # Pillow refuses more than this as a decompression bomb; as 8-bit colour it is half a gigabyte.
 MOST_PIXELS = 178_956_970
 LARGE_PIXELS = 16_000_000  # images that unpack to more take turns, so threads do not multiply the memory
@@ -94,8 +96,6 @@ def measure(data: bytes) -> tuple[int, int, bool]:
         raise
     except Exception as error:
         raise UnusableImage(_reason(error, data)) from error
-    if image.mode == "F":
-        raise UnusableImage("floating-point pixels: convert the file to 8 or 16 bits")
     large = image.width * image.height > MOST_PIXELS
     if large and not (image.format == "JPEG" and not image.info.get("progressive")):
         raise UnusableImage(too_many_pixels(image.height, image.width))
@@ -144,7 +144,10 @@ def _open(data: bytes) -> Image.Image:
     if data.startswith(b"\xff\xd8"):
         # Not through Image.open, which refuses large images that scaled decoding handles well.
         return JpegImagePlugin.jpeg_factory(file, None)
-    return Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=FORMATS)
+    if why := without_range(image):
+        raise UnusableImage(why)
+    return image
 
 
 def _finish(
@@ -162,10 +165,7 @@ def _finish(
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode == "F":
-        raise UnusableImage("floating-point pixels: convert the file to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits a pixel, whichever way Pillow names it; keep the upper 8
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    image = in_8_bits(image)
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if channels == 4:
         return image.convert("RGBA")

@@ -103,3 +103,10 @@ def test_a_picture_of_16_bits_keeps_its_upper_8(tmp_path):
     ramp = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_picture(tmp_path / "deep.png")), ramp)
+
+
+@pytest.mark.parametrize(("mode", "why"), [("F", "floating-point pixels"), ("I", "32-bit pixels")])
+def test_a_picture_whose_range_nobody_knows(tmp_path, mode, why):
+    Image.new(mode, (8, 8), 200).save(tmp_path / "x.tiff")
+    with pytest.raises(UserError, match=f"x.tiff has .*{why}: convert"):
+        open_picture(tmp_path / "x.tiff")

@@ -164,6 +164,7 @@ UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
     "JPEG that breaks while decoding": ("x.jpg", lambda e: e().replace(b"\xff\xdb", b"\xff\xfe"), "broken"),
     "PNG that breaks while decoding": ("x.png", lambda e: broken_png(e), "broken"),
     "floating point": ("x.tiff", lambda e: file_of(Image.new("F", (20, 20)), "TIFF"), "floating-point"),
+    "32-bit": ("x.tiff", lambda e: file_of(Image.new("I", (20, 20), 200), "TIFF"), "32-bit"),
 }
 
 

@@ -13,16 +13,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdcgan.apps.export import from_pretrained
     from fastdcgan.config import TrainConfig
+    from fastdcgan.errors import UserError
     from fastdcgan.models import Discriminator, Generator
     from fastdcgan.runs import load_run
-    from fastdcgan.trainer import train
+    from fastdcgan.trainer import Interrupted, train
 
-__all__ = ["Discriminator", "Generator", "TrainConfig", "from_pretrained", "load_run", "train"]
+__all__ = [
+    "Discriminator",
+    "Generator",
+    "Interrupted",
+    "TrainConfig",
+    "UserError",
+    "from_pretrained",
+    "load_run",
+    "train",
+]
 
 _HOME = {
     "Discriminator": "fastdcgan.models",
     "Generator": "fastdcgan.models",
+    "Interrupted": "fastdcgan.trainer",
     "TrainConfig": "fastdcgan.config",
+    "UserError": "fastdcgan.errors",
     "from_pretrained": "fastdcgan.apps.export",
     "load_run": "fastdcgan.runs",
     "train": "fastdcgan.trainer",

@@ -5,7 +5,7 @@ checkpoints/step-000500/
     average.safetensors          the generator's moving average, same names
     discriminator.safetensors
     state.safetensors            optimizers, random state, running sums
-    state.json                   step, position in the data, SHA-256 of the other files
+    state.json                   step, position in the data, SHA-256 of these and of the other files
 checkpoints/best/                a copy of the one whose pictures were nearest to the data
 """
 
@@ -62,7 +62,9 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
                 raise OSError(str(error)) from error
             file.chmod(unfinished.stat().st_mode & 0o666)  # as any other file: safetensors writes for its owner alone
             digests[file.name] = _sha256(file)
-        state = json.dumps({"step": step, **checkpoint.progress, "sha256": digests}, indent=1)
+        progress = {"step": step, **checkpoint.progress}
+        digests["state.json"] = _digest(progress)
+        state = json.dumps({**progress, "sha256": digests}, indent=1)
         (unfinished / "state.json").write_text(state + "\n")
         for file in [*unfinished.iterdir(), unfinished]:
             _sync(file)
@@ -88,9 +90,11 @@ def load(folder: Path) -> Checkpoint:
             if not path.resolve().is_relative_to(home):
                 raise ValueError(f"{path.name} is a link out of its folder")
         progress = json.loads((folder / "state.json").read_text())
-        digests = progress["sha256"]
+        digests = dict(progress["sha256"])
         if not isinstance(progress["step"], int):
             raise ValueError("its step is not a whole number")
+        if digests.get("state.json", _digest(progress)) != _digest(progress):  # earlier versions wrote none
+            raise ValueError("state.json is not what was written")
         for kind in TENSOR_FILES:
             if digests[f"{kind}.safetensors"] != _sha256(folder / f"{kind}.safetensors"):
                 raise ValueError(f"{kind}.safetensors is not what was written")
@@ -147,6 +151,17 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
     return True
 
 
+def keep_if_best(run: Path, saved: Checkpoint) -> None:
+    """`keep_best` for a checkpoint that was loaded: a kill may have come before it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    folder, distance = run / "checkpoints" / f"step-{saved.progress['step']:06d}", saved.progress.get("distance")
+    if distance is not None and folder.exists():
+        keep_best(run, folder, distance)
+
+
 def load_sound(run: Path, step: int, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint up to `step`, deleting those after it; None, deleting nothing, if there is none."""
     folders = complete(run)
@@ -200,6 +215,12 @@ def _put(finished: Path, folder: Path) -> None:
 def _plain(value: Tensor) -> Tensor:
     """On the CPU and contiguous: a file has no memory formats."""
     return value.detach().to("cpu", copy=False).contiguous(memory_format=torch.contiguous_format)
+
+
+def _digest(progress: dict[str, Any]) -> str:
+    """Of what state.json says beside the digests; of its meaning, not of its blanks."""
+    rest = {name: value for name, value in progress.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

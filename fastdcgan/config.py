@@ -25,6 +25,7 @@ PRESETS = {
     "svhn": (32, 64, 20_000),
 }
 DEFAULTS = (64, 64, 20_000)
+MOST_EPOCHS, MOST_RATE = 1e9, 1e6
 
 NAMES = ("digits", "fake", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba")  # of data sets; else DATA is a path
 
@@ -142,13 +143,19 @@ class TrainConfig:
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", str(self.image_size))
         for name in ("cache_dir", "run_dir"):
-            if isinstance(getattr(self, name), str):
-                object.__setattr__(self, name, Path(getattr(self, name)))
+            if isinstance(getattr(self, name), str | Path):
+                object.__setattr__(self, name, Path(os.path.expanduser(getattr(self, name))))
         for field in dataclasses.fields(self):
             if not _fits(getattr(self, field.name), str(field.type)):
                 raise UserError(f"{flag(field.name)} {getattr(self, field.name)!r} is not possible: {field.type}")
+        if not self.data:
+            raise UserError("DATA is empty: name a dataset or give a path")
         if "\\udc" in ascii(str(self.run_dir)):  # how Python shows bytes that are no text
             raise UserError(f"--run-dir {str(self.run_dir)!r} is not possible: TensorBoard needs a name in UTF-8")
+        if self.run_dir and (
+            "\0" in str(self.run_dir) or max(len(os.fsencode(part)) for part in self.run_dir.parts) > 255
+        ):
+            raise UserError("--run-dir is not possible: no folder can have such a name")
         for name, least in (
             ("steps", 1),
             ("latent_dim", 1),
@@ -166,14 +173,14 @@ class TrainConfig:
         check_seed(self.seed)
         if self.batch_size < 2:
             raise UserError(f"--batch-size {self.batch_size} is too small: BatchNorm needs at least 2 images")
-        if self.epochs is not None and not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise UserError(f"--epochs {self.epochs:g} is not possible: a number above 0")
+        if self.epochs is not None and not 0 < self.epochs <= MOST_EPOCHS:
+            raise UserError(f"--epochs {self.epochs:g} is not possible: a number above 0, {MOST_EPOCHS:g} at most")
         if self.steps is not None and self.epochs is not None:
             raise UserError("--steps and --epochs say the same thing: give one of them")
         for name in ("lr", "lr_g", "lr_d"):
             rate = getattr(self, name)
-            if rate is not None and not (rate > 0 and math.isfinite(rate)):
-                raise UserError(f"{flag(name)} {rate:g} is not possible: a number above 0")
+            if rate is not None and not 0 < rate <= MOST_RATE:
+                raise UserError(f"{flag(name)} {rate} is not possible: a number above 0, {MOST_RATE:g} at most")
         for name in ("r1", "instance_noise"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise UserError(f"{flag(name)} {getattr(self, name):g} is not possible: 0 (without) or a number above")
@@ -221,10 +228,14 @@ class TrainConfig:
         """Learning rates of generator and discriminator."""
         return self.lr_g or self.lr, self.lr_d or self.lr
 
-    def total_steps(self, images: int, processes: int = 1) -> int:
-        """Updates in the whole run, over a set of `images` images, in each of so many processes."""
+    def total_steps(self, images: int, processes: int = 1, seen: int = 0) -> int:
+        """Updates in the whole run, over a set of `images` images, in each of so many processes.
+
+        With --epochs those that are left after `seen` images.
+        """
         if self.epochs is not None:
-            return max(1, math.ceil(self.epochs * images / (self.batch_size * processes)))
+            left = math.ceil((self.epochs * images - seen) / (self.batch_size * processes))
+            return max(left, 0 if seen else 1)
         return self.steps or self._preset[2]
 
     def as_json(self) -> dict[str, Any]:
@@ -278,7 +289,7 @@ class TrainConfig:
             changed["data"] = now["data"]
         if "steps" in changed or "epochs" in changed:
             saved = dataclasses.replace(saved, steps=None, epochs=None)
-        return dataclasses.replace(saved, **changed)
+        return dataclasses.replace(saved, **(changed | {"run_dir": self.run_dir}))  # the folder may have moved
 
     @property
     def _fixed(self) -> dict[str, Any]:
@@ -314,7 +325,7 @@ def _fits(value: object, kind: str) -> bool:
     if "Literal" in kind:
         return repr(value) in kind
     if isinstance(value, int):
-        return "int" in kind or "float" in kind
+        return "int" in kind or ("float" in kind and abs(value) < 2**1000)  # a float can hold it
     if isinstance(value, float):
         return "float" in kind
     return ("str" if isinstance(value, str) else "Path" if isinstance(value, Path) else "nothing") in kind

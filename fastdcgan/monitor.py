@@ -89,6 +89,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
+def written(run: Path, name: str) -> list[dict[str, float]]:
+    """The lines of <name>.jsonl, metrics or quality, that are whole; what was not finite is NaN again."""
+    path = run / f"{name}.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [{key: math.nan if value is None else value for key, value in json.loads(line).items()} for line in lines]
+
+
 def _line(values: dict[str, Any]) -> str:
     """As JSON, which has no number for what is not finite."""
     known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -97,11 +104,12 @@ def _line(values: dict[str, Any]) -> str:
 
 def _drop_after(metrics: Path, step: int) -> None:
     """Keep the whole lines up to `step`: the run will write the later ones again."""
-    kept = []
-    for line in metrics.read_text().splitlines():
+    kept, found = [], metrics.read_text(errors="replace")
+    for line in found.splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill
-    replace_file(metrics, "".join(kept).encode())
+    if "".join(kept) != found:
+        replace_file(metrics, "".join(kept).encode())

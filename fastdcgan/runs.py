@@ -45,8 +45,8 @@ class RunFolder:
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held until the process ends
-        except OSError as error:
-            raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: no name for a folder
+            raise UserError(f"--run-dir {path} cannot be written: {getattr(error, 'strerror', error)}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,8 +55,12 @@ class RunFolder:
             self.unlock()
             raise UserError(f"--run-dir {path}: another process has trained there meanwhile; choose another folder")
         self.path, self.config, self.facts = path, config, facts
-        checkpoint.remove_unfinished(path)
-        self.write_config()
+        try:
+            checkpoint.remove_unfinished(path)
+            self.write_config()
+        except OSError as error:
+            self.unlock()
+            raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
 
     def unlock(self) -> None:
         """Let another process, or another run of this one, train in the folder."""
@@ -67,8 +71,12 @@ class RunFolder:
         intervals: dict[str, Any] = {f"{name}_every": steps for name, steps in every.items()}
         config = dataclasses.replace(self.config, **intervals)
         if config != self.config:
-            self.config = config
-            self.write_config()
+            before, self.config = self.config, config
+            try:
+                self.write_config()
+            except OSError:
+                self.config = before
+                raise
 
     def write_config(self) -> None:
         """Write config.json."""
@@ -162,7 +170,9 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     Raises:
         UserError: nothing there, or not a generator, or damaged; never runs code from a file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no NVIDIA GPU here; use cpu, or check nvidia-smi")
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
     if path.is_file():
@@ -238,7 +248,7 @@ def _discriminator(weights: dict[str, Tensor], path: Path) -> AnyDiscriminator:
 def _layers(weights: dict[str, Tensor]) -> list[Tensor]:
     """The weights of convolutions and linear layers, first layer first: files list main.10 before main.3."""
     numbered = sorted(
-        weights.items(), key=lambda item: [int(part) if part.isdigit() else 0 for part in item[0].split(".")]
+        weights.items(), key=lambda item: [int(part) if part.isdecimal() else 0 for part in item[0].split(".")]
     )
     return [value for _, value in numbered if value.ndim in (2, 4)]
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Event, current_thread, main_thread
+from threading import Event, Lock, current_thread, main_thread
 from typing import NoReturn
 
 import torch
 
 from fastdcgan.alarms import Alarm
-from fastdcgan.checkpoint import complete, load_newest, load_sound
+from fastdcgan.checkpoint import complete, keep_if_best, load_newest, load_sound
 from fastdcgan.config import TrainConfig, absolute
 from fastdcgan.console import say, spinner, training_progress
 from fastdcgan.data import open_dataset, packed_size
+from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.distributed import World, join
 from fastdcgan.errors import UserError
+from fastdcgan.files import replace_file
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
 from fastdcgan.pace import USUAL, Pace
@@ -32,6 +35,7 @@ from fastdcgan.saver import Saver, position, restore
 from fastdcgan.step import TrainStep, make_executor
 from fastdcgan.watch import Watch
 
+building = Lock()  # a network's first weights come from torch's own generator, which all threads share
 ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
@@ -57,6 +61,7 @@ class Interrupted(Exception):
     """The run was asked to end (by Ctrl-C or SIGTERM) and has saved a checkpoint."""
 
     def __init__(self, signal_number: int) -> None:
+        super().__init__("stopped by a signal; a checkpoint is saved")
         self.signal_number = signal_number
 
 
@@ -106,10 +111,12 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             rank=world.rank,
             world_size=world.size,
         )
-    torch.manual_seed(config.seed)
     gen_width, disc_width = config.widths
-    generator = build_generator(config.arch, (height, width), data.channels, config.latent_dim, gen_width).to(device)
-    discriminator = build_discriminator(config.arch, (height, width), data.channels, disc_width).to(device)
+    with building, torch.random.fork_rng(devices=[]):  # and afterwards it is as the caller had it
+        torch.default_generator.manual_seed(config.seed)
+        generator = build_generator(config.arch, (height, width), data.channels, config.latent_dim, gen_width)
+        discriminator = build_discriminator(config.arch, (height, width), data.channels, disc_width)
+    generator, discriminator = generator.to(device), discriminator.to(device)
     if config.sync_batchnorm and world.size > 1:
         sync_batch_norm(generator)
         sync_batch_norm(discriminator)
@@ -140,12 +147,11 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         world=world,
     )
     done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
-    if (
-        resumed
-        and config.epochs is not None
-        and resumed.progress.get("of") == [config.epochs, config.batch_size, world.size]
-    ):
-        total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
+    if resumed and config.epochs is not None:
+        if resumed.progress.get("of") == [config.epochs, config.batch_size, world.size]:
+            total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
+        else:
+            total = done + config.total_steps(data.count, world.size, resumed.progress["images"])
     step.begin_together(world)
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
@@ -159,9 +165,12 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     at_end.callback(saver.wait)  # before the folder is unlocked
     watch, rollbacks = None, 0
     if run is not None:  # the first process
-        report_skipped(data.skipped, folder)
-        some = torch.randperm(data.count, generator=torch.Generator().manual_seed(config.seed))[:COMPARED].tolist()
-        watch = Watch(folder, config, data.take(some), device, done)
+        watch = Watch(folder, config, data.take(data.some(COMPARED, config.seed)), device, done)
+        at_end.callback(watch.close)
+        with watch.writing():
+            report_skipped(data.skipped, folder)
+            if resumed:  # a kill may have come between the two
+                keep_if_best(folder, resumed)
     say(
         f"{folder}: {data.count:,} images, {height}x{width}x{data.channels}, {total:,} steps of {config.batch_size}"
         + (f" in each of {world.size} processes" if world.size > 1 else "")
@@ -206,8 +215,9 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             if saves:
                 with pace.measured("checkpoint"):
                     saver.save(step, stream, done, watch.quality.distance(step.average) if watch else None)
-            if run and pace.settled and (logs or samples or saves):
-                run.keep_intervals(pace.every)
+            if run and watch and pace.settled and (logs or samples or saves):
+                with watch.writing():
+                    run.keep_intervals(pace.every)
             if logs or samples:
                 raised = world.share(raised)
             if raised and config.on_divergence != "warn":
@@ -227,7 +237,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         saver.wait()
     skipped = [each for of_rank in world.gather(data.skipped) for each in of_rank]
     if watch:
-        report_skipped(skipped, folder)
+        with watch.writing():
+            report_skipped(skipped, folder)
         watch.close()
     stream.close()
     if saver.lost is not None:
@@ -293,13 +304,21 @@ def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:
 
 def report_skipped(skipped: list[tuple[str, str]], run: Path) -> None:
     """List the images (file, reason) that cannot be used in skipped.txt, and say how many there are."""
-    path, skipped = run / "skipped.txt", list(dict.fromkeys(skipped))
-    lines = "".join(f"{file}\t{reason}\n" for file, reason in skipped)
+    path = run / "skipped.txt"
+    before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    reasons: dict[str, str] = {}
+    for file, reason in skipped:
+        if reasons.get(file, LEFT_OUT) == LEFT_OUT:  # a process that met it knows more than one that continued
+            reasons[file] = reason
+    known = dict(line.split("\t", 1) for line in before.splitlines() if "\t" in line)
+    lines = "".join(
+        f"{file}\t{known.get(file, reason) if reason == LEFT_OUT else reason}\n" for file, reason in reasons.items()
+    )
     if not lines:
         path.unlink(missing_ok=True)  # they have been mended since
-    elif not path.exists() or path.read_text(encoding="utf-8") != lines:
-        path.write_text(lines, encoding="utf-8")
-        say(f"{len(skipped):,} images cannot be used and are left out; {path} says which and why")
+    elif before != lines:
+        replace_file(path, lines.encode())
+        say(f"{len(reasons):,} images cannot be used and are left out; {path} says which and why")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -318,7 +337,11 @@ class Stop(Event):
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into an event, so that the step under way ends first; a second one kills."""
+    """Turn the first SIGINT or SIGTERM into an event, so that the step under way ends first; a second one kills.
+
+    Under torchrun a SIGTERM often comes twice, from whoever stops all processes and from torchrun, which itself kills
+    those that take too long.
+    """
     stop = Stop()
     numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # Python's rule
     before = {number: signal.getsignal(number) for number in numbers}
@@ -327,7 +350,8 @@ def stop_signals() -> Iterator[Stop]:
         stop.number = number
         stop.set()
         for each, action in before.items():
-            signal.signal(each, action)
+            if each != signal.SIGTERM or "TORCHELASTIC_RUN_ID" not in os.environ:
+                signal.signal(each, action)
 
     for number in before:
         signal.signal(number, handler)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
-from fastdcgan.monitor import GRID, Monitor
+from fastdcgan.monitor import GRID, Monitor, written
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
 
@@ -34,7 +34,7 @@ class Watch:
         self.latents = torch.randn(GRID, config.latent_dim, generator=random).to(device)
         self.quality = Quality(real, config.latent_dim, config.seed, device)
         alarms = run / "alarms.jsonl"
-        self.told = alarms.read_text() if alarms.exists() else ""
+        self.told = alarms.read_text(errors="replace") if alarms.exists() else ""
         self.status, self.silent = "", False
         self._begin(done)
         with self.writing():
@@ -42,7 +42,17 @@ class Watch:
 
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done, self.told)
-        self.alarms = Alarms(self.config.loss, self.config.label_smoothing, done)
+        history = written(self.run, "metrics")
+        self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history else done)
+        # What the run has written up to here: a sign that lasts is not new because the run was stopped meanwhile.
+        for figures in history:
+            with suppress(KeyError):  # of an earlier version
+                self.alarms.look_at_metrics(int(figures["step"]), figures)
+        for figures in written(self.run, "quality"):
+            with suppress(KeyError):
+                self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
+        if self.config.on_divergence != "warn":
+            self.alarms.raised.clear()  # the run was to end or to go back at what lasts, and still is
 
     def begin_again(self, done: int) -> None:
         """The run has gone back to step `done`."""

@@ -10,6 +10,7 @@ import torch
 
 from fastdcgan.errors import UserError
 
+LEFT_OUT = "left out since the run began"  # in a continued run the reason for a file that is, whatever was wrong
 PIECE = 256  # images that `pieces` hands out together
 
 
@@ -52,6 +53,10 @@ class Dataset(ABC):
     @abstractmethod
     def take(self, indices: Sequence[int]) -> torch.Tensor:
         """uint8 (n, H, W, C) on the CPU: the images with these numbers (0 .. count - 1), in the order asked for."""
+
+    def some(self, most: int, seed: int) -> list[int]:
+        """Up to `most` image numbers drawn at random, the same from the same seed."""
+        return torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
 
     @abstractmethod
     def content(self) -> str:

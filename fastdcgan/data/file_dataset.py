@@ -15,7 +15,7 @@ import torch
 from fastdcgan.console import say
 from fastdcgan.data import room
 from fastdcgan.data.census import Census, look_at, remember, take_census
-from fastdcgan.data.dataset import PIECE, Dataset, Stream, require_a_batch
+from fastdcgan.data.dataset import LEFT_OUT, PIECE, Dataset, Stream, require_a_batch
 from fastdcgan.data.feed import DecodeFeed, Feed, StoreFeed, Usable, select, sound_rows
 from fastdcgan.data.loader import Loader, Pixels, Request
 from fastdcgan.data.order import Ids, Order, Position, random_places
@@ -110,6 +110,12 @@ class FileDataset(Dataset):
             rows = np.array(broken, dtype=np.int64)
         return taken
 
+    def some(self, most: int, seed: int) -> list[int]:
+        """As `Dataset.some`, and of the same files when a few others have turned out to be broken."""
+        files = torch.randperm(len(self._source), generator=torch.Generator().manual_seed(seed)).numpy()
+        listed = files[np.isin(files, self._numbers)][:most]
+        return np.searchsorted(self._numbers, listed).tolist()
+
     def _request(self, ids: Ids) -> Request:
         """These files as the first epoch shows them."""
         random = self._crop == "random"
@@ -164,7 +170,7 @@ class FileDataset(Dataset):
             for i in state["unusable"]:
                 if self._usable.mask[i]:  # repaired meanwhile: no verdict on the file, only a matter of this run
                     self._usable.mask[i] = False
-                    self.skipped.append((printable(self._source.names[i]), "left out since the run began"))
+                    self.skipped.append((printable(self._source.names[i]), LEFT_OUT))
 
     def loader(self) -> Loader:
         """A new loader for these images."""

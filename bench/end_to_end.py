@@ -145,7 +145,7 @@ def prepare_usual(
     from fastdcgan.bench.data_path import FlatImageFolder
 
     steps = [
-        transforms.Resize(shape.image_size),
+        transforms.Resize(min(shape.image_size)),
         transforms.CenterCrop(shape.image_size),
         transforms.ToTensor(),
         transforms.Normalize(0.5, 0.5),

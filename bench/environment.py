@@ -80,7 +80,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a + where measured files were changed since; None outside a checkout."""
+    """The checkout's commit, with a + where measured files were changed since; in a copy without git, $COMMIT."""
 
     def git(*arguments: str) -> str:
         run = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, check=True)
@@ -90,7 +90,7 @@ def commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "fastdcgan/*.py", "kernels", "bench/*.py")
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU machine should be asked, in one command, in 10 minutes, without a network:
 #
-#     OUT=results BUDGET=570 bench/gpu.sh
+#     OUT=results BUDGET=570 COMMIT=$(git rev-parse --short=10 HEAD) bench/gpu.sh
 #
 # Needs Python with torch, triton and numpy; pytest, tyro, DALI and Pillow where they are. First the tests, and beside them, on
 # the other cores, everything is compiled that is timed later. Each section has a time limit and costs nothing but itself
@@ -34,7 +34,7 @@ section() {
     echo "== $name: exit ${PIPESTATUS[0]} after $((SECONDS - start)) s" | tee -a "$OUT/log.txt"
 }
 
-# steps FILE SIDE REPETITIONS "BATCHES" "CONTENDERS": bench of the step, as `fastdcgan bench` without its command line.
+# steps FILE SIDE REPETITIONS "BATCHES" "CONTENDERS" [SETTING]: bench of the step, as `fastdcgan bench` without its command line.
 steps() {
     cat <<PYTHON_END
 import os
@@ -45,7 +45,7 @@ from fastdcgan.bench.throughput import bench
 bench(
     shape=Shape(image_size=($2, $2)), batch_sizes=tuple(map(int, "$4".split())), device=torch.device("cuda"),
     names=tuple("$5".split()), repetitions=$3, block_seconds=0.3, json=Path(os.environ["OUT"], "$1.json"),
-    command="fastdcgan bench --image-size $2 --batch-size $4 --only $5",
+    command="${6:+$6 }fastdcgan bench --image-size $2 --batch-size $4 --only $5 --repetitions $3 --block-seconds 0.3",
 )
 PYTHON_END
 }
@@ -86,7 +86,7 @@ wait
 section "step 64 pixels" 115 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
 # The graph's memory in one segment that grows: as much as is in use at a time, and not the gaps between segments.
 section "step 64 pixels, expandable segments" 60 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-    "$PYTHON" -c "$(steps step-64-expandable 64 5 "128 1024" "fast-captured")"
+    "$PYTHON" -c "$(steps step-64-expandable 64 5 "128 1024" "fast-captured" PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
 import os, shutil, traceback
 from pathlib import Path
@@ -141,5 +141,5 @@ PYTHON_END
 else
     echo "== data path: skipped, no Pillow or no torchvision here" | tee -a "$OUT/log.txt"
 fi
-section quality 100 "$PYTHON" -m fastdcgan.bench.quality "$OUT/quality.json" "$(has sklearn && echo digits || echo fake)" 32 32 2000 2
+has scipy && section quality 100 "$PYTHON" -m fastdcgan.bench.quality "$OUT/quality.json" "$(has sklearn && echo digits || echo fake)" 32 32 2000 2
 echo "== done after $SECONDS s; in $OUT: $(ls "$OUT" | tr '\n' ' ')" | tee -a "$OUT/log.txt"

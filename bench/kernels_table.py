@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import math
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdcgan.bench.environment import describe, write_json
 from fastdcgan.kernels import batch_norm_act
 
 LAYERS = {  # image size: (channels, pixels a side) of each BatchNorm layer, width 64
@@ -180,11 +182,11 @@ def main() -> None:
     if device == "cpu":
         print("no GPU here: one small layer, to show that this runs")
         shapes = [(8, 16, 8, 8)]
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    machine = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    command = shlex.join(["python", "-m", "fastdcgan.bench.kernels_table", *sys.argv[1:]])
+    content = describe(torch.device(device), command) | {"measured": "kernels"}
     for rows in measure(shapes, arguments.dtype, device, arguments.groups):
         if arguments.json:  # after every shape: compiling takes minutes, and the run may be cut short
-            arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+            write_json(arguments.json, content | {"rows": rows})
     print("\n".join(verdict(rows)))
 
 

@@ -65,7 +65,8 @@ def end_to_end_lines(found: Results) -> list[str]:
             (row for row in content["rows"] if row["contender"].startswith("fast")), key=lambda row: row["later_epochs"]
         )
         lines.append(
-            f"- From the files of {content['data']} to weights, batch {ours['batch_size']}, {ours['precision']}:"
+            f"- From the files of {content['data']} ({ours['images']:,} an epoch) to weights,"
+            f" batch {ours['batch_size']}, {ours['precision']}:"
             f" x{ours['first_ratio']:.2f} of the plain example with its loader in the first epoch,"
             f" x{ours['later_ratio']:.2f} in later ones ({cited(stem)})."
         )
@@ -84,8 +85,8 @@ def data_lines(found: Results) -> list[str]:
         if at_hand["ratio"] > 1.1 * usual["ratio"]:
             also += f", x{at_hand['ratio']:.1f} where the host has its memory at hand"
         lines.append(
-            f"- Loading {content['data']} at {content['image_size']} pixels, first epoch: x{usual['ratio']:.1f} of"
-            f" ImageFolder and a DataLoader with two workers{also}; from the cache"
+            f"- Loading {content['data']} ({content['images']:,} images) at {content['image_size']} pixels, first"
+            f" epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two workers{also}; from the cache"
             f" {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
         )
     return lines
@@ -131,7 +132,8 @@ def other_lines(found: Results) -> list[str]:
             for kind in ("weak", "strong")
         )
         lines.append(
-            f"- {most} processes, one core each: weak scaling {weak:.0%}, strong scaling {strong:.0%} ({cited(stem)})."
+            f"- {most} processes, one {'core' if content['device']['kind'] == 'cpu' else 'GPU'} each:"
+            f" weak scaling {weak:.0%}, strong scaling {strong:.0%} ({cited(stem)})."
         )
     return lines
 
@@ -223,6 +225,7 @@ def rate(row: dict[str, Any] | None) -> str:
 def plot_throughput(content: dict[str, Any], out: Path) -> None:
     """images/s against batch size, and the floor of each precision."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     rows = [row for row in content["rows"] if row["rounds"]]
     figure, axes = plt.subplots(figsize=(7, 4.5))
@@ -239,9 +242,11 @@ def plot_throughput(content: dict[str, Any], out: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images/s of a training step")
     batches = sorted({row["batch_size"] for row in rows})
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.minorticks_off()
+    axes.xaxis.set_minor_locator(NullLocator())
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which(ScalarFormatter())
     axes.set_title(f"{content['device']['name']}, {height}x{width}, {content['date']}", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
 

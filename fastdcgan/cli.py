@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import errno
 import functools
 import io
@@ -22,11 +23,14 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
+from fastdcgan.files import require_writable
 from fastdcgan.image_size import parse as parse_size
 from fastdcgan.image_size import stages
 
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
+COMMANDS = ["data"]
+STATES = ("True", "False", "None")  # that can be written behind --flip
 
 
 def command(
@@ -38,6 +42,7 @@ def command(
     def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
         return functools.partial(function, *args, **kwargs)
 
+    COMMANDS.append(name or function.__name__)
     (to or app).command(name=name)(bind)
 
 
@@ -302,8 +307,14 @@ def bench(
         raise UserError(f"--width {width} is too small: at least 1")
     if not 0 < block_seconds < float("inf"):
         raise UserError(f"--block-seconds {block_seconds:g} is not possible: a number above 0")
-    if json is not None and json.is_dir():
-        raise UserError(f"--json {json} is a folder: give the name of a file")
+    if json is not None:
+        if json.is_dir():
+            raise UserError(f"--json {json} is a folder: give the name of a file")
+        try:
+            json.parent.mkdir(parents=True, exist_ok=True)
+            require_writable(json.parent)
+        except OSError as error:
+            raise UserError(f"--json {json} cannot be written: {error.strerror}") from None
     if only and not contenders.entries(only, precision, choose_device(device)):
         raise UserError(f"--only {' '.join(only)} needs a GPU: leave it out to compare what this device can run")
     shared: dict[str, Any] = {
@@ -599,7 +610,11 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows
     try:
-        parse(sys.argv[1:])()
+        run = parse(sys.argv[1:])
+        # Before torch, which imports it from C++, where Ctrl-C would be lost and leave half of it.
+        import numpy  # noqa: F401
+
+        run()
     except UserError as error:
         sys.exit(complain(str(error)))
     except BrokenPipeError:  # whoever read the output has had enough
@@ -648,7 +663,8 @@ def parse(argv: list[str]) -> Callable[[], None]:
         UserError: arguments that do not fit.
     """
     answers = {"--flip": ["--flip", "True"], "--no-flip": ["--flip", "False"]}  # a switch with a third state: unset
-    argv = [word for each in argv for word in answers.get(each, [each])]
+    followed = zip(argv, [*argv[1:], ""], strict=True)
+    argv = [word for each, then in followed for word in ([each] if then in STATES else answers.get(each, [each]))]
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -656,17 +672,19 @@ def parse(argv: list[str]) -> Callable[[], None]:
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise UserError(in_one_line(errors.getvalue())) from None
+        raise UserError(f"{in_one_line(errors.getvalue())}; see {where_it_says(argv)}") from None
 
 
 def asked(argv: list[str]) -> set[str]:
     """The fields of TrainConfig that the arguments of `train` name: also those that have their default's value."""
     switches = {field.name for field in dataclasses.fields(TrainConfig) if "bool" in str(field.type)}
-    names, words = set(), iter(argv)
+    names, words, before = set(), iter(argv), ""
     for word in words:
+        before, last = word, before
         name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
         if not word.startswith("--"):
-            names.add("data")
+            if last != "--flip" or word not in STATES:
+                names.add("data")
         elif name.removeprefix("no_") in switches:
             names.add(name.removeprefix("no_"))
         else:
@@ -684,7 +702,16 @@ def in_one_line(box: str) -> str:
         if not text and words:
             break
         words.append(text)
-    return f"{' '.join(words).rstrip('.')}; see fastdcgan --help"
+    return " ".join(words).rstrip(".")
+
+
+def where_it_says(argv: list[str]) -> str:
+    """The command line whose help says what these arguments could be."""
+    commands = [name for name in argv[:2] if name in COMMANDS]
+    if not commands and argv and not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], COMMANDS, 1)
+        return f"fastdcgan --help{f' (did you mean {near[0]}?)' if near else ''}"
+    return " ".join(["fastdcgan", *commands, "--help"])
 
 
 def complain(message: str) -> int:

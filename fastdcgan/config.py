@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from fastdcgan import image_size
 from fastdcgan.errors import UserError, check_seed
+from fastdcgan.names import NAMES
 
 # What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
 PRESETS = {
@@ -26,8 +27,6 @@ PRESETS = {
 }
 DEFAULTS = (64, 64, 20_000)
 MOST_EPOCHS, MOST_RATE = 1e9, 1e6
-
-NAMES = ("digits", "fake", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba")  # of data sets; else DATA is a path
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import ProgressColumn
+
+WIDE = 100  # columns of a terminal that has room for a bar beside the figures
 PLAIN_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def speaks() -> bool:
     """Whether this is the one process of a run that tells the user about it (torchrun numbers them)."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def moves() -> bool:
+    """Whether what is said can be drawn over: standard error is a terminal that knows how."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown") and speaks()
 
 
 def say(message: str) -> None:
@@ -30,12 +41,10 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
     def rate() -> str:
         return f"{done / max(time.monotonic() - started, 1e-9):,.0f} {unit}/s"
 
-    if sys.stderr.isatty() and speaks():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if moves():
+        from rich.progress import Progress, TextColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        with Progress(TextColumn(description), *columns, console=Console(stderr=True)) as bar:
+        with Progress(TextColumn(description), *columns("rate", None), console=on_stderr()) as bar:
             task = bar.add_task(description, total=total, rate="")
 
             def advance(count: int = 1) -> None:
@@ -61,10 +70,8 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
 @contextmanager
 def spinner(message: str) -> Iterator[None]:
     """Something that moves on a terminal, one plain line elsewhere, while a single long thing happens."""
-    if sys.stderr.isatty() and speaks():
-        from rich.console import Console
-
-        with Console(stderr=True).status(message):
+    if moves():
+        with on_stderr().status(message):
             yield
     else:
         say(message)
@@ -74,12 +81,10 @@ def spinner(message: str) -> Iterator[None]:
 @contextmanager
 def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], None]]:
     """Progress of a training run from step `done` to `total`; yields a function that takes the step and a status."""
-    if sys.stderr.isatty() and speaks():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    if moves():
+        from rich.progress import Progress
 
-        columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        with Progress(*columns("status", 20), console=on_stderr(), refresh_per_second=4) as bar:
             task = bar.add_task("", total=total, completed=done, status="")
 
             def show(step: int, status: str) -> None:
@@ -101,6 +106,27 @@ def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], No
                 say(f"step {step:,} of {total:,}  {status}  {_clock(left)} left")
 
         yield show
+
+
+def on_stderr() -> Console:
+    """What rich draws on."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def columns(field: str, bar_width: int | None) -> list[ProgressColumn]:
+    """Of a progress bar: how far, a task's `field`, time left; a narrow terminal cuts the field and has no bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    bar = [BarColumn(bar_width)] if on_stderr().width >= WIDE else []
+    return [
+        *bar,
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[" + field + "]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+    ]
 
 
 def _clock(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from pathlib import Path
 def short(name: str) -> str:
     """A name that leaves room for more in the name of a file, which has 255 bytes."""
     return name.encode(errors="ignore")[:100].decode(errors="ignore")
+
+
+def require_writable(folder: Path) -> None:
+    """Raises PermissionError where no file can be made in a folder that exists."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(13, "Permission denied", str(folder))
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -182,6 +182,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     else:
         newest = checkpoint.load_newest(path, print)
         if newest is None:
+            if (path / "config.json").exists():
+                raise UserError(f"{path} has no checkpoint yet: wait for its first one (--checkpoint-every says when)")
             near = [each.parent for pattern in ("../config.json", "*/config.json") for each in path.glob(pattern)]
             hint = f"give a run, such as {max(near, key=os.path.getmtime)}" if near else "train one: fastdcgan train"
             raise UserError(f"{path} has no checkpoint: {hint}")

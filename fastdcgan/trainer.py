@@ -152,6 +152,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
         else:
             total = done + config.total_steps(data.count, world.size, resumed.progress["images"])
+    if done > total:
+        raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
     step.begin_together(world)
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 

@@ -22,15 +22,17 @@ from safetensors.torch import load_file
 
 from fastdcgan import checkpoint, trainer
 from fastdcgan.config import TrainConfig
+from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.distributed import ALONE
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.monitor import Monitor
-from fastdcgan.runs import load_run
+from fastdcgan.runs import RunFolder, load_run
 from fastdcgan.saver import restore
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
+from fastdcgan.watch import Watch
 
 UMASK = os.umask(0)
 os.umask(UMASK)
@@ -336,6 +338,116 @@ def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
     assert capsys.readouterr().err.count("figures and pictures cannot be written") == 1
     assert_equal_bits(run, straight, 12)
     assert not list((run / "samples").iterdir())
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_epochs_are_whole_also_with_other_batches(tmp_path: Path, batch_size: int) -> None:
+    run, images = tmp_path / "run", 1797
+    train(small(run, steps=None, epochs=0.1))
+    train(small(run, steps=None, epochs=0.3, batch_size=batch_size, resume=True))
+    seen = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["images"]
+    assert 0.3 * images <= seen < 0.3 * images + batch_size
+
+
+def test_a_run_that_was_copied_goes_on_where_it_is(straight: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy"
+    shutil.copytree(straight, copied)
+    before = checkpoint.complete(straight)
+    assert train(small(copied, steps=15, resume=True), {"steps"}) == copied
+    assert checkpoint.complete(straight) == before
+    assert checkpoint.complete(copied)[-1].name == "step-000015"
+
+
+def test_a_sign_that_lasts_is_known_after_a_stop(tmp_path: Path) -> None:
+    """Also how far back it is to a sound step."""
+    config, real = small(tmp_path, on_divergence="rollback"), torch.zeros(4, 16, 16, 1, dtype=torch.uint8)
+    (tmp_path / "samples").mkdir()
+    healthy = {"loss_d": 1.3, "loss_g": 0.8, "d_real": 0.5, "d_fake": 0.5, "grad_norm_d": 1.0, "grad_norm_g": 1.0}
+    figures = healthy | {"images_per_second": 1.0}
+    watch = Watch(tmp_path, config, real, torch.device("cpu"), 0)
+    assert watch.log(figures | {"step": 4}) == watch.log(figures | {"step": 8, "loss_d": 900.0}) == []
+    assert watch.log(figures | {"step": 12, "loss_d": 900.0}) == []
+    watch.close()
+    watch = Watch(tmp_path, config, real, torch.device("cpu"), 12)
+    (alarm,) = watch.log(figures | {"step": 16, "loss_d": 900.0})
+    watch.close()
+    assert (alarm.kind, alarm.sound) == ("large losses", 4)
+    for on_divergence, raised in (("warn", 0), ("rollback", 1)):  # a warning was given; the run still has to go back
+        watch = Watch(tmp_path, dataclasses.replace(config, on_divergence=on_divergence), real, torch.device("cpu"), 16)
+        assert len(watch.log(figures | {"step": 20, "loss_d": 900.0})) == raised
+        watch.close()
+
+
+def test_a_kill_before_the_best_checkpoint_is_copied_costs_nothing(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    newest = checkpoint.complete(run)[-1]
+    saved = checkpoint.load(newest)
+    better = dataclasses.replace(saved, progress=saved.progress | {"distance": 1e-9})
+    checkpoint.save(run, saved.progress["step"], better, keep=9)
+    train(small(run, steps=13, resume=True, checkpoint_every=100))
+    assert checkpoint.load(run / "checkpoints" / "best").progress["step"] == saved.progress["step"]
+
+
+def test_an_altered_position_is_noticed(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    state = checkpoint.complete(run)[-1] / "state.json"
+    state.write_text(state.read_text().replace('"step": 12', '"step": 11'))
+    found = checkpoint.load_newest(run, print)
+    assert found is not None and found.progress["step"] < 11
+    assert "state.json is not what was written" in capsys.readouterr().out
+
+
+def test_a_full_disk_when_the_intervals_settle(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "keep_intervals", full)
+    monkeypatch.setattr(trainer, "report_skipped", full)
+    assert_equal_bits(train(small(tmp_path / "run")), straight, 12)
+
+
+def test_a_start_on_a_full_disk_lets_go_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="cannot be written: No space") as kept:
+        patched.setattr("fastdcgan.runs.replace_file", full)
+        train(small(tmp_path / "run", steps=1))
+    train(small(tmp_path / "run", steps=1))
+    assert kept.value.args
+
+
+def test_a_reason_to_skip_an_image_outlasts_a_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer.report_skipped([("a.png", "broken"), ("b.png", "truncated")], tmp_path)
+    trainer.report_skipped([("a.png", LEFT_OUT), ("b.png", LEFT_OUT), ("b.png", "truncated")], tmp_path)
+    assert (tmp_path / "skipped.txt").read_text() == "a.png\tbroken\nb.png\ttruncated\n"
+    assert capsys.readouterr().err.count("2 images cannot be used") == 1
+
+
+def test_the_callers_random_numbers_are_his(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(small(tmp_path / "run", steps=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_fewer_steps_than_there_are_is_a_mistake(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "run")
+    with pytest.raises(UserError, match="at step 12 already"):
+        train(small(tmp_path / "run", steps=5, resume=True))
+
+
+def test_a_second_sigterm_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    before = signal.getsignal(signal.SIGTERM)
+    with trainer.stop_signals() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5) and stop.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's 95% interval of a share seen in `count` trials (Wilson 1927)."""
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def bars(results: dict[str, Any], chance: float) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastdcgan.apps.latent import BATCH, generate, latents
@@ -27,7 +28,7 @@ def sample(
         raise UserError(f"--count {count} is too small: at least 1")
     latents([seed], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
-    one_grid = out.suffix.lower() in (".png", ".jpg", ".jpeg", ".gif", ".webp")  # of which it can be the first
+    one_grid = out.suffix.lower() in Image.registered_extensions()  # of which it can be one
     check_out(out, (".png",) if one_grid else ())
     grid: list[Tensor] = []
     with progress("sampling", count, "images") as advance:

@@ -23,6 +23,7 @@ CELLS = 3  # a side: what of a piece has to fit the photograph, so that its deta
 FIT_TO_NEIGHBOURS = 0.6  # weight of the overlaps; the rest is that of the photograph
 CHOICE = 0.1  # any piece whose error is within this share of the least may be taken, or a flat area would repeat one
 MOST_PIXELS = 4096  # a side, of the result
+LONGEST = 4 * MOST_PIXELS  # side of what is drawn: more takes hours and gigabytes
 
 
 def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: int = 8, seed: int = 0) -> None:
@@ -49,8 +50,10 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
     scale = min(1.0, MOST_PIXELS / max(picture.size))
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     image = to_tensor(fitted(picture, size, generator.channels))
-    lines = canvas_size((size[1], size[0]), generator.image_size, tiles)[0]
-    with progress("stylizing", lines, "lines") as advance:
+    canvas = canvas_size((size[1], size[0]), generator.image_size, tiles)
+    if max(canvas) > LONGEST:
+        raise UserError(f"{photo} is too narrow for --tiles {tiles} along its shorter side: give fewer, or crop it")
+    with progress("stylizing", canvas[0], "lines") as advance:
         drawn = redraw(generator, image, tiles=tiles, seed=seed, advance=advance)
     result = to_picture(torch.lerp(image, drawn, strength))
     save(result if out.suffix.lower() == ".png" else result.convert("L" if result.mode == MODES[1] else "RGB"), out)

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastdcgan.config import NAMES
 from fastdcgan.data.dataset import Dataset, Stream
 from fastdcgan.data.packed import open_packed, packed_size
 from fastdcgan.errors import UserError
+from fastdcgan.names import NAMES
 
 if TYPE_CHECKING:
     import torch

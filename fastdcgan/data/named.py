@@ -53,6 +53,9 @@ def fetch(name: str, folder: Path) -> object:
     kind = getattr(torchvision.datasets, known.torchvision_name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): give another --cache-dir") from None
+    try:
         return kind(str(folder), download=True, **known.options)
     except ImportError as error:
         raise UserError(f"{name} needs one more package ({error.name}): pip install {error.name}") from None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import threading
-import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,6 @@ EMPTY = "empty file (0 bytes)"
 _one_large_image = threading.Lock()
 Image.init()  # registers the formats now: doing it lazily is not safe from several threads
 FORMATS = [name for name in Image.OPEN if name != "EPS"]  # which Pillow would have another program, Ghostscript, draw
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit above is kept by measure/decode
 
 
 class UnusableImage(Exception):

@@ -17,6 +17,7 @@ from fastdcgan.bench.contenders import Shape, fast_step, quiet
 from fastdcgan.console import say, spinner
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
+from fastdcgan.files import require_writable
 from fastdcgan.spans import span
 
 WARM_UP = 5  # steps; a CUDA graph is captured in the fourth
@@ -54,6 +55,12 @@ def profile_training(
     for flag, value, least in (("--steps", steps, 1), ("--width", width, 1), ("--batch-size", batch_size, 2)):
         if value < least:
             raise UserError(f"{flag} {value} is too small: at least {least}")
+    if not nsight:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            require_writable(out)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     quiet()
     dataset = open_dataset(data, image_size=image_size, device=device)
     stream = dataset.stream(batch_size)
@@ -72,7 +79,6 @@ def profile_training(
         with_nsight(step, steps)
     else:
         try:
-            out.mkdir(parents=True, exist_ok=True)
             with_torch_profiler(step, steps, device, out)
             memory_of(step, device, out)
         except OSError as error:

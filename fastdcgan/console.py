@@ -84,11 +84,13 @@ def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], No
     if moves():
         from rich.progress import Progress
 
-        with Progress(*columns("status", 20), console=on_stderr(), refresh_per_second=4) as bar:
+        screen = on_stderr()
+        room = max(screen.width - 2 * len(str(total)) - len("/ 0:00:00  ") - (22 if screen.width >= WIDE else 0), 0)
+        with Progress(*columns("status", 20), console=screen, refresh_per_second=4) as bar:
             task = bar.add_task("", total=total, completed=done, status="")
 
             def show(step: int, status: str) -> None:
-                bar.update(task, completed=step, status=status)
+                bar.update(task, completed=step, status=status[:room])  # or rich would cut the numbers too
 
             yield show
     else:
@@ -116,17 +118,11 @@ def on_stderr() -> Console:
 
 
 def columns(field: str, bar_width: int | None) -> list[ProgressColumn]:
-    """Of a progress bar: how far, a task's `field`, time left; a narrow terminal cuts the field and has no bar."""
+    """Of a progress bar: how far, time left, a task's `field`; without the bar itself on a narrow terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.table import Column
 
     bar = [BarColumn(bar_width)] if on_stderr().width >= WIDE else []
-    return [
-        *bar,
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[" + field + "]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-    ]
+    return [*bar, MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[" + field + "]}")]
 
 
 def _clock(seconds: float) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
+from fastdcgan import console
 from fastdcgan.cli import asked, main
 
 
@@ -44,10 +48,13 @@ TINY = ("--steps", "2", "--image-size", "8", "--gen-width", "4", "--batch-size",
         ("train --steps -5", "--steps -5"),
         ("train --steps abc", "--steps"),
         ("train --stepz 5", "--stepz"),
+        ("train --stepz 5", "see fastdcgan train --help"),
+        ("data check --stepz 5", "see fastdcgan data check --help"),
+        ("train --flip True nowhere/at/all", "nowhere/at/all"),
         ("train --loader magic", "--loader"),
         ("train --batch-size 100000", "1797"),
         ("train --resume", "--run-dir"),
-        ("trian", "trian"),
+        ("trian", "did you mean train"),
         ("sample nowhere", "nowhere"),
         ("train --cuda-graph on --device cpu", "--cuda-graph"),
     ],
@@ -72,6 +79,9 @@ def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("--run-dir=digits --lr 2e-4 photos", "run_dir lr data"),
         ("--no-compile --flip --image_size 64 --no-flip", "compile flip image_size"),
         ("--resume digits", "data"),
+        ("--flip True photos", "flip data"),
+        ("--flip photos", "flip data"),
+        ("--flip None --lr 2", "flip lr"),
     ],
 )
 def test_which_flags_of_train_are_given(line: str, names: str) -> None:
@@ -162,6 +172,31 @@ def test_what_is_no_run_names_one_nearby(capsys: pytest.CaptureFixture[str]) -> 
     assert "give a run, such as runs/a" in mistake(capsys, "sample", "runs/a/checkpoints")
     Path("text.jpg").write_text("hello")
     assert "not a .safetensors file, nor a .pth" in mistake(capsys, "sample", "text.jpg")
+
+
+def test_a_run_without_a_checkpoint_yet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert "no checkpoint yet" in mistake(capsys, "sample", "run")
+
+
+@pytest.mark.parametrize("command", ["bench --json x/y.json", "profile --steps 1 --out x"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "Permission denied" in mistake(capsys, *command.split())
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_narrow_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "moves", lambda: True)
+    monkeypatch.setattr(console, "on_stderr", lambda: Console(file=screen, width=width, force_terminal=True))
+    with console.training_progress(0, 20_000) as show:
+        show(2_438, "551 images/s  loss D 0.85 G 1.90  D(x) 0.71  D(G(z)) 0.29")
+    lines = [line for line in screen.getvalue().splitlines() if "551" in line]
+    assert "2438/20000" in lines[-1] and ("━" in lines[-1]) == (width == 120)
 
 
 def test_ctrl_c_leaves_no_half_files(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

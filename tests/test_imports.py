@@ -95,3 +95,15 @@ def test_help_needs_no_torch() -> None:
 def test_kernels_refuse_another_name() -> None:
     done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0 and "import this package as fastdcgan.kernels" in done.stderr
+
+
+def test_what_a_gpu_machine_runs_needs_torch_triton_and_numpy_alone():
+    """As `bench/gpu.sh` says; scipy it asks for."""
+    modules = ("throughput", "profiling", "kernels_table", "discriminator_memory", "end_to_end")
+    script = (
+        "import sys\n"
+        "for name in ('tyro', 'nvidia.dali', 'webdataset', 'scipy', 'matplotlib'): sys.modules[name] = None\n"
+        f"for name in {modules}: __import__('fastdcgan.bench.' + name)\n"
+        "import fastdcgan.data, fastdcgan.step\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)

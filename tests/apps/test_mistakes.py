@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdcgan.apps.pictures import names, open_picture
+from fastdcgan.apps.sample import sample
+from fastdcgan.apps.stylize import stylize
 from fastdcgan.apps.trained import open_both, open_run
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
@@ -110,3 +112,17 @@ def test_a_picture_whose_range_nobody_knows(tmp_path, mode, why):
     Image.new(mode, (8, 8), 200).save(tmp_path / "x.tiff")
     with pytest.raises(UserError, match=f"x.tiff has .*{why}: convert"):
         open_picture(tmp_path / "x.tiff")
+
+
+def test_a_strip_is_too_narrow_to_stylize(run, tmp_path):
+    Image.new("RGB", (3_000, 3)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match="too narrow for --tiles 8"):
+        stylize(run, tmp_path / "strip.png", out=tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("name", ["grid.tiff", "g.jpg"])
+def test_a_grid_is_a_png(run, tmp_path, name):
+    with pytest.raises(UserError, match="end it in"):
+        sample(run, out=tmp_path / name, count=1)
+    assert not (tmp_path / name).exists()

@@ -96,12 +96,13 @@ def test_the_readmes_table_is_the_one_made_from_the_results():
 
 def test_the_other_measurements_are_a_line_each_with_their_file():
     both = {"first_ratio": 2.0, "later_ratio": 3.5, "precision": "fp32", "batch_size": 64, "later_epochs": 100.0}
+    both["images"] = 1_920
     found = {
         "end": {"measured": "end to end", "data": "photos", "rows": [
             {"contender": "example", **both, "later_epochs": 30.0}, {"contender": "fast-eager", **both},
         ]},
         "data": {
-            "measured": "data path", "data": "photos", "image_size": 64,
+            "measured": "data path", "data": "photos", "image_size": 64, "images": 4_000,
             "ways": [
                 {"way": "--loader dali --cache host, first epoch", "ratio": 2.5, "images_per_second": 300},
                 {"way": "--loader dali --cache host, first epoch, memory at hand", "ratio": 2.8},
@@ -120,7 +121,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         },
         "follow": throughput(rows=[], overhead={"share": 0.0123}),
         "scaling": {
-            "measured": "scaling",
+            "measured": "scaling", "device": {"kind": "cpu"},
             "rows": [
                 {"scaling": kind, "processes": count, "efficiency": efficiency}
                 for kind, count, efficiency in (("weak", 1, 1), ("weak", 2, 0.8), ("strong", 1, 1), ("strong", 2, 0.7))
@@ -131,7 +132,11 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
     alone = found["end"] | {"rows": found["end"]["rows"][1:]}
     assert report.end_to_end_lines({"end": alone}) == [], "not against the plain example"
     for stem, words in (
-        ("end", "x2.00 of the plain example with its loader in the first epoch, x3.50 in later ones"),
+        (
+            "end",
+            "photos (1,920 an epoch) to weights, batch 64, fp32: x2.00 of the plain example with its loader in the first"
+            " epoch, x3.50 in later ones",
+        ),
         (
             "data",
             "x2.5 of ImageFolder and a DataLoader with two workers,"

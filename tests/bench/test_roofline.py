@@ -56,6 +56,14 @@ def test_low_precision_moves_fewer_bytes_but_the_same_flops():
     assert sum(row.bytes for row in low) < 0.7 * sum(row.bytes for row in full)
 
 
+@pytest.mark.parametrize(("precision", "expected"), [("fp32", 1_565_152_768), ("bf16", 871_761_408)])
+def test_bytes_added_up_by_hand(precision, expected):
+    """Of 64 images: each convolution's operands and result once, BatchNorm 3 passes forward and 5 back, and Adam's
+    reads and writes of float32 weights, moments and gradients."""
+    passes = step_passes(64, (64, 64), 3, 100, 64, precision)
+    assert (sum(row.bytes for row in passes), sum(row.flops for row in passes)) == (expected, 145_575_903_232)
+
+
 def test_rates_are_measured_and_the_table_adds_up(monkeypatch):
     rates = measure_rates(torch.device("cpu"), "fp32")
     assert rates.matrix > 1e9 and rates.copy > 1e8

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.bench import contenders
+from fastdcgan.bench import contenders, throughput
 from fastdcgan.bench.contenders import Entry, Shape, entries
 from fastdcgan.bench.contestant import Contestant, Failed
 from fastdcgan.bench.end_to_end import bench_data
 from fastdcgan.bench.roofline import Rates
-from fastdcgan.bench.throughput import bench
+from fastdcgan.bench.throughput import Row, Runner, bench
 from fastdcgan.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,3 +176,24 @@ def test_mistakes_on_the_command_line(arguments):
 
     with pytest.raises(UserError):
         parse(["bench", *arguments])()
+
+
+def test_a_block_counts_the_images_of_its_steps(monkeypatch):
+    clock, runner = iter([10.0, 12.0]), Runner.__new__(Runner)
+    processor = iter([1.0, 5.0])
+    runner.device, runner.images, runner.steps, calls = torch.device("cpu"), 64, 5, []
+    runner.run = lambda: calls.append(1)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(throughput.time, "process_time", lambda: next(processor))
+    assert runner.block() == (64 * 5 / 2, 64 * 5 / 4)
+    assert len(calls) == 5
+
+
+def test_a_row_is_the_median_of_its_rounds_beside_floor_and_baseline():
+    shape, rates = Shape(64), Rates(matrix=1e12, copy=1e11)
+    baseline, row = (Row("", "fp32", 64, rounds=rounds) for rounds in ([100.0, 200.0, 400.0], [300.0, 200.0, 1000.0]))
+    throughput.summarize(row, baseline, shape, rates)
+    work = throughput.passes(shape, "fp32")
+    assert (row.images_per_second, row.ratio) == (300, 2.5)
+    assert row.useful_flops == sum(each.flops for each in work) / 64 * 300
+    assert row.floor == 64 / sum(max(each.flops / 1e12, each.bytes / 1e11) for each in work)

@@ -134,8 +134,8 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
     for stem, words in (
         (
             "end",
-            "photos (1,920 an epoch) to weights, batch 64, fp32: x2.00 of the plain example with its loader in the first"
-            " epoch, x3.50 in later ones",
+            "photos (1,920 an epoch) to weights, batch 64, fp32: x2.00 of the plain example with its loader in"
+            " the first epoch, x3.50 in later ones",
         ),
         (
             "data",

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import importlib.metadata
 import io
 import os
 import shlex
@@ -609,6 +610,9 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows
+    if sys.argv[1:] == ["--version"]:
+        print(f"fastdcgan {importlib.metadata.version('fastdcgan')}")
+        return
     try:
         run = parse(sys.argv[1:])
         # Before torch, which imports it from C++, where Ctrl-C would be lost and leave half of it.

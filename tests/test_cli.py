@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -172,6 +173,11 @@ def test_what_is_no_run_names_one_nearby(capsys: pytest.CaptureFixture[str]) -> 
     assert "give a run, such as runs/a" in mistake(capsys, "sample", "runs/a/checkpoints")
     Path("text.jpg").write_text("hello")
     assert "not a .safetensors file, nor a .pth" in mistake(capsys, "sample", "text.jpg")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"fastdcgan {importlib.metadata.version('fastdcgan')}\n"
 
 
 def test_a_run_without_a_checkpoint_yet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

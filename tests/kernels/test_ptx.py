@@ -79,9 +79,10 @@ def test_batch_norm_act(device, assert_close, shape, groups, dtype, cut):
         x, weight, bias, running_mean, running_var, True, 0.1, 1e-5, 0.2, groups, cut
     )
     found = batch_norm_act_op.launch_backward(x, dy, torch.empty_like(x), weight, bias, mean, inverse, True, 0.2, cut)
-    dx = dy.clone()
-    batch_norm_act_op.launch_backward(x, dx, dx, weight, bias, mean, inverse, True, 0.2, cut)
-    assert torch.equal(dx, found[0]), "in the place of dy"
+    if cut.splits < 10:  # the many programs of the other take half a minute
+        dx = dy.clone()
+        batch_norm_act_op.launch_backward(x, dx, dx, weight, bias, mean, inverse, True, 0.2, cut)
+        assert torch.equal(dx, found[0]), "in the place of dy"
     expected = batch_norm_act(
         *exact, *exact_running, training=True, negative_slope=0.2, groups=groups, backend="reference"
     )

@@ -141,5 +141,10 @@ PYTHON_END
 else
     echo "== data path: skipped, no Pillow or no torchvision here" | tee -a "$OUT/log.txt"
 fi
-has scipy && section quality 100 "$PYTHON" -m fastdcgan.bench.quality "$OUT/quality.json" "$(has sklearn && echo digits || echo fake)" 32 32 2000 2
+if has scipy; then
+    section quality 100 "$PYTHON" -m fastdcgan.bench.quality "$OUT/quality.json" "$(has sklearn && echo digits || echo fake)" \
+        32 32 2000 2
+else
+    echo "== quality: skipped, no scipy here" | tee -a "$OUT/log.txt"
+fi
 echo "== done after $SECONDS s; in $OUT: $(ls "$OUT" | tr '\n' ' ')" | tee -a "$OUT/log.txt"

@@ -17,7 +17,7 @@ from fastdcgan.bench.contenders import Shape, fast_step, quiet
 from fastdcgan.console import say, spinner
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
-from fastdcgan.files import require_writable
+from fastdcgan.files import make_writable
 from fastdcgan.spans import span
 
 WARM_UP = 5  # steps; a CUDA graph is captured in the fourth
@@ -57,8 +57,7 @@ def profile_training(
             raise UserError(f"{flag} {value} is too small: at least {least}")
     if not nsight:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            require_writable(out)
+            make_writable(out)
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     quiet()

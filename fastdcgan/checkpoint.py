@@ -48,7 +48,7 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         OSError: it could not be written; nothing is left of it.
     """
-    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder = _place(run, step)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -93,7 +93,8 @@ def load(folder: Path) -> Checkpoint:
         digests = dict(progress["sha256"])
         if not isinstance(progress["step"], int):
             raise ValueError("its step is not a whole number")
-        if digests.get("state.json", _digest(progress)) != _digest(progress):  # earlier versions wrote none
+        written = _digest(progress)
+        if digests.get("state.json", written) != written:  # earlier versions wrote none
             raise ValueError("state.json is not what was written")
         for kind in TENSOR_FILES:
             if digests[f"{kind}.safetensors"] != _sha256(folder / f"{kind}.safetensors"):
@@ -157,7 +158,7 @@ def keep_if_best(run: Path, saved: Checkpoint) -> None:
     Raises:
         OSError: it could not be written.
     """
-    folder, distance = run / "checkpoints" / f"step-{saved.progress['step']:06d}", saved.progress.get("distance")
+    folder, distance = _place(run, saved.progress["step"]), saved.progress.get("distance")
     if distance is not None and folder.exists():
         keep_best(run, folder, distance)
 
@@ -198,6 +199,10 @@ def bring_back(run: Path) -> None:
         else:
             with suppress(OSError):  # of a run that can only be read
                 replaced.rename(folder)
+
+
+def _place(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def _put(finished: Path, folder: Path) -> None:

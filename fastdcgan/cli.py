@@ -24,14 +24,13 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
-from fastdcgan.files import require_writable
+from fastdcgan.files import make_writable
 from fastdcgan.image_size import parse as parse_size
 from fastdcgan.image_size import stages
 
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 COMMANDS = ["data"]
-STATES = ("True", "False", "None")  # that can be written behind --flip
 
 
 def command(
@@ -294,7 +293,7 @@ def bench(
     from fastdcgan.bench import contenders
     from fastdcgan.bench.end_to_end import bench_data
     from fastdcgan.bench.throughput import bench as bench_step
-    from fastdcgan.trainer import choose_device
+    from fastdcgan.processor import choose_device
 
     shape = contenders.Shape(image_size=checked_size(image_size), width=width)
     unknown = set(only) - set(contenders.NAMES)
@@ -312,8 +311,7 @@ def bench(
         if json.is_dir():
             raise UserError(f"--json {json} is a folder: give the name of a file")
         try:
-            json.parent.mkdir(parents=True, exist_ok=True)
-            require_writable(json.parent)
+            make_writable(json.parent)
         except OSError as error:
             raise UserError(f"--json {json} cannot be written: {error.strerror}") from None
     if only and not contenders.entries(only, precision, choose_device(device)):
@@ -365,8 +363,7 @@ def profile(
     """
     silence_torchs_profiler()
     from fastdcgan.bench.profiling import profile_training
-    from fastdcgan.processor import choose_precision
-    from fastdcgan.trainer import choose_device
+    from fastdcgan.processor import choose_device, choose_precision
 
     where = choose_device(device)
     if cuda_graph and where.type != "cuda":
@@ -666,9 +663,7 @@ def parse(argv: list[str]) -> Callable[[], None]:
     Raises:
         UserError: arguments that do not fit.
     """
-    answers = {"--flip": ["--flip", "True"], "--no-flip": ["--flip", "False"]}  # a switch with a third state: unset
-    followed = zip(argv, [*argv[1:], ""], strict=True)
-    argv = [word for each, then in followed for word in ([each] if then in STATES else answers.get(each, [each]))]
+    argv = spelled_out(argv)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -679,16 +674,26 @@ def parse(argv: list[str]) -> Callable[[], None]:
         raise UserError(f"{in_one_line(errors.getvalue())}; see {where_it_says(argv)}") from None
 
 
+def spelled_out(argv: list[str]) -> list[str]:
+    """The arguments with --flip, a switch with a third state, unset, as tyro knows it: --flip=True."""
+    answers = {"--flip": "--flip=True", "--no-flip": "--flip=False"}
+    words: list[str] = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        if before == "--flip" and word in ("True", "False", "None"):
+            words[-1] = f"--flip={word}"
+        else:
+            words.append(answers.get(word, word))
+    return words
+
+
 def asked(argv: list[str]) -> set[str]:
     """The fields of TrainConfig that the arguments of `train` name: also those that have their default's value."""
     switches = {field.name for field in dataclasses.fields(TrainConfig) if "bool" in str(field.type)}
-    names, words, before = set(), iter(argv), ""
+    names, words = set(), iter(spelled_out(argv))
     for word in words:
-        before, last = word, before
         name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
         if not word.startswith("--"):
-            if last != "--flip" or word not in STATES:
-                names.add("data")
+            names.add("data")
         elif name.removeprefix("no_") in switches:
             names.add(name.removeprefix("no_"))
         else:

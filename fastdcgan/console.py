@@ -44,7 +44,8 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
     if moves():
         from rich.progress import Progress, TextColumn
 
-        with Progress(TextColumn(description), *columns("rate", None), console=on_stderr()) as bar:
+        screen = on_stderr()
+        with Progress(TextColumn(description), *columns(screen, "rate", None), console=screen) as bar:
             task = bar.add_task(description, total=total, rate="")
 
             def advance(count: int = 1) -> None:
@@ -86,7 +87,7 @@ def training_progress(done: int, total: int) -> Iterator[Callable[[int, str], No
 
         screen = on_stderr()
         room = max(screen.width - 2 * len(str(total)) - len("/ 0:00:00  ") - (22 if screen.width >= WIDE else 0), 0)
-        with Progress(*columns("status", 20), console=screen, refresh_per_second=4) as bar:
+        with Progress(*columns(screen, "status", 20), console=screen, refresh_per_second=4) as bar:
             task = bar.add_task("", total=total, completed=done, status="")
 
             def show(step: int, status: str) -> None:
@@ -117,11 +118,11 @@ def on_stderr() -> Console:
     return Console(stderr=True)
 
 
-def columns(field: str, bar_width: int | None) -> list[ProgressColumn]:
+def columns(screen: Console, field: str, bar_width: int | None) -> list[ProgressColumn]:
     """Of a progress bar: how far, time left, a task's `field`; without the bar itself on a narrow terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-    bar = [BarColumn(bar_width)] if on_stderr().width >= WIDE else []
+    bar = [BarColumn(bar_width)] if screen.width >= WIDE else []
     return [*bar, MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[" + field + "]}")]
 
 

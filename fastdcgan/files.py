@@ -12,8 +12,13 @@ def short(name: str) -> str:
     return name.encode(errors="ignore")[:100].decode(errors="ignore")
 
 
-def require_writable(folder: Path) -> None:
-    """Raises PermissionError where no file can be made in a folder that exists."""
+def make_writable(folder: Path) -> None:
+    """Make a folder where there is none yet.
+
+    Raises:
+        OSError: it cannot be made, or no file in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(13, "Permission denied", str(folder))
 

@@ -30,9 +30,7 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.told = run, told
-        for name in ("metrics", "quality"):
-            if (run / f"{name}.jsonl").exists():
-                _drop_after(run / f"{name}.jsonl", resumed_step)
+        self.before = {name: _drop_after(run / f"{name}.jsonl", resumed_step) for name in ("metrics", "quality")}
         self.board = SummaryWriter(str(run), purge_step=resumed_step + 1)
 
     def log(self, values: dict[str, float], name: str = "metrics") -> None:
@@ -89,27 +87,29 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-def written(run: Path, name: str) -> list[dict[str, float]]:
-    """The lines of <name>.jsonl, metrics or quality, that are whole; what was not finite is NaN again."""
-    path = run / f"{name}.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return [{key: math.nan if value is None else value for key, value in json.loads(line).items()} for line in lines]
-
-
 def _line(values: dict[str, Any]) -> str:
     """As JSON, which has no number for what is not finite."""
     known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
     return json.dumps(known) + "\n"
 
 
-def _drop_after(metrics: Path, step: int) -> None:
-    """Keep the whole lines up to `step`: the run will write the later ones again."""
-    kept, found = [], metrics.read_text(errors="replace")
+def _drop_after(path: Path, step: int) -> list[dict[str, float]]:
+    """Keep the whole lines up to `step`: the run will write the later ones again.
+
+    Returns:
+        what they say; what was not finite is NaN again. Nothing where there is no file.
+    """
+    found = path.read_text(errors="replace") if path.exists() else ""
+    kept, lines = [], []
     for line in found.splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            values = json.loads(line)
+            if values["step"] > step:
+                continue
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill
-    if "".join(kept) != found:
-        replace_file(metrics, "".join(kept).encode())
+        kept.append({key: math.nan if value is None else value for key, value in values.items()})
+        lines.append(line + "\n")
+    if "".join(lines) != found:
+        replace_file(path, "".join(lines).encode())
+    return kept

@@ -12,6 +12,17 @@ def native_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def choose_device(wanted: str) -> torch.device:
+    """The device of --device.
+
+    Raises:
+        UserError: cuda asked for and not there.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or check nvidia-smi")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def choose_precision(wanted: str, device: torch.device) -> str:
     """The precision of --precision; auto is bf16 on a GPU that computes in it, fp32 elsewhere.
 

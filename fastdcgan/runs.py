@@ -24,6 +24,7 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.files import replace_file, short
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
+from fastdcgan.processor import choose_device
 
 VERSIONS_OF = ("fastdcgan", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -45,8 +46,8 @@ class RunFolder:
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
             self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held until the process ends
-        except (OSError, ValueError) as error:  # ValueError: no name for a folder
-            raise UserError(f"--run-dir {path} cannot be written: {getattr(error, 'strerror', error)}") from error
+        except OSError as error:
+            raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -54,10 +55,10 @@ class RunFolder:
         if checkpoint.complete(path) != list(known):
             self.unlock()
             raise UserError(f"--run-dir {path}: another process has trained there meanwhile; choose another folder")
-        self.path, self.config, self.facts = path, config, facts
+        self.path, self.facts = path, facts
         try:
             checkpoint.remove_unfinished(path)
-            self.write_config()
+            self.write_config(config)
         except OSError as error:
             self.unlock()
             raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
@@ -71,22 +72,18 @@ class RunFolder:
         intervals: dict[str, Any] = {f"{name}_every": steps for name, steps in every.items()}
         config = dataclasses.replace(self.config, **intervals)
         if config != self.config:
-            before, self.config = self.config, config
-            try:
-                self.write_config()
-            except OSError:
-                self.config = before
-                raise
+            self.write_config(config)
 
-    def write_config(self) -> None:
-        """Write config.json."""
+    def write_config(self, config: TrainConfig) -> None:
+        """Write config.json: from then on this is the run's configuration. Raises OSError."""
         content = {
-            "config": self.config.as_json(),
+            "config": config.as_json(),
             "data": self.facts,
             "versions": versions(),
             "device": describe_device(self.facts),
         }
         replace_file(self.path / "config.json", (json.dumps(content, indent=1) + "\n").encode())
+        self.config = config
 
 
 def choose_folder(config: TrainConfig, name: str) -> Path:
@@ -171,8 +168,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
         UserError: nothing there, or not a generator, or damaged; never runs code from a file.
     """
     path = Path(path).expanduser()
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: PyTorch finds no NVIDIA GPU here; use cpu, or check nvidia-smi")
+    if torch.device(device).type == "cuda":
+        choose_device("cuda")
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
     if path.is_file():

@@ -28,7 +28,7 @@ from fastdcgan.files import replace_file
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
 from fastdcgan.pace import USUAL, Pace
-from fastdcgan.processor import choose_precision, native_bf16
+from fastdcgan.processor import choose_device, choose_precision, native_bf16
 from fastdcgan.quality import COMPARED
 from fastdcgan.runs import RunFolder, choose_folder, saved_config
 from fastdcgan.saver import Saver, position, restore
@@ -241,7 +241,6 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     if watch:
         with watch.writing():
             report_skipped(skipped, folder)
-        watch.close()
     stream.close()
     if saver.lost is not None:
         kept = [int(each.name[5:]) for each in complete(folder)]
@@ -285,17 +284,6 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
     return done
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device of --device.
-
-    Raises:
-        UserError: cuda asked for and not there.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or check nvidia-smi")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:
     """Say what a resumed run no longer has in common with one that never stopped."""
     for name in CHANGES:
@@ -308,14 +296,10 @@ def report_skipped(skipped: list[tuple[str, str]], run: Path) -> None:
     """List the images (file, reason) that cannot be used in skipped.txt, and say how many there are."""
     path = run / "skipped.txt"
     before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    reasons: dict[str, str] = {}
-    for file, reason in skipped:
-        if reasons.get(file, LEFT_OUT) == LEFT_OUT:  # a process that met it knows more than one that continued
-            reasons[file] = reason
     known = dict(line.split("\t", 1) for line in before.splitlines() if "\t" in line)
-    lines = "".join(
-        f"{file}\t{known.get(file, reason) if reason == LEFT_OUT else reason}\n" for file, reason in reasons.items()
-    )
+    known |= {file: reason for file, reason in reversed(skipped) if reason != LEFT_OUT}
+    reasons = {file: known.get(file, reason) for file, reason in skipped}
+    lines = "".join(f"{file}\t{reason}\n" for file, reason in reasons.items())
     if not lines:
         path.unlink(missing_ok=True)  # they have been mended since
     elif before != lines:

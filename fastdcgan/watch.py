@@ -12,7 +12,7 @@ from torch import Tensor
 from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
-from fastdcgan.monitor import GRID, Monitor, written
+from fastdcgan.monitor import GRID, Monitor
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
 
@@ -42,13 +42,13 @@ class Watch:
 
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done, self.told)
-        history = written(self.run, "metrics")
-        self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history else done)
+        history = self.monitor.before
+        self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history["metrics"] else done)
         # What the run has written up to here: a sign that lasts is not new because the run was stopped meanwhile.
-        for figures in history:
+        for figures in history["metrics"]:
             with suppress(KeyError):  # of an earlier version
                 self.alarms.look_at_metrics(int(figures["step"]), figures)
-        for figures in written(self.run, "quality"):
+        for figures in history["quality"]:
             with suppress(KeyError):
                 self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
         if self.config.on_divergence != "warn":

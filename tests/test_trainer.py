@@ -54,6 +54,11 @@ def small(run: Path, **changes: object) -> TrainConfig:
     return dataclasses.replace(SMALL, run_dir=run, **changes)  # type: ignore[arg-type]
 
 
+def full(*_: object) -> None:
+    """As a disk can be."""
+    raise OSError(28, "No space left on device")
+
+
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     folder = run / "checkpoints" / f"step-{step:06d}"
     return {f"{f.stem}.{n}": t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
@@ -329,9 +334,6 @@ def test_a_run_that_failed_lets_go_of_its_folder(tmp_path: Path, monkeypatch: py
 def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr("fastdcgan.monitor.replace_file", full)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     run = train(small(tmp_path / "run"))
@@ -400,18 +402,12 @@ def test_an_altered_position_is_noticed(straight: Path, tmp_path: Path, capsys: 
 
 
 def test_a_full_disk_when_the_intervals_settle(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(RunFolder, "keep_intervals", full)
     monkeypatch.setattr(trainer, "report_skipped", full)
     assert_equal_bits(train(small(tmp_path / "run")), straight, 12)
 
 
 def test_a_start_on_a_full_disk_lets_go_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched, pytest.raises(UserError, match="cannot be written: No space") as kept:
         patched.setattr("fastdcgan.runs.replace_file", full)
         train(small(tmp_path / "run", steps=1))

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from fastdcgan.errors import UserError
-from fastdcgan.files import replace_file, require_writable
+from fastdcgan.files import make_writable, replace_file
 from fastdcgan.models import AnyGenerator
 from fastdcgan.monitor import to_uint8
 from fastdcgan.pixels import in_8_bits, without_range
@@ -131,8 +131,7 @@ def check_out(out: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise UserError(f"--out {out} is a {'folder' if suffixes else 'file'} already: choose another name")
     folder = out.parent if suffixes else out
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        require_writable(folder)
+        make_writable(folder)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
 

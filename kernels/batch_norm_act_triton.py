@@ -2,8 +2,8 @@
 """The Triton kernels of `batch_norm_act`: two launches forward, two backward, no atomics, the same bits every time.
 
 A channels_last tensor is a matrix of rows (sample, height, width) and C columns, and a group is a run of rows. The
-matrix is cut into tiles of BLOCK_ROWS x BLOCK_COLS; a program walks down TURNS tiles, and SPLITS programs share the
-rows of one group:
+matrix is cut into tiles of BLOCK_ROWS x BLOCK_COLS; a program walks TURNS tiles, down in the first launch of a pass and
+up in the second, and SPLITS programs share the rows of one group:
 
     statistics   reads x; each program writes the mean and the squared deviations of its rows (partials)
     normalize    combines the partials of its channels, reads x, writes y; one program a channel block also writes
@@ -189,20 +189,20 @@ def normalize(
     if split == 0:
         tl.store(mean_ptr + group * C + cols, mean, mask=in_c)
         tl.store(inverse_ptr + group * C + cols, inverse, mask=in_c)
-    first_row = group.to(tl.int64) * rows + start
-    x_ptr += first_row * C
-    y_ptr += first_row * C
+    last_tile = group.to(tl.int64) * rows + start + (TURNS - 1) * BLOCK_ROWS
+    x_ptr += last_tile * C
+    y_ptr += last_tile * C
     row = tl.arange(0, BLOCK_ROWS)
-    for turn in tl.range(TURNS, num_stages=STAGES):
-        mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
+    for done in tl.range(TURNS, num_stages=STAGES):  # upwards: what `statistics` read last may still be in L2
+        mask = (row < rows - start - (TURNS - 1 - done) * BLOCK_ROWS)[:, None] & in_c[None, :]
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
         z = _act_input(x, mean[None, :], inverse[None, :], weight[None, :], bias[None, :])
         # ReLU written so that NaN stays NaN and minus infinity becomes 0.
         y = tl.where(z <= 0.0, 0.0, z) if SLOPE == 0.0 else tl.where(z > 0.0, z, z * SLOPE)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-        x_ptr += BLOCK_ROWS * C
-        y_ptr += BLOCK_ROWS * C
+        x_ptr -= BLOCK_ROWS * C
+        y_ptr -= BLOCK_ROWS * C
 
 
 @triton.jit
@@ -317,13 +317,13 @@ def gradient(
     if TRAINING:
         mean_dz = _total(partial_dz_ptr, group, cols, C, SPLITS, CHUNK)[None, :] / rows
         mean_dzx = _total(partial_dzx_ptr, group, cols, C, SPLITS, CHUNK)[None, :] / rows
-    first_row = group.to(tl.int64) * rows + start
-    x_ptr += first_row * C
-    dy_ptr += first_row * C
-    dx_ptr += first_row * C
+    last_tile = group.to(tl.int64) * rows + start + (TURNS - 1) * BLOCK_ROWS
+    x_ptr += last_tile * C
+    dy_ptr += last_tile * C
+    dx_ptr += last_tile * C
     row = tl.arange(0, BLOCK_ROWS)
-    for turn in tl.range(TURNS, num_stages=STAGES):
-        mask = (row < rows - start - turn * BLOCK_ROWS)[:, None] & in_c[None, :]
+    for done in tl.range(TURNS, num_stages=STAGES):  # upwards: what `sums` read last may still be in L2
+        mask = (row < rows - start - (TURNS - 1 - done) * BLOCK_ROWS)[:, None] & in_c[None, :]
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
         dx = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
@@ -333,6 +333,6 @@ def gradient(
             dx -= mean_dz + (x - mean) * inverse * mean_dzx
         dx *= inverse * weight
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        x_ptr += BLOCK_ROWS * C
-        dy_ptr += BLOCK_ROWS * C
-        dx_ptr += BLOCK_ROWS * C
+        x_ptr -= BLOCK_ROWS * C
+        dy_ptr -= BLOCK_ROWS * C
+        dx_ptr -= BLOCK_ROWS * C

@@ -13,6 +13,7 @@ from fastdcgan.checkpoint import Checkpoint
 from fastdcgan.console import say
 from fastdcgan.data.dataset import Stream
 from fastdcgan.distributed import World
+from fastdcgan.errors import UserError
 from fastdcgan.runs import RunFolder
 from fastdcgan.step import TrainStep
 
@@ -81,6 +82,9 @@ def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
     """Have the step go on from a checkpoint; returns the number of updates behind it.
 
     A process goes on with its own random numbers where the checkpoint has as many processes, else with new ones.
+
+    Raises:
+        UserError: it is a checkpoint of other networks than the step's.
     """
     done = int(saved.progress["step"])
     state = dict(saved.tensors["state"])
@@ -94,8 +98,13 @@ def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
         say(f"note: {change}, and other noise; the run is no longer the one that never stopped")
         step.rng.manual_seed(world.seed(done))
         state["rng"] = step.rng.get_state()
-    step.load_weights(saved.tensors)
-    step.load_state(state)
+    try:
+        step.load_weights(saved.tensors)
+        step.load_state(state)
+    except ValueError:
+        raise UserError(
+            f"the checkpoint of step {done:,} is of other networks than config.json describes: put back what was changed"
+        ) from None
     return done
 
 

@@ -276,8 +276,7 @@ class TrainStep:
             ValueError: other names or shapes than this step's.
         """
         own = self.state()
-        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
-            raise ValueError("the saved state belongs to other networks")
+        _check_fit(own, state)
         for name, value in own.items():
             value.copy_(state[name])
         self.rng.set_state(state["rng"])
@@ -304,8 +303,13 @@ class TrainStep:
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, dict[str, Tensor]]) -> None:
-        """Continue from what `weights` returned; the networks' low-precision weights follow their masters."""
+        """Continue from what `weights` returned; the networks' low-precision weights follow their masters.
+
+        Raises:
+            ValueError: other names or shapes than these networks'.
+        """
         for kind, own in self.learned_weights().items():
+            _check_fit(own, weights[kind])
             for name, value in own.items():
                 value.copy_(weights[kind][name])
         self.refresh_copies()
@@ -428,6 +432,11 @@ def set_precision(network: nn.Module, precision: str) -> dict[str, Tensor]:
                     masters[f"{layer_name}.{name}"] = parameter.detach().clone()
                     parameter.data = parameter.data.bfloat16()
     return masters
+
+
+def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if own.keys() != saved.keys() or any(own[name].shape != saved[name].shape for name in own):
+        raise ValueError("what was saved belongs to other networks")
 
 
 def _exact(logits: Tensor) -> Tensor:

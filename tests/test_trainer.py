@@ -553,6 +553,19 @@ def test_a_config_from_elsewhere_is_refused(tmp_path: Path, change: dict[str, ob
         train(TrainConfig(run_dir=run, resume=True))
 
 
+@pytest.mark.parametrize(
+    "change", [{"gen_width": 8}, {"image_size": "32"}, {"latent_dim": 1}, {"channels": 3}, {"spectral_norm": True}]
+)
+def test_a_config_of_other_networks_than_the_checkpoints_is_refused(
+    tmp_path: Path, straight: Path, change: dict[str, object]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    (run / "config.json").write_text(json.dumps({"config": {**SMALL.as_json(), **change}}))
+    with pytest.raises(UserError, match=r"step 12 is of other networks than config\.json"):
+        train(TrainConfig(run_dir=run, resume=True, steps=14))
+
+
 def test_a_checkpoint_that_links_out_of_its_run_is_refused(tmp_path: Path) -> None:
     run, other = (train(small(tmp_path / name, steps=3)) for name in ("run", "other"))
     file = checkpoint.complete(run)[0] / "generator.safetensors"

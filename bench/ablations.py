@@ -6,7 +6,6 @@ python -m fastdcgan.bench.ablations OUT.json [BATCH_SIZE [REPETITIONS]]
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 
 from fastdcgan import patches
 from fastdcgan.bench.contenders import Shape, fast_step, quiet
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.console import say
 from fastdcgan.step import TrainStep
 
@@ -95,7 +94,7 @@ def main() -> None:
         sys.exit("usage: python -m fastdcgan.bench.ablations OUT.json [BATCH_SIZE [REPETITIONS]]")
     shape = Shape(int(sys.argv[2]) if len(sys.argv) > 2 else 64)
     rows = ablate(shape, int(sys.argv[3]) if len(sys.argv) > 3 else 9)
-    command = shlex.join(["python", "-m", "fastdcgan.bench.ablations", *sys.argv[1:]])
+    command = command_line("ablations")
     content = describe(torch.device("cpu"), command) | {
         "measured": "ablations",
         "network": dataclasses.asdict(shape),

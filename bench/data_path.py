@@ -1,11 +1,12 @@
 """How many images a second reach the training step: ImageFolder + DataLoader against every way of fastdcgan.
 
-    python -m fastdcgan.bench.data_path --data DIR [--image-size 64] --json OUT
+    python -m fastdcgan.bench.data_path --data DIR [--image-size 64] [--device cuda] --json OUT
 
-DIR is a folder of images. The ways are measured in turn, several rounds, and medians are compared, so that a machine
-that gets busier slows them all. First epochs decode; "cache" gathers batches from kept images. A virtual machine may
-have to fetch new memory from its host piece by piece, which can take as long as decoding: "memory at hand" is a first
-epoch whose kept images get memory that was in use a moment before, as on a machine of one's own.
+DIR is a folder of images, which are delivered to the device. The ways are measured in turn, several rounds, and medians
+are compared, so that a machine that gets busier slows them all. First epochs decode; "cache" gathers batches from kept
+images. A virtual machine may have to fetch new memory from its host piece by piece, which can take as long as decoding:
+"memory at hand" is a first epoch whose kept images get memory that was in use a moment before, as on a machine of one's
+own. On a GPU, DALI decodes files of some size there.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ import argparse
 import functools
 import mmap
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.roofline import synchronize
 from fastdcgan.data import Dataset, open_dataset
 from fastdcgan.data.file_dataset import dali_is_installed
 
@@ -44,7 +44,7 @@ class FlatImageFolder(ImageFolder):  # type: ignore[misc]  # torchvision has no 
         return names, {name: i for i, name in enumerate(names)}
 
 
-def image_folder(data: Path, size: int, batch: int, most: int) -> float:
+def image_folder(data: Path, size: int, batch: int, most: int, device: torch.device) -> float:
     """images/s of the usual loader: decode, resize, centre crop, to float tensor, normalise; two workers."""
     steps = [
         transforms.Resize(size),
@@ -56,29 +56,40 @@ def image_folder(data: Path, size: int, batch: int, most: int) -> float:
     dataset = FlatImageFolder(str(data), transforms.Compose(steps))
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch, shuffle=True, num_workers=2)
     for images, _ in loader:
+        images.to(device, non_blocking=True)
         delivered += len(images)
         if delivered >= most:
             break
+    synchronize(device)
     return delivered / (time.perf_counter() - started)
 
 
-def opened(data: Path, size: int, loader: str, cache: str, cache_dir: str) -> Dataset:
+def opened(data: Path, size: int, loader: str, cache: str, cache_dir: str, device: torch.device) -> Dataset:
     return open_dataset(
         str(data),
         image_size=(size, size),
         channels=3,
-        device=torch.device("cpu"),
+        device=device,
         loader=loader,
         cache=cache,
         cache_dir=Path(cache_dir),
     )
 
 
-def first_epoch(data: Path, size: int, batch: int, most: int, loader: str, cache: str, memory_at_hand: bool) -> float:
+def first_epoch(
+    data: Path,
+    size: int,
+    batch: int,
+    most: int,
+    device: torch.device,
+    loader: str,
+    cache: str,
+    memory_at_hand: bool = False,
+) -> float:
     """images/s from nothing, as in the first epoch of a first run: listing and looking at the files included."""
     with TemporaryDirectory() as cache_dir:
         started, delivered = time.perf_counter(), 0
-        dataset = opened(data, size, loader, cache, cache_dir)
+        dataset = opened(data, size, loader, cache, cache_dir, device)
         if memory_at_hand:
             paused = time.perf_counter()
             np.empty(dataset.count * size * size * 3, dtype=np.uint8)[:: mmap.PAGESIZE] = 1
@@ -88,6 +99,7 @@ def first_epoch(data: Path, size: int, batch: int, most: int, loader: str, cache
             stream.advance()
             stream.source.index_select(0, stream.index)
             delivered += batch
+        synchronize(device)
         rate = delivered / (time.perf_counter() - started)
         stream.close()
     return rate
@@ -101,6 +113,7 @@ def from_cache(stream_of: Callable[[], tuple[torch.Tensor, torch.Tensor, Callabl
         advance()
         source.index_select(0, index)
         delivered += len(index)
+    synchronize(source.device)
     return delivered / (time.perf_counter() - started)
 
 
@@ -111,13 +124,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--images", type=int, default=10_000, help="at most this many images per measurement")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)  # for all ways alike: torch's threads are for training, and nothing trains here
-    data, size, batch = options.data, options.image_size, options.batch_size
+    data, size, batch, device = options.data, options.image_size, options.batch_size, options.device
+    kept_in = "host" if device.type == "cpu" else "device"
 
     with TemporaryDirectory() as cache_dir:
-        kept = opened(data, size, "auto", "host", cache_dir)
+        kept = opened(data, size, "auto", kept_in, cache_dir, device)
         batch = min(batch, kept.count)
         most = min(options.images, kept.count // batch * batch)
         stream = kept.stream(batch)
@@ -128,41 +143,47 @@ def main() -> None:
             return stream.source, stream.index, stream.advance
 
         ways: dict[str, Callable[[], float]] = {
-            "ImageFolder + DataLoader(num_workers=2)": lambda: image_folder(data, size, batch, most)
+            "ImageFolder + DataLoader(num_workers=2)": lambda: image_folder(data, size, batch, most, device)
         }
         for loader in ("dali", "torch") if dali_is_installed() else ("torch",):
-            for cache, at_hand in (("host", False), ("host", True), ("off", False)):
-                one = functools.partial(first_epoch, data, size, batch, most, loader, cache, at_hand)
-                ways[f"--loader {loader} --cache {cache}, first epoch{', memory at hand' * at_hand}"] = one
+            first = functools.partial(first_epoch, data, size, batch, most, device, loader)
+            way = f"--loader {loader} --cache"
+            ways[f"{way} {kept_in}, first epoch"] = functools.partial(first, kept_in)
+            if device.type == "cpu":
+                ways[f"{way} host, first epoch, memory at hand"] = functools.partial(first, "host", memory_at_hand=True)
+            ways[f"{way} off, first epoch"] = functools.partial(first, "off")
         ways["cache"] = lambda: from_cache(resident)
         rates: dict[str, list[float]] = {name: [] for name in ways}
+        about = describe(device, command_line("data_path")) | {
+            "measured": "data path",
+            "data": data.name,
+            "images": most,
+            "files": kept.count,
+            "image_size": size,
+            "batch_size": batch,
+        }
         for _ in range(options.rounds):
             for name, measure in ways.items():
                 rates[name].append(measure())
-
-    baseline = statistics.median(next(iter(rates.values())))
-    rows = [
-        {
-            "way": name,
-            "images_per_second": round(statistics.median(found)),
-            "ratio": round(statistics.median(found) / baseline, 2),
-            "all": [round(rate) for rate in found],
-        }
-        for name, found in rates.items()
-    ]
-    command = shlex.join(["python", "-m", "fastdcgan.bench.data_path", *sys.argv[1:]])
-    result = describe(torch.device("cpu"), command) | {
-        "measured": "data path",
-        "data": data.name,
-        "images": most,
-        "files": kept.count,
-        "image_size": size,
-        "batch_size": batch,
-        "ways": rows,
-    }
-    write_json(options.json, result)
+            rows = compared(rates)
+            write_json(options.json, about | {"ways": rows})
     for row in rows:
         print(f"{row['images_per_second']:>10,} images/s  x{row['ratio']:<7} {row['way']}")
+
+
+def compared(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """images/s of each way, the median of its rounds, and its ratio to the first way's."""
+    medians = {way: statistics.median(found) for way, found in rates.items()}
+    baseline = next(iter(medians.values()))
+    return [
+        {
+            "way": way,
+            "images_per_second": round(medians[way]),
+            "ratio": round(medians[way] / baseline, 2),
+            "all": [round(rate) for rate in found],
+        }
+        for way, found in rates.items()
+    ]
 
 
 if __name__ == "__main__":

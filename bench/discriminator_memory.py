@@ -9,15 +9,13 @@ compiled: what differs is what the operators save for the backward pass, and wha
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastdcgan.bench.contenders import Shape
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.bench.profiling import live_bytes
 from fastdcgan.models import build_discriminator
 from fastdcgan.step import set_precision
@@ -75,7 +73,7 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        command = shlex.join(["python", "-m", "fastdcgan.bench.discriminator_memory", *sys.argv[1:]])
+        command = command_line("discriminator_memory")
         write_json(arguments.json, describe(device, command) | {"measured": "discriminator memory", "rows": rows})
 
 

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ def describe(device: torch.device, command: str) -> dict[str, Any]:
         "commit": commit(),
         "command": command,
     }
+
+
+def command_line(module: str) -> str:
+    """The command that this process, `python -m fastdcgan.bench.MODULE ...`, was started with."""
+    return shlex.join(["python", "-m", f"fastdcgan.bench.{module}", *sys.argv[1:]])
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 # Everything a GPU machine should be asked, in one command, in 10 minutes, without a network:
 #
 #     OUT=results BUDGET=570 COMMIT=$(git rev-parse --short=10 HEAD) bench/gpu.sh
+#     OUT=more bench/gpu.sh kernels "tuned example"     # or just these sections
 #
 # Needs Python with torch, triton and numpy; pytest, tyro, DALI and Pillow where they are. First the tests, and beside them, on
 # the other cores, everything is compiled that is timed later. Each section has a time limit and costs nothing but itself
@@ -19,10 +20,20 @@ work=$(mktemp -d)
 export work
 trap 'rm -rf "$work"' EXIT
 
+asked=("$@")
+
+# wanted NAME: whether this section was asked for, or none was by name.
+wanted() {
+    local each
+    for each in "${asked[@]}"; do [ "$each" = "$1" ] && return 0; done
+    [ ${#asked[@]} -eq 0 ]
+}
+
 # section NAME LIMIT COMMAND...: run it for at most LIMIT seconds, or what is left of the budget.
 section() {
     local name=$1 limit=$2 left=$((BUDGET - SECONDS))
     shift 2
+    wanted "$name" || return
     if [ "$left" -lt 15 ]; then
         echo "== $name: skipped, no time left" | tee -a "$OUT/log.txt"
         return
@@ -55,8 +66,9 @@ has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 section machine 20 bash -c "nvidia-smi; $PYTHON -c 'import torch, triton; print(torch.__version__, triton.__version__)'"
 
 # Tests and compilation at once. Every test's name and result goes to tests.txt as it ends, so a cut run still tells.
-for batch in 128 1024 64; do
-    timeout 100 "$PYTHON" - $batch > "$work/compile-$batch.txt" 2>&1 <<'PYTHON_END' &
+if wanted tests; then
+    for batch in 128 1024 64; do
+        timeout 100 "$PYTHON" - $batch > "$work/compile-$batch.txt" 2>&1 <<'PYTHON_END' &
 import sys, torch
 from fastdcgan.bench.contenders import Shape, fast_step, quiet
 quiet()
@@ -68,20 +80,21 @@ for executor in ("fast-captured", "fast-compiled"):
     for _ in range(5):
         run()
 PYTHON_END
-done
-for batch in 64 128 1024; do  # timed again below, alone
-    timeout 110 "$PYTHON" -m fastdcgan.bench.kernels_table --batches $batch --json "$work/kernels-$batch.json" \
-        > "$work/kernels-$batch.txt" 2>&1 &
-done
-if has pytest; then
-    section tests 120 bash -c "set -o pipefail; $PYTHON -m pytest -v -rf -m gpu -o addopts=--import-mode=importlib \
-        -p no:cacheprovider $(has xdist && echo '-n 6') --continue-on-collection-errors \
-        tests/test_step.py tests/bench tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
-        grep -E '^(FAILED|ERROR)|passed|failed' \$OUT/tests.txt | tail -40; exit \$code"
-else
-    echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
+    done
+    for batch in 64 128 1024; do  # timed again below, alone
+        timeout 110 "$PYTHON" -m fastdcgan.bench.kernels_table --batches $batch --json "$work/kernels-$batch.json" \
+            > "$work/kernels-$batch.txt" 2>&1 &
+    done
+    if has pytest; then
+        section tests 120 bash -c "set -o pipefail; $PYTHON -m pytest -v -rf -m gpu -o addopts=--import-mode=importlib \
+            -p no:cacheprovider $(has xdist && echo '-n 6') --continue-on-collection-errors \
+            tests/test_step.py tests/bench tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
+            grep -E '^(FAILED|ERROR)|passed|failed' \$OUT/tests.txt | tail -40; exit \$code"
+    else
+        echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"
+    fi
+    wait
 fi
-wait
 
 section "step 64 pixels" 115 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
 # The graph's memory in one segment that grows: as much as is in use at a time, and not the gaps between segments.
@@ -116,30 +129,41 @@ section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --ba
     --json "$OUT/kernels-groups-2.json"
 section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
 section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
-if has PIL && has torchvision; then
-    has nvidia.dali || echo "== data path: no DALI here, so the torch loader alone" | tee -a "$OUT/log.txt"
-    section "data path" 60 "$PYTHON" -c "$(cat <<'PYTHON_END'
+if has PIL && has torchvision && { wanted decoding || wanted feeding || wanted "data path"; }; then
+    has nvidia.dali || echo "== no DALI here: the data path is measured with the torch loader alone" | tee -a "$OUT/log.txt"
+    "$PYTHON" - <<'PYTHON_END'
 import os
 from pathlib import Path
 import torch
 from PIL import Image
+for name, count, links, coarse, size in (("synthetic-218x178", 256, 31, 12, (218, 178)), ("synthetic-768x512", 256, 15, 96, (512, 768))):
+    folder = Path(os.environ["work"], name)  # the larger ones a GPU decodes, where DALI is
+    folder.mkdir()
+    for i in range(count):
+        noise = torch.rand(1, 3, coarse, coarse) * 255
+        smooth = torch.nn.functional.interpolate(noise, size, mode="bicubic").clamp(0, 255)
+        Image.fromarray(smooth[0].byte().permute(1, 2, 0).numpy()).save(folder / f"{i}.jpg", quality=90)
+        for copy in range(links):
+            os.link(folder / f"{i}.jpg", folder / f"{i}-{copy}.jpg")
+PYTHON_END
+    for device in cuda cpu; do
+        section decoding 60 "$PYTHON" -m fastdcgan.bench.data_path --data "$work/synthetic-768x512" --images 2048 --rounds 3 \
+            --batch-size 128 --device $device --json "$OUT/decoding-$device.json"
+    done
+    section feeding 60 "$PYTHON" -m fastdcgan.bench.feeding --data "$work/synthetic-218x178" --json "$OUT/feeding.json"
+    section "data path" 60 "$PYTHON" -c "$(cat <<'PYTHON_END'
+import os
+from pathlib import Path
+import torch
 from fastdcgan.bench.contenders import Shape
 from fastdcgan.bench.end_to_end import bench_data
-folder = Path(os.environ["work"], "images")
-folder.mkdir()
-smooth = torch.nn.functional.interpolate(torch.rand(256, 3, 12, 12) * 255, (218, 178), mode="bicubic").clamp(0, 255)
-for i, picture in enumerate(smooth.byte().permute(0, 2, 3, 1).numpy()):
-    Image.fromarray(picture).save(folder / f"{i}.jpg", quality=90)
-    for copy in range(31):
-        os.link(folder / f"{i}.jpg", folder / f"{i}-{copy}.jpg")
 bench_data(
-    data=folder, shape=Shape(), batch_sizes=(128,), device=torch.device("cuda"), names=("example", "fast-captured"),
-    json=Path(os.environ["OUT"], "data.json"), command="fastdcgan bench --data DIR --batch-size 128",
+    data=Path(os.environ["work"], "synthetic-218x178"), shape=Shape(), batch_sizes=(128,), device=torch.device("cuda"),
+    names=("example", "fast-captured"), json=Path(os.environ["OUT"], "data.json"),
+    command="fastdcgan bench --data DIR --batch-size 128",
 )
 PYTHON_END
 )"  # not from standard input, which the contenders' processes could not read again
-else
-    echo "== data path: skipped, no Pillow or no torchvision here" | tee -a "$OUT/log.txt"
 fi
 if has scipy; then
     section quality 100 "$PYTHON" -m fastdcgan.bench.quality "$OUT/quality.json" "$(has sklearn && echo digits || echo fake)" \

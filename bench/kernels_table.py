@@ -15,9 +15,7 @@ import argparse
 import functools
 import itertools
 import math
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.kernels import batch_norm_act
 
 LAYERS = {  # image size: (channels, pixels a side) of each BatchNorm layer, width 64
@@ -182,7 +180,7 @@ def main() -> None:
     if device == "cpu":
         print("no GPU here: one small layer, to show that this runs")
         shapes = [(8, 16, 8, 8)]
-    command = shlex.join(["python", "-m", "fastdcgan.bench.kernels_table", *sys.argv[1:]])
+    command = command_line("kernels_table")
     content = describe(torch.device(device), command) | {"measured": "kernels"}
     for rows in measure(shapes, arguments.dtype, device, arguments.groups):
         if arguments.json:  # after every shape: compiling takes minutes, and the run may be cut short

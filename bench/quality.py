@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from fastdcgan.apps.distances import sliced_wasserstein
 from fastdcgan.bench.contenders import Entry, Example, Shape, fast_step
 from fastdcgan.bench.contestant import Contestant
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.data import open_dataset
@@ -185,7 +184,7 @@ def main() -> None:
         steps=int(given.get("STEPS", 500)),
         seeds=int(given.get("SEEDS", 3)),
         json=Path(given["OUT.json"]),
-        command=shlex.join(["python", "-m", "fastdcgan.bench.quality", *sys.argv[1:]]),
+        command=command_line("quality"),
     )
 
 

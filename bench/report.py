@@ -19,6 +19,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MISSING = "not yet measured"
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
+KEPT = {"device": "GPU memory", "host": "host memory", "disk": "a file"}
 Results = dict[str, dict[str, Any]]  # file stem -> content
 
 
@@ -38,6 +39,7 @@ def readme(found: Results) -> str:
     lines = [
         *end_to_end_lines(found),
         *data_lines(found),
+        *feeding_lines(found),
         *start_lines(found),
         *other_lines(found),
     ]
@@ -85,11 +87,30 @@ def data_lines(found: Results) -> list[str]:
         if at_hand["ratio"] > 1.1 * usual["ratio"]:
             also += f", x{at_hand['ratio']:.1f} where the host has its memory at hand"
         lines.append(
-            f"- Loading {content['data']} ({content['images']:,} images) at {content['image_size']} pixels, first"
-            f" epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two workers{also}; from the cache"
-            f" {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
+            f"- Loading {content['data']} ({content['images']:,} images) at {content['image_size']} pixels"
+            f"{on_gpu(content)}, first epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two workers"
+            f"{also}; from the cache {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
         )
     return lines
+
+
+def feeding_lines(found: Results) -> list[str]:
+    """What the step waits for its images once they are decoded."""
+    lines = []
+    for stem, content in of_kind(found, "feeding"):
+        shares = ", ".join(f"{max(row['share'], 0):.1%} with images in {KEPT[row['kept']]}" for row in content["rows"])
+        beside = [row["copies_beside_kernels"] for row in content["rows"] if "copies_beside_kernels" in row]
+        lines.append(
+            f"- From the second epoch on a step of {content['batch_size']}{on_gpu(content)} waits for its images for"
+            f" {shares} of its time"
+            + (f"; {beside[0]:.0%} of the time of copies from the host kernels run beside them" if beside else "")
+            + f" ({cited(stem)})."
+        )
+    return lines
+
+
+def on_gpu(content: dict[str, Any]) -> str:
+    return f" on {content['device']['name']}" if content["device"]["kind"] == "cuda" else ""
 
 
 def start_lines(found: Results) -> list[str]:

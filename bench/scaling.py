@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from fastdcgan.bench.contenders import Shape, quiet
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.distributed import join
@@ -114,7 +113,7 @@ def main() -> None:
         for i, default in ((2, 64), (3, 64), (4, torch.cuda.device_count() or len(os.sched_getaffinity(0))))
     )
     rows = scaling(batch_size, image_size, most, device)
-    command = shlex.join(["python", "-m", "fastdcgan.bench.scaling", *sys.argv[1:]])
+    command = command_line("scaling")
     content = describe(device, command) | {"measured": "scaling", "rows": [dataclasses.asdict(row) for row in rows]}
     write_json(Path(sys.argv[1]), content)
     for row in rows:

@@ -99,7 +99,7 @@ def test_kernels_refuse_another_name() -> None:
 
 def test_what_a_gpu_machine_runs_needs_torch_triton_and_numpy_alone():
     """As `bench/gpu.sh` says; scipy it asks for."""
-    modules = ("throughput", "profiling", "kernels_table", "discriminator_memory", "end_to_end")
+    modules = ("throughput", "profiling", "kernels_table", "discriminator_memory", "end_to_end", "data_path", "feeding")
     script = (
         "import sys\n"
         "for name in ('tyro', 'nvidia.dali', 'webdataset', 'scipy', 'matplotlib'): sys.modules[name] = None\n"

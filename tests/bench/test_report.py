@@ -102,13 +102,19 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
             {"contender": "example", **both, "later_epochs": 30.0}, {"contender": "fast-eager", **both},
         ]},
         "data": {
-            "measured": "data path", "data": "photos", "image_size": 64, "images": 4_000,
+            "measured": "data path", "data": "photos", "image_size": 64, "images": 4_000, "device": {"kind": "cpu"},
             "ways": [
                 {"way": "--loader dali --cache host, first epoch", "ratio": 2.5, "images_per_second": 300},
                 {"way": "--loader dali --cache host, first epoch, memory at hand", "ratio": 2.8},
                 {"way": "--loader dali --cache off, first epoch", "ratio": 3.1, "images_per_second": 372},
                 {"way": "--loader torch --cache host, first epoch, memory at hand", "ratio": 3.3},
                 {"way": "cache", "ratio": 1000.0, "images_per_second": 123_456},
+            ],
+        },
+        "feeding": {
+            "measured": "feeding", "batch_size": 128, "device": {"kind": "cuda", "name": "Some GPU"},
+            "rows": [
+                {"kept": "device", "share": -0.001}, {"kept": "host", "share": 0.0123, "copies_beside_kernels": 0.98},
             ],
         },
         "start-cold": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 41.2, "rounds": [1.0]}]),
@@ -141,6 +147,11 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
             "data",
             "x2.5 of ImageFolder and a DataLoader with two workers,"
             " x3.1 with --loader dali --cache off, x2.8 where the host has its memory at hand; from",
+        ),
+        (
+            "feeding",
+            "a step of 128 on Some GPU waits for its images for 0.0% with images in GPU memory, 1.2% with images in"
+            " host memory of its time; 98% of the time of copies from the host kernels run beside them",
         ),
         ("start-cold", "takes 41 s, in later runs, from the compiler's cache, 10 s"),
         (

@@ -13,6 +13,7 @@ from fastdcgan.distributed import World
 
 USUAL = {"log": 20, "sample": 100, "checkpoint": 500}  # steps
 SHARE = 0.005  # of the training time, that each may take where its interval was not asked for
+HEARD_WITHIN = 5.0  # seconds in which all processes learn that one of them was asked to stop; torchrun kills after 30
 TRIALS = 2  # the first one warms up, the second one is measured
 
 
@@ -32,6 +33,7 @@ class Pace:
         self.trials = {name: 0 if asked[name] is None else TRIALS for name in USUAL}
         self.world, self.device = world, device
         self.mark, self.step_seconds = (0, time.monotonic()), math.inf
+        self.listening = 1  # steps between two exchanges of whether to stop: as long as no step has been timed, each
 
     @property
     def settled(self) -> bool:
@@ -42,6 +44,10 @@ class Pace:
         """Whether it is time, after `done` steps."""
         return done % self.every[name] == 0
 
+    def listens(self, done: int) -> bool:
+        """Whether the processes, after `done` steps, ask one another whether to stop."""
+        return done % self.listening == 0
+
     def start(self, done: int) -> None:
         """Steps take their usual time from here on: the first one compiles."""
         self.mark = done, time.monotonic()
@@ -51,6 +57,7 @@ class Pace:
         now = time.monotonic()
         if done > self.mark[0]:
             self.step_seconds = (now - self.mark[1]) / (done - self.mark[0])
+            self.listening = self.world.share(max(int(HEARD_WITHIN / self.step_seconds), 1))
         self.mark = done, now
 
     @contextmanager

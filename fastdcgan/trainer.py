@@ -231,8 +231,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                 done = roll_back(world, folder, step, raised, config.seed, rollbacks)
                 if watch:
                     watch.begin_again(done)
-            # Processes get a signal each, at different steps: they agree where they exchange figures anyway.
-            if world.size == 1 or logs:
+            # Processes get a signal each, at different steps: they agree on where to stop.
+            if world.size == 1 or pace.listens(done):
                 stopping = world.any(stop.is_set())
         if done < total:
             saver.save(step, stream, done)

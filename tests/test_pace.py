@@ -45,6 +45,19 @@ def test_what_was_asked_for_stays_and_the_rest_is_measured_once(monkeypatch: pyt
     assert tested.due("sample", 20_000) and not tested.due("sample", 20_100) and tested.due("log", 15)
 
 
+@pytest.mark.parametrize(("step_seconds", "expected"), [(0.001, 5000), (0.5, 10), (4.0, 1), (60.0, 1)])
+def test_processes_hear_of_a_signal_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, step_seconds: float, expected: int
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    tested = Pace({"log": None, "sample": None, "checkpoint": None}, ALONE, CPU)
+    assert all(tested.listens(done) for done in range(20)), "no step has been timed"
+    now[0] = 20 * step_seconds
+    tested.tick(20)
+    assert [done for done in range(1, 2 * expected + 1) if tested.listens(done)] == [expected, 2 * expected]
+
+
 def test_a_run_remembers_its_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "USUAL", {"log": 2, "sample": 3, "checkpoint": 4})
     monkeypatch.setattr(pace, "SHARE", 1e-9)  # anything costs too much

@@ -103,7 +103,7 @@ def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
         step.load_state(state)
     except ValueError:
         raise UserError(
-            f"the checkpoint of step {done:,} is of other networks than config.json describes: put back what was changed"
+            f"the checkpoint of step {done:,} is of other networks than config.json's: put back what was changed"
         ) from None
     return done
 

@@ -154,5 +154,6 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
 
 
 def _gradients(logits: Tensor, images: Tensor) -> Tensor:
-    (gradients,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+    with torch.autograd.set_multithreading_enabled(False):  # as in `Adam.update`
+        (gradients,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
     return gradients.to(torch.promote_types(gradients.dtype, torch.float32)).flatten(1)

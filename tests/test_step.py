@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -510,6 +511,38 @@ def test_a_capture_that_fails_half_way_leaves_a_step_that_works(
     assert graph.calls == ["register", "capture", "failed"] and executor.name == "compiled"
     assert executor.step.adam_g.steps == 6 and executor.step.updates == 6
     assert any("operation not permitted" in record.getMessage() for record in caplog.records)
+
+
+def test_gradients_are_computed_in_the_callers_thread() -> None:
+    """On a GPU another thread has another cuBLAS handle, with a workspace of its own; on a CPU there is no other."""
+    step, seen = make_step(loss="wgan-gp"), []
+
+    def note(gradient: Tensor) -> None:
+        seen.append(torch._C._is_multithreading_enabled())
+
+    for network in (step.generator, step.discriminator):
+        next(network.parameters()).register_hook(note)
+    discriminate = step.discriminate_aside
+
+    def and_note(images: Tensor) -> Tensor:
+        logits = discriminate(images)
+        logits.register_hook(note)
+        return logits
+
+    step.discriminate_aside = and_note  # type: ignore[method-assign]
+    step.update()
+    # D's penalty, for whose sake its logits are differentiated once more within D's update; then the weights'.
+    assert len(seen) >= 3 and not any(seen)
+    assert torch._C._is_multithreading_enabled(), "elsewhere as before"
+
+
+@pytest.mark.gpu
+def test_one_cublas_workspace_is_enough() -> None:
+    step = make_step_on_gpu()
+    threads = set()
+    next(step.generator.parameters()).register_hook(lambda gradient: threads.add(threading.get_ident()))
+    step.update()
+    assert threads == {threading.get_ident()}
 
 
 @pytest.mark.gpu

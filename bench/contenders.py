@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from fastdcgan import reference
 from fastdcgan.bench.roofline import DTYPES
+from fastdcgan.errors import UserError
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.processor import choose_precision, native_bf16
 from fastdcgan.step import TrainStep, make_executor
@@ -148,7 +149,10 @@ def fast_step(
     device = source.device
     step = TrainStep(generator.to(device), discriminator.to(device), source, index, flip=flip, precision=precision)
     graph = "on" if executor == "fast-captured" else "off"
-    return step, make_executor(step, compile=executor != "fast-eager", cuda_graph=graph).run
+    made = make_executor(step, compile=executor != "fast-eager", cuda_graph=graph)
+    if executor != "fast-eager" and not step.compiled:
+        raise UserError(f"{executor} cannot be compiled here: measure fast-eager")
+    return step, made.run
 
 
 def on_random_images(entry: Entry, shape: Shape, device: torch.device) -> tuple[Callable[[], None], str]:

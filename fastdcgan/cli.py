@@ -626,9 +626,29 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno == errno.ENOSPC:
             sys.exit(complain(f"the disk is full{where}: make room and try again"))
         sys.exit(complain(f"a file cannot be used{where}: {error.strerror or error}; look at its permissions and name"))
+    except (RuntimeError, MemoryError) as error:
+        if (what := in_plain_words(error)) is None:
+            raise
+        sys.exit(complain(what))
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
+
+
+def in_plain_words(error: Exception) -> str | None:
+    """What a user can do about an error of torch, Triton or numpy that is not this program's; None for all others."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return (
+            "there is not enough memory: take less at a time, with a smaller --batch-size, --image-size, --gen-width or"
+            " --count, or free some"
+        )
+    if "C compiler" in text:
+        return (
+            "the kernels for the GPU are compiled when they are first used: install a C compiler, such as gcc, and"
+            " Python's headers"
+        )
+    return None
 
 
 def words(text: str) -> list[str]:

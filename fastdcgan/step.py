@@ -14,6 +14,7 @@ gradient are captured but not compiled: torch.compile does not differentiate twi
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import warnings
 from typing import Protocol
@@ -113,6 +114,7 @@ class TrainStep:
         self.rates = (lr_g, lr_d)
         self.lr_decay, self.instance_noise = lr_decay, instance_noise
         self.r1, self.r1_every, self.updates = r1, r1_every, 0
+        self.compiled = False
         batch = torch.empty(len(index), *source.shape[1:], device=device, dtype=self.dtype).permute(0, 3, 1, 2)
         self.views = Views(batch, augment=diffaugment, noise=instance_noise > 0)
         self.spectral = SpectralNorm(self.adam_d.parameters, self.rng) if spectral_norm else None
@@ -232,6 +234,7 @@ class TrainStep:
             names.append("keep_books")  # a dozen launches less; on a CPU less than compiling it costs
         for name in names:
             setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
+        self.compiled = True
         if self.mixture is not None or self.r1 > 0:
             log.warning("the penalty on the discriminator's gradient runs uncompiled: it is differentiated twice")
 
@@ -403,17 +406,39 @@ class Captured:
 def make_executor(step: TrainStep, *, compile: bool, cuda_graph: str) -> Executor:
     """The executor for a step: cuda_graph "auto" captures on a GPU when compiling, "on" always, "off" never.
 
+    Where torch.compile does not work, that is said and the step is not compiled.
+
     Raises:
         UserError: cuda_graph "on" without a GPU.
     """
     on_gpu = step.source.is_cuda
     if cuda_graph == "on" and not on_gpu:
         raise UserError("--cuda-graph on needs a GPU; leave it at auto to train on the CPU")
+    if compile and (reason := why_not_compiled(step.source.device.type)):
+        log.warning(
+            "the step cannot be compiled (%s); going on without. --compile needs a C++ compiler, such as g++, and"
+            " Python's headers",
+            reason,
+        )
+        compile = False
     if compile:
         step.compile()
     if cuda_graph == "on" or (cuda_graph == "auto" and compile and on_gpu):
         return Captured(step, require=cuda_graph == "on")
     return Eager(step, "compiled" if compile else "eager")
+
+
+@functools.cache
+def why_not_compiled(kind: str) -> str | None:
+    """What keeps torch.compile from working on this kind of device, found out by trying; None if nothing does."""
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import, which an eager run need not wait for
+
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=kind))
+    except TorchDynamoException as error:
+        lines = str(error).splitlines()
+        return next((line for line in lines if "error:" in line), lines[0])
+    return None
 
 
 def set_precision(network: nn.Module, precision: str) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         while done < total and not stopping:
             stream.advance()
             step.at(done / total)
-            if config.compile and done == begun:
+            if step.compiled and done == begun:
                 with spinner("compiling the step: a minute or two the first time, then kept for later runs"):
                     executor.run()
                 pace.start(done + 1)

@@ -36,6 +36,34 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "smaller --batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
+        (MemoryError("Unable to allocate 20.0 GiB for an array"), "smaller --batch-size"),
+        (RuntimeError("Failed to find C compiler. Please specify via CC"), "install a C compiler"),
+    ],
+)
+def test_what_a_machine_lacks_is_said_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, says: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastdcgan.trainer.train", fail)
+    assert says in mistake(capsys, "train", "digits")
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("fastdcgan.trainer.train", fail)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        main(["train", "digits"])
+
+
 TINY = ("--steps", "2", "--image-size", "8", "--gen-width", "4", "--batch-size", "4")
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +20,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan import models, reference
+from fastdcgan.bench.contenders import Shape, fast_step
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.kernels import uint8_to_float
 from fastdcgan.step import Captured, TrainStep, make_executor
 
 BATCH = 8
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -244,6 +250,25 @@ def test_executors_agree() -> None:
 def test_cuda_graph_on_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="needs a GPU"):
         make_executor(make_step(), compile=False, cuda_graph="on")
+
+
+def test_where_nothing_can_be_compiled_the_step_runs_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = "from fastdcgan.step import why_not_compiled; print(why_not_compiled('cpu'))"
+    nowhere = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": ""}
+    told = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | nowhere, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "C++ compiler" in told.stdout
+    monkeypatch.setattr("fastdcgan.step.why_not_compiled", lambda kind: f"no compiler for a {kind}")
+    step = make_step()
+    executor = make_executor(step, compile=True, cuda_graph="auto")
+    executor.run()
+    assert executor.name == "eager" and not step.compiled and step.adam_g.steps == 1
+    assert "no compiler for a cpu" in caplog.text
+    with pytest.raises(UserError, match="fast-compiled cannot be compiled here"):
+        fast_step(Shape(2, (16, 16), width=4), step.source[:, :16, :16], step.index[:2], "fp32", "fast-compiled")
 
 
 def test_the_average_follows_weights_and_statistics() -> None:

@@ -55,7 +55,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "native_bf16": native_bf16(),
-        "load_average": round(os.getloadavg()[0], 1),  # at the end of the measurement; above `threads` it was disturbed
+        # At the end of the measurement; above `threads` it was disturbed.
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 

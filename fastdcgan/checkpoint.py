@@ -235,6 +235,8 @@ def _sha256(file: Path) -> str:
 
 def _sync(path: Path) -> None:
     """Have the file's or folder's content on the disk before going on."""
+    if os.name == "nt":  # which has no such thing for a folder, nor for what is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

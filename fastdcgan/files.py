@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 
 def short(name: str) -> str:
@@ -21,6 +22,19 @@ def make_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(13, "Permission denied", str(folder))
+
+
+def lock(file: IO[Any], *, wait: bool) -> None:
+    """Keep other processes from locking the file until it is closed; does nothing where there is no fcntl (Windows).
+
+    Raises:
+        BlockingIOError: another process has locked it, and this one does not wait.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def replace_file(path: Path, content: bytes) -> None:

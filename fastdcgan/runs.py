@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -22,7 +21,7 @@ from torch import Tensor
 from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
-from fastdcgan.files import replace_file, short
+from fastdcgan.files import lock, replace_file, short
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 from fastdcgan.processor import choose_device
 
@@ -49,7 +48,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, wait=False)
         except BlockingIOError:
             raise UserError(f"--run-dir {path}: another process is training there; choose another folder") from None
         if checkpoint.complete(path) != list(known):

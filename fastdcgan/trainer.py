@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import resource
 import signal
 import sys
 from collections.abc import Iterator, Set
@@ -251,7 +250,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     if done < total:
         say(f"stopped after step {done:,} of {total:,}; to go on: fastdcgan train --run-dir {folder} --resume")
         raise Interrupted(stop.number)
-    say(f"done: {folder / 'samples' / f'step-{done:06d}.png'}  (peak memory {peak_memory(device) / 2**20:,.0f} MiB)")
+    most = peak_memory(device) / 2**20
+    say(f"done: {folder / 'samples' / f'step-{done:06d}.png'}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))
     return folder
 
 
@@ -308,9 +308,13 @@ def report_skipped(skipped: list[tuple[str, str]], run: Path) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the GPU at most, or resident in the process at most."""
+    """Bytes: allocated on the GPU at most, or resident in the process at most; 0 where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,11 +1,13 @@
 """Which room may import which: parsed, not trusted."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 # Room -> the rooms of fastdcgan it may import. Files not listed stand alone or are checked by the general rules below.
@@ -95,6 +97,37 @@ def test_help_needs_no_torch() -> None:
 def test_kernels_refuse_another_name() -> None:
     done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0 and "import this package as fastdcgan.kernels" in done.stderr
+
+
+def test_it_trains_where_neither_triton_nor_dali_nor_unix_is(tmp_path: Path) -> None:
+    """As on a laptop with Windows, as far as that can be had here."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(6):
+        Image.new("RGB", (20, 16), (40 * i, 9, 99)).save(tmp_path / "pictures" / f"{i}.png")
+    script = (
+        "import ctypes, os, signal, sys\n"
+        "sys.modules['triton'] = None\n"
+        "import torch, torchvision.transforms.functional, torch.utils.tensorboard, PIL.Image, safetensors.torch\n"
+        "for name in ('nvidia.dali', 'fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
+        "for name in ('sched_getaffinity', 'posix_fallocate', 'getloadavg', 'sysconf', 'getuid'): delattr(os, name)\n"
+        "for name in ('SIGHUP', 'SIGKILL', 'SIGUSR1', 'SIGALRM'): delattr(signal, name)\n"
+        "sys.platform, ctypes.CDLL = 'win32', None\n"
+        "from fastdcgan import TrainConfig, load_run, train\n"
+        "small = dict(image_size='16', gen_width=4, batch_size=4, run_dir='run', cache='disk', cache_dir='cache')\n"
+        "train(TrainConfig(data='pictures', steps=4, **small))\n"
+        "run = train(TrainConfig(steps=6, run_dir='run', resume=True))\n"
+        "from pathlib import Path\n"
+        "from fastdcgan.data.pack import pack\n"
+        "pack('pictures', image_size=(16, 16), out=Path('set.npy'))\n"
+        "print(load_run(run).step, sorted(path.name for path in run.iterdir()))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("6 [") and "checkpoints" in done.stdout
+    assert "peak memory" not in done.stderr, "nobody says"
 
 
 def test_what_a_gpu_machine_runs_needs_torch_triton_and_numpy_alone():

@@ -21,6 +21,7 @@ from fastdcgan.data.packed import note_path
 from fastdcgan.data.room import in_words
 from fastdcgan.data.store import read_json, reserve, write_json
 from fastdcgan.errors import UserError
+from fastdcgan.files import lock
 
 HEADER_BYTES = 128
 SAVE_EVERY = 1.0  # seconds between notes of how far it has come
@@ -155,11 +156,7 @@ def _alone(part: Path, out: Path) -> Iterator[BinaryIO]:
     part.touch()
     with open(part, "rb+") as file:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
+            lock(file, wait=False)
         except BlockingIOError:
             raise UserError(f"another process is packing into {out}: wait for it, or choose another --out") from None
         yield file

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdcgan.data.order import Ids
+from fastdcgan.files import lock
 
 Shape = tuple[int, int, int, int]
 
@@ -116,13 +117,8 @@ class DiskStore(Store):
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process at a time (where the system has file locks)."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,9 @@ def make_writable(folder: Path) -> None:
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
-    """Keep other processes from locking the file until it is closed; does nothing where there is no fcntl (Windows).
+    """Keep other processes from locking the file until it is closed.
+
+    Does nothing where there are no such locks: on Windows, and on file systems such as Lustre as it is often mounted.
 
     Raises:
         BlockingIOError: another process has locked it, and this one does not wait.
@@ -34,7 +37,11 @@ def lock(file: IO[Any], *, wait: bool) -> None:
         import fcntl
     except ImportError:
         return
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
 
 
 def replace_file(path: Path, content: bytes) -> None:

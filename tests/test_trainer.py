@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import random
@@ -551,6 +553,15 @@ def test_a_config_from_elsewhere_is_refused(tmp_path: Path, change: dict[str, ob
     (run / "config.json").write_text(json.dumps({"config": {**SMALL.as_json(), **change}}))
     with pytest.raises(UserError, match=complaint):
         train(TrainConfig(run_dir=run, resume=True))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_it_trains_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert load_run(train(small(tmp_path / "run", steps=3))).step == 3
 
 
 @pytest.mark.parametrize(

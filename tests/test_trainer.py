@@ -474,7 +474,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         while not (run / "checkpoints" / "step-000003").exists() and process.poll() is None:
             time.sleep(0.02)
         with pytest.raises(UserError, match="another process"):
-            train(small(run, resume=True))
+            train(small(run, resume=True, steps=1_000_000))
     finally:
         process.kill()
         process.communicate()

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdcgan
@@ -96,7 +96,14 @@ def test_the_card_has_the_numbers(run, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps({"results": results}))
     export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
     card = (tmp_path / "model" / "README.md").read_text()
-    for words in ("16 x 16 pixels", "| trained on | digits |", "400 of 64", "| swd | 12.500 | 3.250 |", "samples.png"):
+    for words in (
+        "16 x 16 pixels",
+        "| trained on | digits |",
+        "400 of 64",
+        "| | generated | other real images |",
+        "| swd | 12.500 | 3.250 |",
+        "samples.png",
+    ):
         assert words in card
     assert str(tmp_path) not in card and str(run) not in card
 
@@ -118,3 +125,14 @@ def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path):
     with pytest.raises(UserError, match="made by fastdcgan export"):
         fastdcgan.from_pretrained(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+def test_the_latest_weights_can_be_exported_and_others_can_read_them(run, tmp_path):
+    for name, ema in (("average", True), ("latest", False)):
+        export(run, format="safetensors", out=tmp_path / name, ema=ema)
+        files = {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()}
+        assert len(files) == 1, "all files are for the same people"
+    average, latest = (load_file(tmp_path / name / "generator.safetensors") for name in ("average", "latest"))
+    trained = load_file(next(run.glob("checkpoints/*/average.safetensors")))
+    assert all(torch.equal(value, trained[name]) for name, value in average.items())
+    assert not torch.equal(latest["main.0.weight"], average["main.0.weight"])

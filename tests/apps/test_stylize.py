@@ -129,3 +129,14 @@ def test_impossible_settings_are_explained(run, digit_files, tmp_path, setting):
     with pytest.raises(UserError, match="--" + next(iter(setting))):
         stylize(run, digit_files[0], out=tmp_path / "new" / "out.png", **setting)
     assert not (tmp_path / "new").exists()
+
+
+def test_tiles_and_seed_change_what_is_drawn(run, tmp_path):
+    save(to_picture(photograph(32, 48)), tmp_path / "photo.png")
+
+    def drawn(**setting):
+        stylize(run, tmp_path / "photo.png", out=tmp_path / "out.png", **{"tiles": 2, "strength": 1.0} | setting)
+        return open_picture(tmp_path / "out.png").tobytes()
+
+    plain = drawn()
+    assert drawn() == plain and len({plain, drawn(seed=1), drawn(tiles=3), drawn(strength=0.9)}) == 4

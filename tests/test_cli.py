@@ -22,6 +22,7 @@ from rich.console import Console
 
 from fastdcgan import console
 from fastdcgan.cli import asked, main
+from fastdcgan.errors import UserError
 from fastdcgan.processor import choose_device, choose_precision
 
 
@@ -430,9 +431,10 @@ def test_nobody_reads_the_answer(flag: str) -> None:
     [
         (OSError(28, "No space left on device", "out/x.png"), "the disk is full (out/x.png): make room"),
         (OSError(5, "Input/output error", "out/x.png"), "a file cannot be used (out/x.png): Input/output error"),
+        (UserError("odd.png cannot be read:\n it is\n\n odd"), "odd.png cannot be read: it is odd"),
     ],
 )
-def test_a_disk_that_fails_is_a_line_too(capsys: pytest.CaptureFixture[str], error: OSError, says: str) -> None:
+def test_what_fails_is_a_line(capsys: pytest.CaptureFixture[str], error: Exception, says: str) -> None:
     with mock.patch("fastdcgan.apps.sample.sample", side_effect=error):
         assert says in mistake(capsys, "sample", "run")
 

@@ -251,6 +251,7 @@ def test_what_is_compared_with_what(evaluated, networks):
     measured, (pictures, twins) = evaluated(seed=7)
     real, fake, judge, seed = measured["generated"]
     again, other, _, _ = measured["other real images"]
+    assert (real.amin(), real.amax()) == (-1, 1)
     assert torch.equal(real, again) and seed == 7 and len(real) == len(fake) == len(other) == 40
     assert torch.cdist(real.flatten(1), other.flatten(1)).min() > 0, "no image is in both"
     assert torch.allclose(fake, generate(networks[0], latents(range(7, 47), 100)), atol=1e-5)
@@ -268,3 +269,12 @@ def test_latest_weights_and_another_runs_features_can_be_asked_for(evaluated, ru
     assert not torch.equal(average, latest)
     assert torch.equal(judge.main[0].weight, networks[1].main[0].weight)
     assert json.loads((tmp_path / "e.json").read_text())["features"] == str(run)
+
+
+def test_the_untrained_judge_is_always_the_same_one(networks, digits):
+    before = torch.get_rng_state()
+    one = fresh_discriminator(networks[1], digits)
+    assert torch.equal(torch.get_rng_state(), before), "it leaves the random numbers alone"
+    torch.manual_seed(5)
+    other = fresh_discriminator(networks[1], digits)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))

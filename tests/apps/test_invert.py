@@ -107,3 +107,4 @@ def test_a_walk_meets_every_point():
     way = walk(points, 7)
     assert way.shape == (15, 50)
     assert torch.allclose(way[[0, 7, 14]], points, atol=1e-5)
+    assert way.norm(dim=1).min() >= points.norm(dim=1).min() - 1e-4  # on the sphere

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdcgan.apps.pictures import HEADING, fitted, names, open_picture, sheet, to_picture, to_tensor
+from fastdcgan.apps.pictures import HEADING, check_out, fitted, names, open_picture, sheet, to_picture, to_tensor
 from fastdcgan.apps.sample import sample
 from fastdcgan.apps.stylize import stylize
 from fastdcgan.apps.trained import open_both, open_run
@@ -161,3 +161,12 @@ def test_headings_stand_over_their_columns():
         page = np.asarray(sheet([[black, None, black]], [*[""] * column, "heading"]))
         (found,) = np.nonzero((page[:HEADING] < 128).any(0))
         assert column * 98 <= found.min() < column * 98 + 10
+
+
+def test_what_is_in_the_way_of_a_result_is_named(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for place, suffixes, what in (("folder.png", (".png",), "folder"), ("file", (), "file")):
+        with pytest.raises(UserError, match=f"{place} is a {what} already: choose another name"):
+            check_out(tmp_path / place, suffixes)
+    assert (tmp_path / "file").read_text() == "mine"

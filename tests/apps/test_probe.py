@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.svm import LinearSVC
 
 from fastdcgan.apps import probe as probe_module
+from fastdcgan.apps.features import activations
 from fastdcgan.apps.linear_svm import Coordinates, LinearSVM
 from fastdcgan.apps.probe import bars, choose, classify, pooled_features, probe, wilson
 from fastdcgan.data import open_dataset
@@ -117,7 +118,10 @@ def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelle
 
 
 def test_features_are_every_layer_at_4x4(networks, digits):
-    assert pooled_features(networks[1])(digits[:3]).shape == (3, (16 + 32) * 16)
+    found = pooled_features(networks[1])(digits[:3])
+    assert found.shape == (3, (16 + 32) * 16)
+    first = activations(networks[1], digits[:3])[0]  # of 8x8
+    assert torch.equal(found[:, : 16 * 16], torch.nn.functional.max_pool2d(first, 2).flatten(1))
 
 
 def test_separable_classes_are_separated_and_noise_is_not():
@@ -195,3 +199,12 @@ def test_bars_are_as_long_as_they_say():
         assert (interval.min(), interval.max()) == pytest.approx((width * low, width * high), abs=1)
     (chance,) = np.nonzero((page[10] == 0x80).all(1))
     assert chance.tolist() == [left + width * 0.5]
+
+
+def test_images_are_judged_one_by_one():
+    """Whatever else is in the test set: features are scaled by the training images alone."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 2
+    features = torch.randn(100, 5, generator=random) + 4 * labels[:, None]
+    ones = 4 + torch.randn(30, 5, generator=random)  # all of one class, so with another mean
+    assert classify(features, labels, ones, torch.ones(30).long())["accuracy"] > 0.95

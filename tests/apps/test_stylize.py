@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdcgan.apps import stylize as stylize_module
 from fastdcgan.apps.features import activations
 from fastdcgan.apps.pictures import open_picture, save, to_picture
 from fastdcgan.apps.stylize import beyond_seam, canvas_size, quilt, recoloured, redraw, stylize
@@ -140,3 +141,10 @@ def test_tiles_and_seed_change_what_is_drawn(run, tmp_path):
 
     plain = drawn()
     assert drawn() == plain and len({plain, drawn(seed=1), drawn(tiles=3), drawn(strength=0.9)}) == 4
+
+
+def test_the_result_of_a_large_photo_has_its_proportions(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "MOST_PIXELS", 48)
+    save(to_picture(photograph(40, 64)), tmp_path / "photo.png")
+    stylize(run, tmp_path / "photo.png", out=tmp_path / "out.png", tiles=1)
+    assert open_picture(tmp_path / "out.png").size == (48, 30)

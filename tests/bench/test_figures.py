@@ -222,3 +222,12 @@ def test_contenders_of_a_gpu():
         ("example", "tf32"), ("example-fp32", "fp32"), ("skilled", "bf16"), ("skilled", "fp16"),
         ("fast-eager", "bf16"), ("fast-compiled", "bf16"), ("fast-captured", "bf16"),
     ]  # fmt: skip
+
+
+def test_a_measurement_names_the_threads_it_used():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 3)
+    try:
+        assert environment.describe_device(CPU)["threads"] == threads + 3
+    finally:
+        torch.set_num_threads(threads)

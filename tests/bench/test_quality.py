@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastdcgan.bench import quality as quality_module
-from fastdcgan.bench.contenders import Shape
+from fastdcgan.bench.contenders import Entry, Shape
 from fastdcgan.bench.quality import MARGIN, Trainer, parity, quality
 
 
@@ -73,3 +74,34 @@ def test_samples_are_measured_against_real_images_and_these_against_others(monke
     (real, drawn), (again, others) = compared
     assert real is again is found.real and others is found.other_real and drawn.shape == (6, 1, 16, 16)
     assert modes == [False] and found.generator.training
+
+
+def test_a_curve_is_over_the_seconds_since_its_beginning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[tuple[str, str, int]] = []
+
+    class Fake:
+        def __init__(self, entry: Entry, data: str, shape: Shape) -> None:
+            made.append((entry.name, entry.precision, shape.seed))
+            self.seconds, self.distance = 2.0 if entry.name == "example" else 0.5, shape.seed + 8.0
+
+        def ask(self, method: str, *arguments: int) -> object:
+            if method == "train":
+                assert arguments == (4,)
+                return self.seconds
+            self.distance *= 0.9
+            return self.distance, 0.25
+
+    monkeypatch.setattr(quality_module, "Contestant", lambda _, *given: contextlib.nullcontext(Fake(*given[:3])))
+    options = {"data": "digits", "device": torch.device("cpu"), "command": "", "json": tmp_path / "q.json"}
+    content = quality(shape=Shape(4), steps=40, seeds=2, **options)  # type: ignore[arg-type]
+    assert made == [
+        ("example", "fp32", 0),
+        ("fast-eager", "fp32", 0),
+        ("example", "fp32", 1),
+        ("fast-eager", "fp32", 1),
+    ]
+    slow, fast = content["curves"][2:]
+    assert (slow["seed"], slow["least"], slow["steps"]) == (1, 0.25, list(range(0, 41, 4)))
+    assert slow["seconds"] == [2.0 * i for i in range(11)] and fast["seconds"] == [0.5 * i for i in range(11)]
+    assert slow["distances"] == pytest.approx([9.0 * 0.9**i for i in range(1, 12)])
+    assert content["parity"]["seeds"] == 2

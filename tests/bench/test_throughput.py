@@ -71,7 +71,7 @@ def test_a_contender_that_fails_costs_its_row_only(monkeypatch, capsys):
 def test_a_contender_that_fails_later_costs_its_row_only_too(method, capsys):
     class Fake:
         def __init__(self, rate, fails=""):
-            self.answers, self.fails = {"prepare": ("", 1.0), "block": (rate, rate), "count": (7, 8)}, fails
+            self.answers, self.fails = {"prepare": ("", 1.0), "block": (rate, rate**2), "count": (7, 8)}, fails
 
         def ask(self, method, *_):
             if method == self.fails:
@@ -86,6 +86,7 @@ def test_a_contender_that_fails_later_costs_its_row_only_too(method, capsys):
     example, skilled, fast = throughput.bench_shape(Shape(4), chosen, {"fp32": Rates(1e11, 1e10)}, 3, CPU)
     assert (example.remark, example.rounds) == ("failed: its process ended", [])
     assert (fast.rounds, fast.kernels, fast.ratio, skilled.ratio) == ([75.0] * 3, 7, 1.5, 1)  # of the first that runs
+    assert fast.cpu_ratio == 2.25
     assert capsys.readouterr().err.count("failed: its process ended") == 1
 
 

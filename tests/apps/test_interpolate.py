@@ -188,3 +188,13 @@ def test_a_sum_says_what_is_where(run, networks, tmp_path, monkeypatch):
     assert away[4] < 1e-6
     assert all(0.2 < each <= 0.25 + 1e-6 for i, each in enumerate(away.tolist()) if i != 4)
     assert len(drawn[0].unique(dim=0)) == 9
+
+
+def test_an_impossible_out_is_said_before_images_are_inverted(run, digit_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "nearest", lambda *_, **__: pytest.fail("inverted"))
+    words = [str(digit_files[0]), "2"]
+    with pytest.raises(UserError, match=r"end it in \.gif or"):
+        interpolate(run, words, out=tmp_path / "walk.avi", steps=2)
+    (tmp_path / "sum.png").mkdir()
+    with pytest.raises(UserError, match="is a folder already"):
+        arithmetic(run, [words], [], out=tmp_path / "sum.png")

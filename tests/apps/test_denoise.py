@@ -91,3 +91,16 @@ def test_noise_that_is_added_is_as_strong_as_said_and_of_the_seed(run, tmp_path,
     assert [names for _, names in shown] == [["clean", "noisy", "denoised"]] * 3
     (clean, first, _), (_, again, _), (_, other, _) = (rows[0] for rows, _ in shown)
     assert clean.std() == 0 and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(generator, discriminator, noisy, sigma, **named):
+        asked.append({"sigma": sigma, **named})
+        return denoise(generator, discriminator, noisy, sigma, **named)
+
+    monkeypatch.setattr(denoise_module, "denoise", spy)
+    settings = {"restarts": 1, "steps": 5, "sigma": 0.3, "seed": 3}
+    denoise_images(run, digit_files[:1], out=tmp_path / "out", **settings)
+    assert asked[0].items() >= settings.items()

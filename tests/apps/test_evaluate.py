@@ -278,3 +278,10 @@ def test_the_untrained_judge_is_always_the_same_one(networks, digits):
     torch.manual_seed(5)
     other = fresh_discriminator(networks[1], digits)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_every_stage_counts_the_same(networks, digits):
+    real, fake = features_of(networks[1], digits, digits[:9])
+    for stage in real.split([4 * 16, 4 * 32], dim=1):
+        assert stage.std(0).norm().item() == pytest.approx(1, abs=1e-4)
+    assert torch.allclose(fake, real[:9], atol=1e-4)  # scaled as the real ones are

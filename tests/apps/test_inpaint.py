@@ -146,6 +146,7 @@ def test_blending_and_the_seed_can_be_chosen(run, digit_files, tmp_path, monkeyp
     blended, holes = [], []
 
     def spy(*arguments, blend, **others):
+        assert (others["restarts"], others["steps"]) == (1, 4)
         blended.append(blend)
         holes.append(arguments[3])
         return inpaint(*arguments, blend=blend, **others)

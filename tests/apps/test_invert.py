@@ -108,3 +108,13 @@ def test_a_walk_meets_every_point():
     assert way.shape == (15, 50)
     assert torch.allclose(way[[0, 7, 14]], points, atol=1e-5)
     assert way.norm(dim=1).min() >= points.norm(dim=1).min() - 1e-4  # on the sphere
+
+
+def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        invert_module, "nearest", lambda *given, **named: asked.append(named) or nearest(*given, **named)
+    )
+    settings = {"restarts": 1, "steps": 5, "feature_weight": 0.5, "seed": 3}
+    invert_images(run, digit_files[:1], out=tmp_path / "out", **settings)
+    assert asked[0].items() >= settings.items()

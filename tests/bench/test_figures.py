@@ -149,6 +149,24 @@ def test_images_from_the_cache_are_counted_one_by_one(monkeypatch):
     assert rate == 7 / 0.25
 
 
+@pytest.mark.parametrize("at_hand", [False, True])
+def test_getting_memory_at_hand_is_not_counted(monkeypatch, at_hand):
+    """100 s; opening the data takes 3 and each of two batches 1."""
+    clock = Clock(monkeypatch, data_path)
+
+    class Memory:
+        def __setitem__(self, *_):
+            clock.pass_by(100)
+
+    stream = SimpleNamespace(
+        advance=lambda: clock.pass_by(1), source=torch.zeros(8, 1), index=torch.arange(4), close=lambda: None
+    )
+    dataset = SimpleNamespace(count=8, stream=lambda batch: stream)
+    monkeypatch.setattr(data_path, "np", SimpleNamespace(empty=lambda *_, **__: Memory(), uint8=None))
+    monkeypatch.setattr(data_path, "opened", lambda *_: (clock.pass_by(3), dataset)[1])
+    assert data_path.first_epoch(Path(), 8, 4, 8, CPU, "torch", "host", memory_at_hand=at_hand) == 8 / 5
+
+
 def test_opening_the_data_belongs_to_the_first_epoch(monkeypatch):
     clock = Clock(monkeypatch, end_to_end)
     runner = end_to_end.Runner(Entry("example", "fp32"), Path(), Shape(), CPU, Path())

@@ -19,8 +19,9 @@ SMALL = {"data": "fake", "image_size": (16, 16), "batch_size": 4, "width": 4, "p
 def test_table_trace_and_memory(tmp_path, capsys):
     profile_training(**SMALL, device=torch.device("cpu"), executor="fast-eager", out=tmp_path, nsight=False)
     assert "aten::" in (tmp_path / "table.txt").read_text()
-    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
-    assert {"data path", "data", "generator", "discriminator", "backward", "optimizer"} <= names
+    names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert {"data path", "data", "generator", "discriminator", "backward", "optimizer"} <= set(names)
+    assert names.count("data path") == SMALL["steps"]
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert max(live for _, live in rows) > 10_000
     assert "optimizer" in capsys.readouterr().out

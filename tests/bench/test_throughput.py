@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fastdcgan.bench import contenders, end_to_end, overhead, throughput
 from fastdcgan.bench.contenders import Entry, Shape, entries
 from fastdcgan.bench.contestant import Contestant, Failed, in_one_line
 from fastdcgan.bench.end_to_end import bench_data
-from fastdcgan.bench.roofline import Rates
+from fastdcgan.bench.roofline import Rates, step_passes
 from fastdcgan.bench.throughput import Row, Runner, bench
 from fastdcgan.errors import UserError
 
@@ -321,3 +322,20 @@ def test_the_fastest_of_ours_is_followed_and_every_precision_has_its_rates(monke
         "fp32": {"matrix": 1e11, "copy": 1e10}, "bf16": {"matrix": 4e11, "copy": 2e10},
     }  # fmt: skip
     assert content["overhead"]["share"] == 0.0123 and "costs 1.23%" in capsys.readouterr().out
+
+
+def test_the_floor_is_of_the_shape_that_is_trained():
+    assert throughput.passes(Shape(8, (32, 48), 1, 20, 16), "bf16") == step_passes(8, (32, 48), 1, 20, 16, "bf16")
+
+
+def test_our_executors_are_what_their_names_say(monkeypatch):
+    made = []
+
+    def make_executor(step, compile, cuda_graph):
+        made.append((compile, cuda_graph))
+        return SimpleNamespace(run=lambda: None)
+
+    monkeypatch.setattr(contenders, "make_executor", make_executor)
+    for executor in ("fast-eager", "fast-compiled", "fast-captured"):
+        contenders.fast_step(SMALL, SMALL.random_images(64, CPU), torch.arange(64), "fp32", executor)
+    assert made == [(False, "off"), (True, "off"), (True, "on")]

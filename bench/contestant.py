@@ -43,7 +43,7 @@ class Contestant:
         """What the object's method returns.
 
         Raises:
-            Failed: an error of torch, or one a user can cause, over there, in one line; or the process died of another.
+            Failed: torch, a file or a user's mistake made an error there, told in one line; or the process died.
         """
         try:
             self._connection.send((method, arguments))
@@ -82,9 +82,15 @@ def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> No
         failure, result = "", None
         try:
             result = getattr(made, method)(*given)
-        except (RuntimeError, UserError, torch._dynamo.exc.TorchDynamoException) as error:
-            failure = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        except (RuntimeError, OSError, UserError, torch._dynamo.exc.TorchDynamoException) as error:
+            failure = in_one_line(error)
         connection.send((failure, result))
+
+
+def in_one_line(error: Exception) -> str:
+    """The error's kind and the beginning of what it says; of one in a DataLoader's worker those of the worker's."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1][:200] if lines[0].startswith("Caught ") else f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _end_with(asker: BaseProcess) -> None:

@@ -97,14 +97,11 @@ def bench_batch_size(
             contestants.append(processes.enter_context(Contestant(Runner, entry, data, shape, device, folder)))
         for row, contestant in zip(rows, contestants, strict=True):
             say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
-            try:
-                contestant.ask("prepare")
-            except Failed as failure:
-                raise UserError(f"{row.contender} cannot be measured: {failure}") from None
+            ask(row, contestant, "prepare", data)
         for number in range(epochs):
             say(f"batch {shape.batch_size}: epoch {number + 1} of {epochs}")
             for row, contestant in zip(rows, contestants, strict=True):
-                row.images, seconds = contestant.ask("epoch")
+                row.images, seconds = ask(row, contestant, "epoch", data)
                 row.epochs.append(row.images / seconds)
     for row in rows:
         row.first_epoch, row.later_epochs = row.epochs[0], median(row.epochs[1:] or row.epochs)
@@ -112,6 +109,19 @@ def bench_batch_size(
     for row in rows:
         row.first_ratio, row.later_ratio = row.first_epoch / plain.first_epoch, row.later_epochs / plain.later_epochs
     return rows
+
+
+def ask(row: Row, contestant: Contestant, method: str, data: Path) -> Any:
+    """What the row's contender answers.
+
+    Raises:
+        UserError: it failed. The usual loader takes no damaged file.
+    """
+    try:
+        return contestant.ask(method)
+    except Failed as failure:
+        hint = f"; fastdcgan data check {data} lists damaged files" if row.contender in ("example", "skilled") else ""
+        raise UserError(f"{row.contender} cannot be measured: {failure}{hint}") from None
 
 
 class Runner:

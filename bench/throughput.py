@@ -13,11 +13,12 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -151,26 +152,35 @@ def bench_shape(
 ) -> list[Row]:
     """All contenders at one batch size, interleaved."""
     rows = [Row(entry.name, entry.precision, shape.batch_size) for entry, _ in chosen]
-    running: list[tuple[Row, Contestant]] = []
-    for row, (_, contestant) in zip(rows, chosen, strict=True):
-        say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
-        try:
-            row.remark, row.first_step_seconds = contestant.ask("prepare", shape)
-        except Failed as failure:  # one failure costs one row
-            row.remark = f"failed: {failure}"
-            say(f"{row.contender} {row.precision} {row.remark}")
-        else:
-            running.append((row, contestant))
+    running = [(row, contestant) for row, (_, contestant) in zip(rows, chosen, strict=True)]
+
+    def answers(method: str, *arguments: Any) -> Iterator[tuple[Row, Any]]:
+        """Of all that run, in turn; one failure costs one row."""
+        for each in list(running):
+            row, contestant = each
+            if method == "prepare":
+                say(f"batch {shape.batch_size}: preparing {row.contender} {row.precision}")
+            try:
+                answer = contestant.ask(method, *arguments)
+            except Failed as failure:
+                row.remark, row.rounds, row.cpu_rounds = f"failed: {failure}", [], []
+                say(f"{row.contender} {row.precision} {row.remark}")
+                running.remove(each)
+            else:
+                yield row, answer
+
+    for row, (remark, seconds) in answers("prepare", shape):
+        row.remark, row.first_step_seconds = remark, seconds
     for round_number in range(repetitions):
         say(f"batch {shape.batch_size}: round {round_number + 1} of {repetitions}")
-        for row, contestant in running:
-            rate, cpu_rate = contestant.ask("block")
+        for row, (rate, cpu_rate) in answers("block"):
             row.rounds.append(rate)
             row.cpu_rounds.append(cpu_rate)
+    for row, (kernels, peak_memory_bytes) in answers("count"):
+        row.kernels, row.peak_memory_bytes = kernels, peak_memory_bytes
     baseline = next((row for row, _ in running if row.contender == "example"), running[0][0] if running else None)
-    for row, contestant in running:
+    for row, _ in running:
         assert baseline is not None
-        row.kernels, row.peak_memory_bytes = contestant.ask("count")
         summarize(row, baseline, shape, rates[row.precision])
         if device.type == "cpu":  # elsewhere waiting for the device is work too
             row.cpu_ratio = median_ratio(row.cpu_rounds, baseline.cpu_rounds)

@@ -307,6 +307,8 @@ def bench(
         raise UserError(f"--width {width} is too small: at least 1")
     if not 0 < block_seconds < float("inf"):
         raise UserError(f"--block-seconds {block_seconds:g} is not possible: a number above 0")
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data} is not a folder: give one that holds image files")
     if json is not None:
         if json.is_dir():
             raise UserError(f"--json {json} is a folder: give the name of a file")
@@ -607,15 +609,16 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows
-    if sys.argv[1:] == ["--version"]:
-        print(f"fastdcgan {importlib.metadata.version('fastdcgan')}")
-        return
     try:
-        run = parse(sys.argv[1:])
-        # Before torch, which imports it from C++, where Ctrl-C would be lost and leave half of it.
-        import numpy  # noqa: F401
+        if sys.argv[1:] == ["--version"]:
+            print(f"fastdcgan {importlib.metadata.version('fastdcgan')}")
+        else:
+            run = parse(sys.argv[1:])
+            # Before torch, which imports it from C++, where Ctrl-C would be lost and leave half of it.
+            import numpy  # noqa: F401
 
-        run()
+            run()
+        sys.stdout.flush()  # here, where it is known what to do about a pipe that is closed
     except UserError as error:
         sys.exit(complain(str(error)))
     except BrokenPipeError:  # whoever read the output has had enough
@@ -690,6 +693,7 @@ def parse(argv: list[str]) -> Callable[[], None]:
             return app.cli(prog="fastdcgan", args=argv)
     except SystemExit as end:
         if end.code in (0, None):
+            sys.stdout.flush()
             raise
         raise UserError(f"{in_one_line(errors.getvalue())}; see {where_it_says(argv)}") from None
 

@@ -6,9 +6,13 @@ import importlib.metadata
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +22,8 @@ from rich.console import Console
 
 from fastdcgan import console
 from fastdcgan.cli import asked, main
+from fastdcgan.errors import UserError
+from fastdcgan.processor import choose_device, choose_precision
 
 
 @pytest.fixture(autouse=True)
@@ -266,3 +272,229 @@ def test_closed_streams_do_not_matter(tmp_path: Path) -> None:
     closed = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *map(str, command)], timeout=120, check=False)
     assert closed.returncode == 0
     assert (tmp_path / "run" / "samples" / "step-000002.png").exists()
+
+
+R, A, B, OUT = Path("R"), Path("a.png"), Path("b.png"), Path("out")
+SEARCH = "--restarts 3 --steps 9 --seed 5 --fit --out out"
+SEARCHED = {"restarts": 3, "steps": 9, "seed": 5, "fit": True, "out": OUT}
+
+
+FLAGS: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    (
+        "sample R --out out --count 3 --seed 5 --truncation 0.5 --no-ema",
+        "apps.sample.sample",
+        (R,),
+        {"out": OUT, "count": 3, "seed": 5, "truncation": 0.5, "ema": False},
+    ),
+    (
+        "interpolate R --seeds '3, a.png,,8 ' --steps 9 --truncation 0.5 --fit --out out",
+        "apps.interpolate.interpolate",
+        (R, ["3", "a.png", "8"]),
+        {"out": OUT, "steps": 9, "truncation": 0.5, "fit": True},
+    ),
+    (
+        "arithmetic R --plus 1,2 --minus 3 --plus '4, 5' --truncation 0.5 --fit --out out",
+        "apps.arithmetic.arithmetic",
+        (R, [["1", "2"], ["4", "5"]], [["3"]]),
+        {"out": OUT, "truncation": 0.5, "fit": True},
+    ),
+    (
+        f"invert R a.png b.png {SEARCH} --feature-weight 0.5",
+        "apps.invert.invert_images",
+        (R, (A, B)),
+        {**SEARCHED, "feature_weight": 0.5},
+    ),
+    (
+        f"inpaint R a.png b.png {SEARCH} --mask m.png --box 1,2,3,4 --random-fraction 0.5 --no-blend",
+        "apps.inpaint.inpaint_images",
+        (R, (A, B)),
+        {**SEARCHED, "mask": Path("m.png"), "box": (1, 2, 3, 4), "random_fraction": 0.5, "blend": False},
+    ),
+    (
+        f"denoise R a.png b.png {SEARCH} --sigma 0.3 --add-noise --clean b.png a.png",
+        "apps.denoise.denoise_images",
+        (R, (A, B)),
+        {**SEARCHED, "sigma": 0.3, "add_noise": True, "clean": (B, A)},
+    ),
+    (
+        "stylize R a.png --strength 0.3 --tiles 5 --seed 5 --out out",
+        "apps.stylize.stylize",
+        (R, A),
+        {"out": OUT, "strength": 0.3, "tiles": 5, "seed": 5},
+    ),
+    (
+        "probe R --data train --test-data test --images 50 --seed 5 --out out",
+        "apps.probe.probe",
+        (R,),
+        {"data": "train", "test_data": "test", "images": 50, "seed": 5, "out": OUT},
+    ),
+    (
+        "evaluate R --data d --images 50 --features F --fid --inception-weights w.pth --seed 5 --no-ema --out out",
+        "apps.evaluate.evaluate",
+        (R,),
+        {
+            "data": "d",
+            "images": 50,
+            "features": Path("F"),
+            "fid": True,
+            "inception_weights": Path("w.pth"),
+            "seed": 5,
+            "ema": False,
+            "out": OUT,
+        },
+    ),
+    (
+        "export R --format pth --evaluation e.json --no-ema --out out",
+        "apps.export.export",
+        (R,),
+        {"format": "pth", "evaluation": Path("e.json"), "ema": False, "out": OUT},
+    ),
+    ("report R --out out", "report.report", (R, OUT), {}),
+    ("compare R a.png --out out", "report.compare", ([R, A], OUT), {}),
+    ("data check R --strict", "data.check.check", ("R",), {"strict": True}),
+    (
+        "data pack R --out out --image-size 32x48 --channels 1 --loader torch --strict",
+        "data.pack.pack",
+        ("R",),
+        {"image_size": (32, 48), "out": OUT, "channels": 1, "loader": "torch", "strict": True},
+    ),
+    (
+        "profile R --image-size 32x48 --batch-size 8 --width 4 --precision bf16 --device cpu --compile --steps 3"
+        " --out out --nsight",
+        "bench.profiling.profile_training",
+        (),
+        {
+            "data": "R",
+            "image_size": (32, 48),
+            "batch_size": 8,
+            "width": 4,
+            "precision": "bf16",
+            "device": torch.device("cpu"),
+            "executor": "fast-compiled",
+            "steps": 3,
+            "out": OUT,
+            "nsight": True,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "function", "given", "named"), FLAGS, ids=[line.split(" R")[0] for line, *_ in FLAGS])
+def test_every_flag_reaches_what_it_is_for(
+    line: str, function: str, given: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    with mock.patch(f"fastdcgan.{function}") as called:
+        main(shlex.split(line))
+    called.assert_called_once_with(*given, **named)
+
+
+@pytest.mark.parametrize(
+    ("line", "function", "named"),
+    [
+        (
+            "--repetitions 5 --block-seconds 0.3 --per-layer --follow",
+            "throughput.bench",
+            {"repetitions": 5, "block_seconds": 0.3, "per_layer": True, "follow": True},
+        ),
+        ("--data photos --repetitions 5", "end_to_end.bench_data", {"data": Path("photos"), "epochs": 5}),
+    ],
+)
+def test_every_flag_of_bench_reaches_what_it_is_for(line: str, function: str, named: dict[str, Any]) -> None:
+    from fastdcgan.bench.contenders import Shape
+
+    Path("photos").mkdir()
+    words = f"bench {line} --image-size 32x48 --batch-size 8 16 --width 4 --precision bf16 --device cpu".split()
+    words += ["--only", "example", "fast-eager", "--json", "out"]
+    with mock.patch(f"fastdcgan.bench.{function}") as called:
+        main(words)
+    called.assert_called_once_with(
+        shape=Shape(image_size=(32, 48), width=4), batch_sizes=(8, 16), device=torch.device("cpu"),
+        names=("example", "fast-eager"), precision="bf16", json=OUT, command=shlex.join(["fastdcgan", *words]),
+        **named,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_nobody_reads_the_answer(flag: str) -> None:
+    """Text that waits in a buffer until the end meets the closed pipe there."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "fastdcgan", flag]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "out/x.png"), "the disk is full (out/x.png): make room"),
+        (OSError(5, "Input/output error", "out/x.png"), "a file cannot be used (out/x.png): Input/output error"),
+        (UserError("odd.png cannot be read:\n it is\n\n odd"), "odd.png cannot be read: it is odd"),
+    ],
+)
+def test_what_fails_is_a_line(capsys: pytest.CaptureFixture[str], error: Exception, says: str) -> None:
+    with mock.patch("fastdcgan.apps.sample.sample", side_effect=error):
+        assert says in mistake(capsys, "sample", "run")
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the console reads the time from; set `now`."""
+    watch = SimpleNamespace(now=1000.0)
+    watch.monotonic = lambda: watch.now
+    monkeypatch.setattr(console, "time", watch)
+    return watch
+
+
+def test_the_time_left_is_that_of_the_steps_to_come(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = clock(monkeypatch)
+    with console.training_progress(100, 1100) as show:
+        watch.now += 500  # compiles
+        show(120, "")
+        watch.now += 80
+        show(140, "loss D 1")
+    assert capsys.readouterr().err == "step 140 of 1,100  loss D 1  1:04:00 left\n"  # 960 steps of 4 s
+
+
+def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = clock(monkeypatch)
+    with console.progress("reading", 2000) as advance:
+        watch.now += 1
+        advance(500)  # a line every ten seconds is enough
+        watch.now += 9
+        advance(500)
+        watch.now += 2
+        advance(1000)
+    written = capsys.readouterr()
+    assert written.err.splitlines() == [
+        "reading: 1,000 of 2,000 images (100 images/s)",
+        "reading: 2,000 of 2,000 images (167 images/s)",
+    ]
+    assert written.out == ""
+
+
+def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        console.say(f"from {rank}")
+        with console.spinner(f"work of {rank}"):
+            pass
+    assert capsys.readouterr().err == "from 0\nwork of 0\n"
+
+
+def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with a GPU, first one that only emulates bfloat16."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    native = False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert (choose_device("cpu"), choose_device("auto"), choose_device("cuda")) == (cpu, gpu, gpu)
+    assert [choose_precision(*each) for each in (("auto", cpu), ("bf16", cpu), ("tf32", gpu))] == [
+        "fp32", "bf16", "tf32"
+    ]  # fmt: skip
+    assert choose_precision("auto", gpu) == "fp32"
+    native = True
+    assert choose_precision("auto", gpu) == "bf16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -14,8 +15,8 @@ from PIL import Image
 
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
-from fastdcgan.plot import POINTS, Series, chart, ticks
-from fastdcgan.report import FRAMES, compare, report
+from fastdcgan.plot import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Series, _thinned, chart, ticks
+from fastdcgan.report import FRAMES, _embedded, compare, report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -110,6 +111,53 @@ def test_report(tmp_path: Path) -> None:
     assert len(page.all("img")) == 3
 
 
+def curves(page: str) -> dict[str, dict[str, list[float]]]:
+    """Heights above the bottom of each line's points, by chart and by the label in its key."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for figure in re.findall(r"<figure>.*?</figure>", page, re.DOTALL):
+        if title := re.search(r"<h2>(.*?)</h2>", figure):
+            labels = dict(re.findall(r'style="background:(.*?)"></span>([^<]*)', figure))
+            lines = re.findall(r'stroke="(.*?)".*?points="(.*?)"', figure)
+            found[html.unescape(title[1])] = {
+                html.unescape(labels.get(colour, colour)): [
+                    HEIGHT - BOTTOM - float(point.split(",")[1]) for point in points.split()
+                ]
+                for colour, points in lines
+            }
+    return found
+
+
+def test_every_line_has_its_own_name(tmp_path: Path) -> None:
+    found = curves(report(make_run(tmp_path / "run"), None, lambda _: None).read_text())
+    loss, output, quality = (found[title] for title in list(found)[:4] if found[title])
+    assert loss["discriminator"] == sorted(loss["discriminator"], reverse=True)  # 1 / i
+    assert loss["generator"] == sorted(loss["generator"])
+    assert min(output["D(x), real"]) > max(output["D(G(z)), generated"])  # 0.6 and 0.4
+    assert quality["two samples"] == sorted(quality["two samples"]) and len(set(quality["nearest other"])) == 1
+    assert "Images a second" in found
+
+
+def test_averaged_pictures_and_those_of_the_latest_weights(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", grids=1)
+    Image.new("RGB", (9, 9), "red").save(run / "samples" / "raw-step-000100.png")
+    page = assert_alone(report(run, None, lambda _: None))
+    captions = re.findall(r"<figcaption>([^<]+)</figcaption>", (run / "report.html").read_text())
+    assert captions == ["moving average", "latest weights", "real"]
+    (frame,) = json.loads(next(each["data-frames"] for each in page.all("section") if "data-frames" in each))
+    names = ("step-000100", "raw-step-000100")
+    assert frame["images"] == [_embedded(run / "samples" / f"{name}.png") for name in names]
+
+
+def test_the_summary_has_the_median_rate(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    lines = [
+        {"step": i, "images": 64 * i, "epoch": i, "images_per_second": rate} for i, rate in ((1, 9), (2, 5), (3, 7))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = assert_alone(report(run, None, lambda _: None))
+    assert "step 3, images 192, epoch 3.0, 7 images/s (median), no alarms" in page.text
+
+
 def test_a_long_run_is_thinned(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", points=5000, grids=150)
     page = assert_alone(report(run, tmp_path / "new" / "page.html", lambda _: None))
@@ -141,7 +189,11 @@ def test_compare(tmp_path: Path) -> None:
     page = assert_alone(compare(runs, tmp_path / "compare.html", lambda _: None))
     assert [len(line["points"].split()) for line in page.all("polyline")][:4] == [30, 20, 30, 20]
     assert "0.001" in page.text and "bce" not in page.text  # only what differs
-    assert len(page.all("img")) == 2
+    assert [each["src"] for each in page.all("img")] == [_embedded(run / "samples" / "step-000400.png") for run in runs]
+    assert "one, step 400" in page.text and "two, step 400" in page.text
+    keys = re.findall(r'style="background:(.*?)"></span>(one|two)', (tmp_path / "compare.html").read_text())
+    assert [name for _, name in keys] == ["one", "two"]
+    assert [line["stroke"] for line in page.all("polyline")][:4] == 2 * [colour for colour, _ in keys]
 
 
 def test_user_mistakes(tmp_path: Path) -> None:
@@ -186,6 +238,29 @@ def test_a_constant_line_and_an_outlier_can_be_drawn() -> None:
         assert all(0 <= y <= 240 for y in ys)
         if len(values) > 2:
             assert ys[0] < 120  # the ordinary values have most of the height
+
+
+def test_points_marks_and_labels_share_their_axes() -> None:
+    steps = [0.0, 50.0, 100.0]
+    text = chart("x", [Series("", "red", steps, [-1.0, 0.0, 1.0])], [50.0])
+    (points,) = re.findall(r'points="([^"]*)"', text)
+    xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
+    assert (xs[0], xs[2]) == (LEFT, WIDTH - RIGHT) and xs[1] == (xs[0] + xs[2]) / 2
+    assert TOP < ys[2] < ys[1] < ys[0] < HEIGHT - BOTTOM and ys[0] - ys[1] == pytest.approx(ys[1] - ys[2], abs=0.11)
+    assert re.findall(r'class="alarm" x1="(.*?)" x2="(.*?)"', text) == [(f"{xs[1]:.1f}",) * 2]
+    marked = {
+        label: (float(x), float(y)) for x, y, label in re.findall(r'<text x="(.*?)" y="(.*?)".*?>(.*?)</text>', text)
+    }
+    assert [marked[label][1] - 4 for label in ("-1", "1")] == pytest.approx([ys[0], ys[2]], abs=0.11)
+    assert [marked[label][0] for label in ("20", "100")] == pytest.approx(
+        [LEFT + 0.2 * (xs[2] - LEFT), xs[2]], abs=0.11
+    )
+
+
+def test_a_thinned_line_is_the_means_up_to_its_last_step() -> None:
+    steps = [float(step) for step in range(1, 2 * POINTS + 1)]
+    thin = _thinned(Series("", "red", steps, [step % 2 for step in steps]))
+    assert thin.values == [0.5] * POINTS and thin.steps == steps[1::2]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")

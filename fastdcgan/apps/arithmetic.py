@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdcgan.apps.endpoints import open_points
 from fastdcgan.apps.latent import generate
-from fastdcgan.apps.pictures import check_out, save, sheet
+from fastdcgan.apps.pictures import check_name, check_out, save, sheet
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
 
@@ -39,6 +39,7 @@ def arithmetic(
     """
     if not plus or not all(plus + minus):
         raise UserError("there is nothing to add, or a group is empty: --plus 1,2,3 --minus 4,5,6 --plus 7,8,9")
+    check_name(out, (".png",))
     groups = plus + minus
     generator, latent = open_points(run, [word for group in groups for word in group], truncation=truncation, fit=fit)
     check_out(out, (".png",))

@@ -11,10 +11,11 @@ from PIL import Image
 
 from fastdcgan.apps.endpoints import open_points
 from fastdcgan.apps.latent import generate, walk
-from fastdcgan.apps.pictures import check_out, save, sheet, to_picture
+from fastdcgan.apps.pictures import check_name, check_out, save, sheet, to_picture
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
 
+KINDS = (".gif", ".mp4", ".png")
 FRAME = 128  # pixels: smaller pictures are enlarged in animations
 FRAMES_PER_SECOND = 20
 HOLD = 10  # frames that an animation rests at each of its points
@@ -42,12 +43,13 @@ def interpolate(
         raise UserError("a walk needs at least two points: --seeds 1,2,3")
     if steps < 2:
         raise UserError(f"--steps {steps} is too small: at least 2")
+    check_name(out, KINDS)
     kind = out.suffix.lower()
     if kind == ".mp4" and shutil.which("ffmpeg") is None:
         raise UserError(f"--out {out}: there is no ffmpeg here to write MP4; install it, or end the name in .gif")
     animated = kind != ".png"
     generator, latent = open_points(run, [*points, points[0]] if animated else points, truncation=truncation, fit=fit)
-    check_out(out, (".gif", ".mp4", ".png"))
+    check_out(out, KINDS)
     images = generate(generator, walk(latent, steps)).cpu()
     if not animated:
         rows = [list(images[first : first + steps + 1]) for first in range(0, len(images) - 1, steps)]

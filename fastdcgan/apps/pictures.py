@@ -125,15 +125,24 @@ def check_out(out: Path, suffixes: tuple[str, ...] = ()) -> None:
     Raises:
         UserError: a wrong suffix, or something in the way.
     """
-    if suffixes and out.suffix.lower() not in suffixes:
-        raise UserError(f"--out {out} is not possible: end it in {' or '.join(suffixes)}")
-    if out.exists() and out.is_dir() == bool(suffixes):
-        raise UserError(f"--out {out} is a {'folder' if suffixes else 'file'} already: choose another name")
+    check_name(out, suffixes)
     folder = out.parent if suffixes else out
     try:
         make_writable(folder)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def check_name(out: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """As `check_out`, as far as can be seen without making a folder.
+
+    Raises:
+        UserError: a wrong suffix, or something in the way.
+    """
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise UserError(f"--out {out} is not possible: end it in {' or '.join(suffixes)}")
+    if out.exists() and out.is_dir() == bool(suffixes):
+        raise UserError(f"--out {out} is a {'folder' if suffixes else 'file'} already: choose another name")
 
 
 def save(content: Image.Image | bytes, path: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from PIL import Image
 
+from fastdcgan.apps import denoise as denoise_module
 from fastdcgan.apps.denoise import denoise, denoise_images, wiener
-from fastdcgan.apps.distances import psnr
+from fastdcgan.apps.distances import psnr, ssim
+from fastdcgan.apps.pictures import open_picture, save, sheet, to_picture, to_tensor
 from fastdcgan.errors import UserError
 
 
@@ -49,3 +53,54 @@ def test_impossible_settings_are_explained(run, digit_files, tmp_path, setting):
     with pytest.raises(UserError, match="--clean names 1"):
         denoise_images(run, digit_files, out=tmp_path / "out", clean=digit_files[:1])
     assert not (tmp_path / "out").exists()
+
+
+FIGURES = r"(\w+): PSNR (.*) -> (.*) dB \(a filter alone: (.*)\), SSIM (.*) -> (.*)"
+
+
+def test_what_is_printed_is_of_the_noisy_and_the_denoised(run, digits, digit_files, tmp_path, capsys):
+    noise = torch.randn(digits[:2].shape, generator=torch.Generator().manual_seed(0))
+    noisy_files = [tmp_path / f"noisy{i}.png" for i in range(2)]
+    for path, image in zip(noisy_files, (digits[:2] + 0.4 * noise).clamp(-1, 1), strict=True):
+        save(to_picture(image), path)
+    denoise_images(run, noisy_files, clean=digit_files[:2], sigma=0.2, out=tmp_path / "out", restarts=1, steps=20)
+    lines = capsys.readouterr().out.splitlines()
+    clean, noisy, denoised = (
+        torch.stack([to_tensor(open_picture(path)) for path in paths])
+        for paths in (digit_files[:2], noisy_files, [tmp_path / "out" / f"noisy{i}.png" for i in range(2)])
+    )
+    filtered = wiener(noisy, 0.4)
+    for i, line in enumerate(lines):
+        name, *figures = re.fullmatch(FIGURES, line).groups()
+        expected = [psnr(each[i], clean[i]) for each in (noisy, denoised, filtered)]
+        expected += [ssim(each[i : i + 1], clean[i : i + 1]).item() for each in (noisy, denoised)]
+        assert name == f"noisy{i}"
+        assert [float(figure) for figure in figures] == pytest.approx(expected, abs=0.06)
+
+
+def test_noise_that_is_added_is_as_strong_as_said_and_of_the_seed(run, tmp_path, capsys, monkeypatch):
+    """On grey, where nothing is cut off; 0.1 of the range from black to white is 20 dB."""
+    Image.new("L", (16, 16), 128).save(tmp_path / "grey.png")
+    shown = []
+    monkeypatch.setattr(denoise_module, "sheet", lambda rows, names: shown.append((rows, names)) or sheet(rows, names))
+    for seed in (1, 1, 2):
+        given = {"out": tmp_path / "out", "sigma": 0.1, "add_noise": True, "seed": seed, "restarts": 1, "steps": 4}
+        denoise_images(run, [tmp_path / "grey.png"], **given)
+    for line in capsys.readouterr().out.splitlines():
+        assert float(re.fullmatch(FIGURES, line)[2]) == pytest.approx(20, abs=0.7)
+    assert [names for _, names in shown] == [["clean", "noisy", "denoised"]] * 3
+    (clean, first, _), (_, again, _), (_, other, _) = (rows[0] for rows, _ in shown)
+    assert clean.std() == 0 and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(generator, discriminator, noisy, sigma, **named):
+        asked.append({"sigma": sigma, **named})
+        return denoise(generator, discriminator, noisy, sigma, **named)
+
+    monkeypatch.setattr(denoise_module, "denoise", spy)
+    settings = {"restarts": 1, "steps": 5, "sigma": 0.3, "seed": 3}
+    denoise_images(run, digit_files[:1], out=tmp_path / "out", **settings)
+    assert asked[0].items() >= settings.items()

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
+from fastdcgan.apps import distances
+from fastdcgan.apps import evaluate as evaluate_module
 from fastdcgan.apps.distances import (
     _ssim_parts,
     laplacian_pyramid,
@@ -18,10 +20,11 @@ from fastdcgan.apps.distances import (
     sliced_wasserstein,
     ssim,
 )
-from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure
+from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure, table
 from fastdcgan.apps.features import untrained as fresh_discriminator
+from fastdcgan.apps.image_sets import shuffled
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.neighbours import nearest, prdc
+from fastdcgan.apps.neighbours import _reach, nearest, prdc
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
 from fastdcgan.models import Generator
@@ -188,3 +191,97 @@ def test_multi_scale_similarity_weighs_its_scales():
     first, second = 0.0448 / (0.0448 + 0.2856), 0.2856 / (0.0448 + 0.2856)
     assert torch.allclose(ms_ssim(a, b), fine**first * coarse**second, atol=1e-6)
     assert torch.allclose(ms_ssim(a[..., :16, :16], b[..., :16, :16]), ssim(a[..., :16, :16], b[..., :16, :16]))
+
+
+def test_a_distance_is_the_mean_over_sorted_projections(monkeypatch):
+    """In one dimension, where a direction is 1 or -1: 0, 1, 2 and 5, 1, 0 are 0, 0 and 3 apart."""
+    described = iter([torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[5.0], [1.0], [0.0]])])
+    monkeypatch.setattr(distances, "_descriptors", lambda *_: next(described))
+    assert sliced_wasserstein(images(3, 16), images(3, 16)) == {16: pytest.approx(1.0)}
+
+
+def test_the_diversity_is_of_different_pictures():
+    two = images(2, 16).clamp(-1, 1)
+    assert ms_ssim_diversity(two, pairs=50) == pytest.approx(ms_ssim(two[:1], two[1:]).item(), abs=1e-6)
+
+
+def test_surroundings_reach_to_the_kth_other():
+    line = torch.tensor([[0.0], [1.0], [3.0], [7.0]])
+    assert _reach(line, 1).tolist() == [1, 1, 2, 4] and _reach(line, 2).tolist() == [3, 2, 3, 6]
+
+
+def test_the_seed_chooses_the_images():
+    assert sorted(shuffled(50, 1)) == list(range(50))
+    assert shuffled(50, 1) == shuffled(50, 1) != shuffled(50, 2)
+
+
+def test_the_table_says_which_way_is_better():
+    one = {"swd_16": 1.0, "swd": 12.3456, "ms_ssim": 2.0, "precision": 0.5, "recall": 0.25, "density": 1.0, "fid": 9.0}
+    lines = table({"generated": one, "other real images": {"swd": 3.0, "inception_score": 2.0}}).splitlines()
+    assert lines[0].split() == ["generated", "other", "real", "images"]
+    assert lines[2].split() == ["swd", "12.346", "3.000", "lower", "is", "better"]
+    better = {line.split()[0]: line.split()[-3] for line in lines[1:]}
+    assert better == {
+        "swd_16": "lower", "swd": "lower", "ms_ssim": "lower", "fid": "lower",
+        "precision": "higher", "recall": "higher", "density": "higher",
+    }  # fmt: skip
+
+
+def test_distances_are_in_thousandths(networks):
+    real, fake = images(40, 16, channels=1).clamp(-1, 1), images(40, 16, 1, channels=1).clamp(-1, 1)
+    found = measure(real, fake, networks[1], seed=3)
+    assert found["swd"] == found["swd_16"] == pytest.approx(1000 * sliced_wasserstein(real, fake, seed=3)[16])
+
+
+@pytest.fixture
+def evaluated(run, tmp_path, monkeypatch):
+    """evaluated(**settings): what is measured, by its name in the table, and what is shown, by the picture's."""
+
+    def evaluated(**settings):
+        found, shown = [], []
+        monkeypatch.setattr(evaluate_module, "measure", lambda *given: found.append(given) or {"swd": 1.0})
+        monkeypatch.setattr(evaluate_module, "side_by_side", lambda sets: shown.append(sets) or Image.new("L", (4, 4)))
+        evaluate(run, data="digits", out=tmp_path / "e.json", images=40, **settings)
+        return dict(zip(("generated", "other real images"), found, strict=True)), shown
+
+    return evaluated
+
+
+def test_what_is_compared_with_what(evaluated, networks):
+    measured, (pictures, twins) = evaluated(seed=7)
+    real, fake, judge, seed = measured["generated"]
+    again, other, _, _ = measured["other real images"]
+    assert (real.amin(), real.amax()) == (-1, 1)
+    assert torch.equal(real, again) and seed == 7 and len(real) == len(fake) == len(other) == 40
+    assert torch.cdist(real.flatten(1), other.flatten(1)).min() > 0, "no image is in both"
+    assert torch.allclose(fake, generate(networks[0], latents(range(7, 47), 100)), atol=1e-5)
+    assert torch.equal(pictures["real"][:30], real[:30]) and torch.equal(pictures["generated"], fake[:30])
+    own, near = twins.values()
+    assert torch.equal(own, fake[:30]) and torch.equal(near, real[nearest(own, real)])
+    assert "40 real ones" in list(twins)[1]
+    assert not torch.equal(judge.main[0].weight, networks[1].main[0].weight), "not the run's own discriminator"
+
+
+def test_latest_weights_and_another_runs_features_can_be_asked_for(evaluated, run, networks, tmp_path):
+    (_, average, *_), (_, latest, judge, _) = (
+        evaluated(**settings)[0]["generated"] for settings in ({}, {"ema": False, "features": run})
+    )
+    assert not torch.equal(average, latest)
+    assert torch.equal(judge.main[0].weight, networks[1].main[0].weight)
+    assert json.loads((tmp_path / "e.json").read_text())["features"] == str(run)
+
+
+def test_the_untrained_judge_is_always_the_same_one(networks, digits):
+    before = torch.get_rng_state()
+    one = fresh_discriminator(networks[1], digits)
+    assert torch.equal(torch.get_rng_state(), before), "it leaves the random numbers alone"
+    torch.manual_seed(5)
+    other = fresh_discriminator(networks[1], digits)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_every_stage_counts_the_same(networks, digits):
+    real, fake = features_of(networks[1], digits, digits[:9])
+    for stage in real.split([4 * 16, 4 * 32], dim=1):
+        assert stage.std(0).norm().item() == pytest.approx(1, abs=1e-4)
+    assert torch.allclose(fake, real[:9], atol=1e-4)  # scaled as the real ones are

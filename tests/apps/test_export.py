@@ -6,15 +6,16 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdcgan
 from fastdcgan.apps import export as export_module
 from fastdcgan.apps.export import export
 from fastdcgan.apps.latent import generate, latents
+from fastdcgan.apps.sample import sample
 from fastdcgan.errors import UserError
-from fastdcgan.models import TutorialGenerator
+from fastdcgan.models import Generator, TutorialGenerator
 
 
 @pytest.fixture
@@ -91,12 +92,21 @@ def test_the_tutorial_network_is_exported_too(tmp_path):
     assert (script(latents(range(3), 100)) - generate(generator, latents(range(3), 100))).abs().max() < 1e-4
 
 
-def test_the_card_has_the_numbers(run, tmp_path):
+def test_the_card_has_the_numbers(run, networks, tmp_path):
     results = {"generated": {"swd": 12.5}, "other real images": {"swd": 3.25}}
     (tmp_path / "evaluation.json").write_text(json.dumps({"results": results}))
     export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
     card = (tmp_path / "model" / "README.md").read_text()
-    for words in ("16 x 16 pixels", "| trained on | digits |", "400 of 64", "| swd | 12.500 | 3.250 |", "samples.png"):
+    parameters = sum(each.numel() for each in networks[0].parameters())
+    for words in (
+        "16 x 16 pixels",
+        "| trained on | digits |",
+        "400 of 64",
+        f"| parameters | {parameters:,} |",
+        "| | generated | other real images |",
+        "| swd | 12.500 | 3.250 |",
+        "samples.png",
+    ):
         assert words in card
     assert str(tmp_path) not in card and str(run) not in card
 
@@ -118,3 +128,32 @@ def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path):
     with pytest.raises(UserError, match="made by fastdcgan export"):
         fastdcgan.from_pretrained(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+def test_the_latest_weights_can_be_exported_and_others_can_read_them(run, tmp_path):
+    for name, ema in (("average", True), ("latest", False)):
+        export(run, format="safetensors", out=tmp_path / name, ema=ema)
+        files = {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()}
+        assert len(files) == 1, "all files are for the same people"
+    average, latest = (load_file(tmp_path / name / "generator.safetensors") for name in ("average", "latest"))
+    trained = load_file(next(run.glob("checkpoints/*/average.safetensors")))
+    assert all(torch.equal(value, trained[name]) for name, value in average.items())
+    assert not torch.equal(latest["main.0.weight"], average["main.0.weight"])
+
+
+def test_the_samples_are_those_of_the_first_seeds(run, tmp_path):
+    export(run, format="safetensors", out=tmp_path / "model")
+    sample(run, count=36, out=tmp_path / "samples.png")
+    assert (tmp_path / "model" / "samples.png").read_bytes() == (tmp_path / "samples.png").read_bytes()
+
+
+def test_a_generator_of_a_shape_of_its_own_is_described(tmp_path):
+    generator = Generator((16, 28), 3, 20, 8)
+    weights = {name: value.contiguous() for name, value in generator.state_dict().items()}
+    save_file(weights, tmp_path / "g.safetensors")
+    export(tmp_path / "g.safetensors", format="safetensors", out=tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| 16 x 28 pixels, 3 channels, in -1..1 |" in card
+    assert "torch.randn(16, 20))  # (16, 3, 16, 28) in -1..1" in card
+    about = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert [about[key] for key in ("image_size", "channels", "latent_dim", "width")] == [[16, 28], 3, 20, 8]

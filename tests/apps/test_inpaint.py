@@ -6,8 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.apps.inpaint import box_mask, context_weight, inpaint, inpaint_images, poisson, random_mask
-from fastdcgan.apps.pictures import open_picture, to_tensor
+from fastdcgan.apps import inpaint as inpaint_module
+from fastdcgan.apps.inpaint import (
+    box_mask,
+    context_weight,
+    inpaint,
+    inpaint_images,
+    poisson,
+    random_mask,
+    read_mask,
+)
+from fastdcgan.apps.pictures import open_picture, sheet, to_tensor
 from fastdcgan.errors import UserError
 
 
@@ -102,3 +111,51 @@ def test_images_of_another_kind_are_explained_and_fitted_on_demand(run, tmp_path
             inpaint_images(run, [tmp_path / f"{name}.png"], box=(2, 2, 4, 4), out=tmp_path / "out")
     inpaint_images(run, [tmp_path / "photo.png"], box=(2, 2, 4, 4), out=tmp_path / "out", fit=True, restarts=1, steps=4)
     assert open_picture(tmp_path / "out" / "photo.png").size == (16, 16)
+
+
+def test_a_box_is_x_y_width_height():
+    hole = box_mask((3, 1, 4, 2), (6, 9))
+    assert hole.shape == (6, 9) and hole.sum() == 8 and hole[1:3, 3:7].all()
+
+
+def test_a_mask_is_white_where_the_hole_is_whatever_its_kind(tmp_path):
+    Image.new("L", (8, 6), 50).save(tmp_path / "image.png")
+    grey, clear = Image.new("L", (8, 6), 60), Image.new("RGBA", (8, 6), (255, 255, 255, 0))
+    for name, mask in (("grey", grey), ("clear", clear)):
+        mask.paste("white", (1, 2, 5, 6))
+        mask.save(tmp_path / f"{name}.png")
+        hole = read_mask(tmp_path / f"{name}.png", tmp_path / "image.png", (6, 8), fit=False)
+        assert hole.sum() == 16 and hole[2:6, 1:5].all(), name
+    fitted = read_mask(tmp_path / "grey.png", tmp_path / "image.png", (3, 3), fit=True)  # of 8x6 the middle 6x6
+    assert fitted.tolist() == [[False] * 3, [True, True, False], [True, True, False]]
+
+
+def test_the_sheet_shows_what_was_taken_out(run, digit_files, digits, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(inpaint_module, "sheet", lambda rows, names: shown.append((rows, names)) or sheet(rows, names))
+    inpaint_images(run, digit_files[:1], box=(4, 2, 8, 10), out=tmp_path / "out", restarts=1, steps=4)
+    ((((original, masked, completed),), names),) = shown
+    hole = box_mask((4, 2, 8, 10), (16, 16))[None]
+    assert names == ["original", "masked", "completed"]
+    assert (original - digits[0]).abs().max() < 1e-6
+    assert (masked[hole] == 0).all() and torch.equal(masked[~hole], original[~hole])
+    assert torch.equal(completed[~hole], original[~hole]) and not torch.equal(completed[hole], masked[hole])
+
+
+def test_blending_and_the_seed_can_be_chosen(run, digit_files, tmp_path, monkeypatch):
+    blended, holes = [], []
+
+    def spy(*arguments, blend, **others):
+        assert (others["restarts"], others["steps"]) == (1, 4)
+        blended.append(blend)
+        holes.append(arguments[3])
+        return inpaint(*arguments, blend=blend, **others)
+
+    monkeypatch.setattr(inpaint_module, "inpaint", spy)
+    for i, (blend, seed) in enumerate(((True, 1), (False, 1), (False, 2))):
+        where = {"random_fraction": 0.5, "out": tmp_path / str(i), "restarts": 1, "steps": 4}
+        inpaint_images(run, digit_files[:1], blend=blend, seed=seed, **where)
+    assert blended == [True, False, False]
+    assert torch.equal(holes[0], holes[1]) and not torch.equal(holes[1], holes[2])
+    pictures = [(tmp_path / str(i) / "digit0.png").read_bytes() for i in range(3)]
+    assert len(set(pictures)) == 3

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from fastdcgan.apps import arithmetic as arithmetic_module
+from fastdcgan.apps import endpoints
+from fastdcgan.apps import interpolate as interpolate_module
 from fastdcgan.apps.arithmetic import arithmetic, combine
-from fastdcgan.apps.interpolate import interpolate
+from fastdcgan.apps.endpoints import open_points
+from fastdcgan.apps.interpolate import interpolate, mp4
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.pictures import HEADING, open_picture, to_tensor
+from fastdcgan.apps.pictures import HEADING, open_picture, sheet, to_tensor
 from fastdcgan.apps.sample import sample
 from fastdcgan.errors import UserError
 
@@ -38,6 +45,11 @@ def test_an_animation_goes_round(run, tmp_path):
     interpolate(run, ["1", "2", "3"], out=tmp_path / "walk.gif", steps=4)
     with Image.open(tmp_path / "walk.gif") as animation:
         assert (animation.n_frames, animation.size, animation.info["loop"]) == (12, (128, 128), 0)
+        durations = []
+        for i in range(12):
+            animation.seek(i)
+            durations.append(animation.info["duration"])
+    assert durations == [500, 50, 50, 50] * 3  # milliseconds: it rests at the points
 
 
 def test_an_image_can_be_a_point(run, digit_files, digits, tmp_path):
@@ -99,3 +111,90 @@ def test_impossible_truncations_are_explained(run, tmp_path, truncation):
     with pytest.raises(UserError, match="--truncation"):
         arithmetic(run, [["1"]], [], out=tmp_path / "sum.png", truncation=truncation)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_film_has_its_frames_size(monkeypatch):
+    """ffmpeg, which is not everywhere, is told what the bytes are that it gets."""
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue", "blue")]
+
+    def run(command, input, capture_output):
+        told = dict(pairwise(command))
+        assert [told[flag] for flag in ("-s", "-r", "-f")] == ["6x4", "20", "rawvideo"]
+        assert command.count("rgb24") == 1 and command.index("rgb24") < command.index("-i")
+        assert input == b"\xff\0\0" * 24 + b"\0\0\xff" * 48
+        Path(command[-1]).write_bytes(b"film")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(interpolate_module.subprocess, "run", run)
+    assert mp4(frames) == b"film"
+
+
+def test_a_film_rests_at_its_points(run, monkeypatch, tmp_path):
+    counted = []
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(interpolate_module, "mp4", lambda frames: counted.append(len(frames)) or b"film")
+    interpolate(run, ["1", "2"], out=tmp_path / "walk.mp4", steps=4)
+    assert counted == [2 * (10 + 3)] and (tmp_path / "walk.mp4").read_bytes() == b"film"
+
+
+def test_a_walk_is_between_truncated_latents(run, networks, tmp_path):
+    interpolate(run, ["3", "7"], out=tmp_path / "walk.png", steps=2, truncation=0.2)
+    expected = generate(networks[0], latents([7], 100, truncation=0.2))[0]
+    assert (cell(tmp_path / "walk.png", 2, 0) - expected).abs().max() < 2 / 127.5
+
+
+def test_points_come_in_the_order_of_their_words(run, digit_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "STEPS", 4)
+    first, second = map(str, digit_files[:2])
+    _, found = open_points(run, [second, "5", first, second, "6"], truncation=0.5, fit=False)
+    _, one = open_points(run, [second, first], truncation=None, fit=False)
+    assert torch.equal(found[[1, 4]], latents([5, 6], 100, truncation=0.5))
+    assert torch.allclose(found[[0, 2, 3]], one[[0, 1, 0]], atol=1e-4)
+
+
+def test_images_of_another_kind_are_points_with_fit(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "STEPS", 4)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    photo = str(tmp_path / "photo.png")
+    with pytest.raises(UserError, match="--fit"):
+        interpolate(run, ["1", photo], out=tmp_path / "walk.png", steps=2)
+    interpolate(run, ["1", photo], out=tmp_path / "walk.png", steps=2, fit=True)
+    with pytest.raises(UserError, match="--fit"):
+        arithmetic(run, [["1", photo]], [], out=tmp_path / "sum.png")
+    arithmetic(run, [["1", photo]], [], out=tmp_path / "sum.png", fit=True)
+
+
+def test_a_sum_says_what_is_where(run, networks, tmp_path, monkeypatch):
+    """Members and under them the picture of their mean; the result among eight others that are near it."""
+    said, drawn = [], []
+
+    def spy_on_sheet(rows, headings):
+        said.append(headings)
+        return sheet(rows, headings)
+
+    def spy_on_generate(generator, latent):
+        drawn.append(latent)
+        return generate(generator, latent)
+
+    monkeypatch.setattr(arithmetic_module, "sheet", spy_on_sheet)
+    monkeypatch.setattr(arithmetic_module, "generate", spy_on_generate)
+    arithmetic(run, [["1", "2"], ["5"]], [["7"]], out=tmp_path / "sum.png")
+    assert said == [["plus", "plus", "minus", "", "result, and near it"]]
+    z = latents([1, 2, 5, 7], 100)
+    for place, latent in (((0, 1), z[1]), ((0, 3), z[:2].mean(0)), ((1, 3), z[2]), ((2, 0), z[3])):
+        expected = generate(networks[0], latent[None])[0]
+        assert (cell(tmp_path / "sum.png", *place, top=HEADING) - expected).abs().max() < 2 / 127.5
+    away = (drawn[0] - (z[:2].mean(0) + z[2] - z[3])).abs().amax(1)
+    assert away[4] < 1e-6
+    assert all(0.2 < each <= 0.25 + 1e-6 for i, each in enumerate(away.tolist()) if i != 4)
+    assert len(drawn[0].unique(dim=0)) == 9
+
+
+def test_an_impossible_out_is_said_before_images_are_inverted(run, digit_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoints, "nearest", lambda *_, **__: pytest.fail("inverted"))
+    words = [str(digit_files[0]), "2"]
+    with pytest.raises(UserError, match=r"end it in \.gif or"):
+        interpolate(run, words, out=tmp_path / "walk.avi", steps=2)
+    (tmp_path / "sum.png").mkdir()
+    with pytest.raises(UserError, match="is a folder already"):
+        arithmetic(run, [words], [], out=tmp_path / "sum.png")

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastdcgan.apps import invert as invert_module
 from fastdcgan.apps.invert import invert_images, nearest, rms
-from fastdcgan.apps.latent import generate, latents, slerp, walk
-from fastdcgan.apps.pictures import open_picture, to_tensor
+from fastdcgan.apps.latent import generate, invert, latents, slerp, walk
+from fastdcgan.apps.pictures import open_picture, sheet, to_tensor
 
 
 def test_generated_pictures_are_recovered(networks):
@@ -38,13 +39,50 @@ def test_the_feature_loss_brings_features_nearer(networks, digits):
     assert distance(1.0) < distance(0.0)
 
 
-def test_outputs_belong_together(run, networks, digit_files, tmp_path):
+def test_outputs_belong_together(run, networks, digit_files, tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(invert_module, "sheet", lambda rows, names: shown.append((rows, names)) or sheet(rows, names))
     invert_images(run, digit_files, out=tmp_path / "out", restarts=2, steps=40)
     assert Image.open(tmp_path / "out" / "sheet.png").size == (2 * 96 + 2, 20 + 4 * 96 + 6)
     latent = load_file(tmp_path / "out" / "digit2.safetensors")["latent"]
     drawn = generate(networks[0], latent[None])[0]
     written = to_tensor(open_picture(tmp_path / "out" / "digit2.png"))
     assert (drawn - written).abs().max() < 2 / 127.5
+    ((rows, names),) = shown
+    digit = to_tensor(open_picture(digit_files[2]))
+    assert names == ["image", "nearest"]
+    assert torch.equal(rows[2][0], digit) and (rows[2][1] - written).abs().max() < 2 / 127.5
+    error = 255 * ((drawn - digit) / 2).square().mean().sqrt()
+    assert f"digit2: root-mean-square error {error:.1f} of 255" in capsys.readouterr().out.splitlines()
+
+
+def test_the_best_start_of_each_target_wins(networks):
+    """Each target is the picture of another start, and with so few steps no start gets far."""
+    starts = latents(range(20, 24), 100)
+    targets = generate(networks[0], starts[[2, 0, 3]])
+    found = nearest(*networks, targets, restarts=4, steps=4, seed=20)
+    likeness = torch.nn.functional.cosine_similarity(found.latent[:, None], starts, dim=2)
+    assert likeness.argmax(1).tolist() == [2, 0, 3] and likeness.amax(1).min() > 0.8
+    assert (found.loss < 0.1).all()
+
+
+def test_the_seed_is_that_of_the_starts(networks, digits):
+    found = [nearest(*networks, digits[:1], restarts=2, steps=4, seed=seed).latent for seed in (3, 3, 4)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_the_prior_prefers_what_looks_real_and_is_near_the_middle(networks):
+    """With nothing else to go by."""
+    start = latents(range(4), 100)
+    found = invert(
+        *networks, lambda pictures, which: torch.zeros(len(pictures)), 1, restarts=4, steps=60, prior=1.0, seed=0
+    )
+    scores = networks[1](generate(networks[0], start))
+    assert networks[1](found.pictures).item() > scores.max()
+    assert found.latent.norm() < start.norm(dim=1).min()
+    z = found.latent
+    loss = torch.nn.functional.softplus(-networks[1](found.pictures)) + z.square().mean(1) / 2
+    assert torch.allclose(found.loss, loss, atol=1e-4)
 
 
 def test_slerp_keeps_the_length_and_meets_its_ends():
@@ -69,3 +107,14 @@ def test_a_walk_meets_every_point():
     way = walk(points, 7)
     assert way.shape == (15, 50)
     assert torch.allclose(way[[0, 7, 14]], points, atol=1e-5)
+    assert way.norm(dim=1).min() >= points.norm(dim=1).min() - 1e-4  # on the sphere
+
+
+def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        invert_module, "nearest", lambda *given, **named: asked.append(named) or nearest(*given, **named)
+    )
+    settings = {"restarts": 1, "steps": 5, "feature_weight": 0.5, "seed": 3}
+    invert_images(run, digit_files[:1], out=tmp_path / "out", **settings)
+    assert asked[0].items() >= settings.items()

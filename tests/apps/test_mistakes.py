@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdcgan.apps.pictures import names, open_picture
+from fastdcgan.apps.pictures import HEADING, check_out, fitted, names, open_picture, sheet, to_picture, to_tensor
 from fastdcgan.apps.sample import sample
 from fastdcgan.apps.stylize import stylize
 from fastdcgan.apps.trained import open_both, open_run
@@ -126,3 +126,47 @@ def test_a_grid_is_a_png(run, tmp_path, name):
     with pytest.raises(UserError, match="end it in"):
         sample(run, out=tmp_path / name, count=1)
     assert not (tmp_path / name).exists()
+
+
+def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+    picture = Image.new("RGB", (8, 4), "red")
+    picture.paste("blue", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: the left side is up
+    picture.save(tmp_path / "photo.png", exif=exif)
+    turned = open_picture(tmp_path / "photo.png")
+    assert turned.size == (4, 8)
+    assert (turned.getpixel((2, 1)), turned.getpixel((2, 6))) == ((0, 0, 255), (255, 0, 0))
+
+
+def test_colours_keep_their_places():
+    orange = Image.new("RGB", (3, 2), (255, 128, 0))
+    assert to_tensor(orange)[:, 1, 2].tolist() == pytest.approx([1, 1 / 255, -1], abs=1e-6)
+    assert to_picture(to_tensor(orange)).tobytes() == orange.tobytes()
+
+
+def test_fitting_crops_the_centre_and_puts_transparency_on_white():
+    wide = Image.new("RGB", (40, 10), "red")
+    wide.paste("blue", (15, 0, 25, 10))
+    assert np.allclose(np.asarray(fitted(wide, (5, 5), 3)), (0, 0, 255), atol=20)
+    clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
+    assert fitted(clear, (6, 4), 3).getpixel((0, 0)) == (255, 255, 255)
+    assert fitted(clear, (6, 4), 1).getpixel((0, 0)) == 255
+    assert fitted(clear, (6, 4), 4).tobytes() == clear.tobytes()
+
+
+def test_headings_stand_over_their_columns():
+    black = torch.full((1, 16, 16), -1.0)
+    for column in range(3):
+        page = np.asarray(sheet([[black, None, black]], [*[""] * column, "heading"]))
+        (found,) = np.nonzero((page[:HEADING] < 128).any(0))
+        assert column * 98 <= found.min() < column * 98 + 10
+
+
+def test_what_is_in_the_way_of_a_result_is_named(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for place, suffixes, what in (("folder.png", (".png",), "folder"), ("file", (), "file")):
+        with pytest.raises(UserError, match=f"{place} is a {what} already: choose another name"):
+            check_out(tmp_path / place, suffixes)
+    assert (tmp_path / "file").read_text() == "mine"

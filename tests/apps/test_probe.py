@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from sklearn.svm import LinearSVC
 
+from fastdcgan.apps import probe as probe_module
+from fastdcgan.apps.features import activations
 from fastdcgan.apps.linear_svm import Coordinates, LinearSVM
-from fastdcgan.apps.probe import choose, classify, pooled_features, probe, wilson
+from fastdcgan.apps.probe import bars, choose, classify, pooled_features, probe, wilson
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
 
@@ -116,7 +118,10 @@ def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelle
 
 
 def test_features_are_every_layer_at_4x4(networks, digits):
-    assert pooled_features(networks[1])(digits[:3]).shape == (3, (16 + 32) * 16)
+    found = pooled_features(networks[1])(digits[:3])
+    assert found.shape == (3, (16 + 32) * 16)
+    first = activations(networks[1], digits[:3])[0]  # of 8x8
+    assert torch.equal(found[:, : 16 * 16], torch.nn.functional.max_pool2d(first, 2).flatten(1))
 
 
 def test_separable_classes_are_separated_and_noise_is_not():
@@ -148,3 +153,58 @@ def test_data_without_classes_is_explained(run, digit_files, labelled, tmp_path)
             Image.new("L", (16, 16)).save(other / name / "1.png")
         probe(run, data=str(labelled), test_data=str(other), out=tmp_path / "out" / "probe.json")
     assert not (tmp_path / "out" / "probe.json").exists()
+
+
+def test_another_set_to_measure_on_has_its_own_labels(run, tmp_path):
+    """Black and white pictures, which anything can tell apart, in other shares and so in another order."""
+    for folder, counts in (("train", (12, 8)), ("test", (3, 10))):
+        for name, colour, count in (("black", 0, counts[0]), ("white", 255, counts[1])):
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (16, 16), abs(colour - 3 * i)).save(tmp_path / folder / name / f"{i}.png")
+    probe(run, data=str(tmp_path / "train"), test_data=str(tmp_path / "test"), out=tmp_path / "probe.json")
+    report = json.loads((tmp_path / "probe.json").read_text())
+    assert (report["train_images"], report["test_images"], report["classes"]) == (20, 13, ["black", "white"])
+    assert report["chance"] == 0.5
+    for result in report["results"].values():
+        assert result["accuracy"] == 1 and result["interval"] == pytest.approx(wilson(1.0, 13))
+
+
+def test_the_regularisation_that_does_best_is_taken(monkeypatch):
+    """Of classifiers that do best at 1 over the number of images; each is judged on images it has not seen."""
+
+    class Fake:
+        def __init__(self, features, labels, c, iterations=100):
+            self.seen, self.strength = features, c * len(features)
+            self.weight = torch.zeros(features.shape[1] + 1, 2)
+
+        def accuracy(self, features, labels):
+            assert not (self.seen[:, None] == features).all(2).any()
+            return 1 - 0.01 * abs(self.strength - 1.0)
+
+    monkeypatch.setattr(probe_module, "LinearSVM", Fake)
+    features, labels = torch.randn(130, 3), torch.arange(130) % 2
+    assert classify(features[:100], labels[:100], features[100:], labels[100:])["c"] == pytest.approx(1 / 100)
+
+
+def test_bars_are_as_long_as_they_say():
+    results = {"raw pixels": {"accuracy": 0.25, "interval": (0.2, 0.3)}, "discriminator": {"accuracy": 0.75,
+               "interval": (0.7, 0.8)}}  # fmt: skip
+    page, left, width = np.asarray(bars(results, chance=0.5)).astype(int), 190, 380
+    for row, (colour, share) in enumerate((((0xB0, 0xB8, 0xC4), 0.25), ((0x4C, 0x78, 0xA8), 0.75))):
+        (filled,) = np.nonzero((page[15 + 40 * row + 5] == colour).all(1))
+        assert (filled.min(), filled.max()) == (left, left + width * share)
+        (interval,) = np.nonzero((page[15 + 40 * row + 14, left : left + int(width * share) + 25] == 0).all(1))
+        low, high = list(results.values())[row]["interval"]
+        assert (interval.min(), interval.max()) == pytest.approx((width * low, width * high), abs=1)
+    (chance,) = np.nonzero((page[10] == 0x80).all(1))
+    assert chance.tolist() == [left + width * 0.5]
+
+
+def test_images_are_judged_one_by_one():
+    """Whatever else is in the test set: features are scaled by the training images alone."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(100) % 2
+    features = torch.randn(100, 5, generator=random) + 4 * labels[:, None]
+    ones = 4 + torch.randn(30, 5, generator=random)  # all of one class, so with another mean
+    assert classify(features, labels, ones, torch.ones(30).long())["accuracy"] > 0.95

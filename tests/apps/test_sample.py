@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.apps.latent import latents
+from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import open_picture, to_tensor
 from fastdcgan.apps.sample import sample
 from fastdcgan.errors import UserError
@@ -57,3 +57,9 @@ def test_impossible_settings_are_named_and_nothing_is_written(run, tmp_path, set
     with pytest.raises(UserError, match=complaint):
         sample(run, **setting | {"out": tmp_path / "new" / setting.get("out", "grid.png")})
     assert not (tmp_path / "new").exists()
+
+
+def test_pictures_are_drawn_from_truncated_latents(run, networks, tmp_path):
+    sample(run, out=tmp_path / "out", count=1, seed=3, truncation=0.2)
+    expected = generate(networks[0], latents([3], 100, truncation=0.2))[0]
+    assert (to_tensor(open_picture(tmp_path / "out" / "seed-000003.png")) - expected).abs().max() < 2 / 127.5

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdcgan.apps import stylize as stylize_module
 from fastdcgan.apps.features import activations
 from fastdcgan.apps.pictures import open_picture, save, to_picture
 from fastdcgan.apps.stylize import beyond_seam, canvas_size, quilt, recoloured, redraw, stylize
@@ -129,3 +130,21 @@ def test_impossible_settings_are_explained(run, digit_files, tmp_path, setting):
     with pytest.raises(UserError, match="--" + next(iter(setting))):
         stylize(run, digit_files[0], out=tmp_path / "new" / "out.png", **setting)
     assert not (tmp_path / "new").exists()
+
+
+def test_tiles_and_seed_change_what_is_drawn(run, tmp_path):
+    save(to_picture(photograph(32, 48)), tmp_path / "photo.png")
+
+    def drawn(**setting):
+        stylize(run, tmp_path / "photo.png", out=tmp_path / "out.png", **{"tiles": 2, "strength": 1.0} | setting)
+        return open_picture(tmp_path / "out.png").tobytes()
+
+    plain = drawn()
+    assert drawn() == plain and len({plain, drawn(seed=1), drawn(tiles=3), drawn(strength=0.9)}) == 4
+
+
+def test_the_result_of_a_large_photo_has_its_proportions(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "MOST_PIXELS", 48)
+    save(to_picture(photograph(40, 64)), tmp_path / "photo.png")
+    stylize(run, tmp_path / "photo.png", out=tmp_path / "out.png", tiles=1)
+    assert open_picture(tmp_path / "out.png").size == (48, 30)

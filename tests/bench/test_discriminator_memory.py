@@ -22,7 +22,7 @@ def test_a_pass_holds_at_least_its_activations():
         assert 4 * (layers + weights) < held < 16 * (layers + weights), kind
 
 
-def test_the_command_writes_a_row_for_each_precision_and_batch(tmp_path, monkeypatch):
+def test_the_command_writes_a_row_for_each_precision_and_batch(tmp_path, monkeypatch, capsys):
     out = tmp_path / "memory.json"
     options = ["--image-size", "32", "--batches", "2", "4", "--precisions", "bf16", "--json", str(out)]
     monkeypatch.setattr(sys, "argv", ["discriminator_memory", *options])
@@ -31,6 +31,10 @@ def test_the_command_writes_a_row_for_each_precision_and_batch(tmp_path, monkeyp
     assert [(row["precision"], row["batch_size"]) for row in content["rows"]] == [("bf16", 2), ("bf16", 4)]
     assert all(0 < row["fused_bytes"] < row["plain_bytes"] for row in content["rows"])
     assert content["command"].endswith(" ".join(options))
+    row = content["rows"][1]
+    said = capsys.readouterr().out.splitlines()[1]
+    assert said.startswith(f"bf16, batch 4: {row['plain_bytes'] / 2**20:,.1f} MiB plain, ")
+    assert said.endswith(f"{(row['plain_bytes'] - row['fused_bytes']) / row['plain_bytes']:.0%} less")
 
 
 @pytest.mark.gpu

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastdcgan.bench.profiling import in_order, profile_training
+from fastdcgan.bench import profiling
+from fastdcgan.bench.profiling import in_order, live_bytes, profile_training
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
 from fastdcgan.spans import span
@@ -16,8 +19,9 @@ SMALL = {"data": "fake", "image_size": (16, 16), "batch_size": 4, "width": 4, "p
 def test_table_trace_and_memory(tmp_path, capsys):
     profile_training(**SMALL, device=torch.device("cpu"), executor="fast-eager", out=tmp_path, nsight=False)
     assert "aten::" in (tmp_path / "table.txt").read_text()
-    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
-    assert {"data path", "data", "generator", "discriminator", "backward", "optimizer"} <= names
+    names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert {"data path", "data", "generator", "discriminator", "backward", "optimizer"} <= set(names)
+    assert names.count("data path") == SMALL["steps"]
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert max(live for _, live in rows) > 10_000
     assert "optimizer" in capsys.readouterr().out
@@ -50,3 +54,21 @@ def test_impossible_numbers_are_named(wrong, tmp_path, monkeypatch, capsys):
 
 def test_spans_are_nothing_while_nobody_listens():
     assert span("step") is span("another")
+
+
+def test_memory_that_is_freed_is_not_live():
+    def step():
+        for _ in range(3):
+            torch.ones(250_000)  # a million bytes, gone before the next
+
+    assert max(live for _, live in live_bytes(step)) == 1_000_000
+
+
+def test_the_course_of_memory_is_in_microseconds(monkeypatch):
+    def record(name, nanoseconds, change):
+        return SimpleNamespace(name=lambda: name, start_ns=lambda: nanoseconds, nbytes=lambda: change)
+
+    records = [record("[memory]", 9_000, -40), record("aten::add", 1_000, 0), record("[memory]", 2_000, 100)]
+    profiler = SimpleNamespace(profiler=SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: records)))
+    monkeypatch.setattr(profiling, "profile", lambda **_: contextlib.nullcontext(profiler))
+    assert live_bytes(lambda: None) == [(0, 100), (7, 60)]

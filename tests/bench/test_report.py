@@ -165,3 +165,65 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         (line,) = [line for line in text.splitlines() if words in line]
         assert f"bench/results/{stem}.json" in line
     assert text.count(report.MISSING) == 8, "start times and the like are no comparison"
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """drawn(plot, content): the axes that the plot function has drawn, its file written."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    def draw(plot, content):
+        with monkeypatch.context() as patch:
+            patch.setattr(plt, "close", lambda figure: None)
+            plot(content, tmp_path / "plot.svg")
+        assert (tmp_path / "plot.svg").stat().st_size > 0
+        (axes,) = plt.gcf().axes
+        return axes
+
+    yield draw
+    plt.close("all")
+
+
+def test_the_plot_of_rates_and_floors(drawn):
+    content = throughput(network={"image_size": [64, 96]})
+    failed = content["rows"][1] | {"rounds": [], "contender": "skilled"}
+    content["rows"] = [
+        row
+        | {"batch_size": batch, "images_per_second": times * row["images_per_second"], "floor": times * row["floor"]}
+        for batch, times in ((128, 2), (64, 1))
+        for row in (content["rows"][0], content["rows"][4])
+    ] + [failed]
+    axes = drawn(report.plot_throughput, content)
+    shown = {bars.get_label(): [line.tolist() for line in bars[0].get_data()] for bars in axes.containers}
+    assert shown == {"example fp32": [[128, 64], [100, 50]], "fast-compiled bf16": [[128, 64], [240, 120]]}
+    floors = [line for line in axes.lines if line.get_linestyle() == "--"]
+    assert [[list(each) for each in line.get_data()] for line in floors] == [[[64, 128], [100, 200]]] * 2
+    assert [text.get_text() for text in axes.texts] == ["floor bf16", "floor fp32"]
+    assert axes.get_title() == "Some Processor, 64x96, 2026-01-02"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("batch size", "images/s of a training step")
+
+
+def test_the_plot_of_quality_is_over_seconds(drawn):
+    curves = [
+        {"contender": name, "seed": seed, "steps": [0, 50], "seconds": [0.0, speed], "distances": [0.5, 0.1 + seed],
+         "least": 0.05}
+        for seed in (0, 1)
+        for name, speed in (("example", 8.0), ("fast-eager", 4.0))
+    ]  # fmt: skip
+    content = {"data": "digits", "device": {"name": "Some Processor"}, "date": "2026-01-02", "curves": curves}
+    axes = drawn(report.plot_quality, content)
+    *lines, least = axes.lines
+    assert [[list(each) for each in line.get_data()] for line in lines] == [
+        [[0.0, 8.0], [0.5, 0.1]], [[0.0, 4.0], [0.5, 0.1]], [[0.0, 8.0], [0.5, 1.1]], [[0.0, 4.0], [0.5, 1.1]],
+    ]  # fmt: skip
+    assert list(least.get_ydata()) == [0.05, 0.05]
+    legend = {text.get_text(): line.get_color() for text, line in zip(
+        axes.get_legend().get_texts(), axes.get_legend().get_lines(), strict=True
+    )}  # fmt: skip
+    assert legend == {
+        "example": lines[0].get_color(), "fast-eager": lines[1].get_color(), "real images to real images": "grey",
+    }  # fmt: skip
+    assert lines[0].get_color() == lines[2].get_color() != lines[1].get_color() == lines[3].get_color()
+    assert axes.get_xlabel() == "seconds of training"

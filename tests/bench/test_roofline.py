@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdcgan import reference
+from fastdcgan.bench import roofline
 from fastdcgan.bench.roofline import Pass, Rates, floor_seconds, layer_table, measure_rates, step_passes
 
 
@@ -69,3 +70,25 @@ def test_rates_are_measured_and_the_table_adds_up(monkeypatch):
     assert rates.matrix > 1e9 and rates.copy > 1e8
     passes = step_passes(2, (16, 16), 3, 10, 4, "fp32")
     assert f"{floor_seconds(passes, rates) * 1e6:.1f}" in layer_table(passes, rates).splitlines()[-1]
+
+
+def test_rates_count_both_operations_of_a_product_and_both_ways_of_a_copy(monkeypatch):
+    took = iter([1e-3, 2e-4, 1e-2])  # a matrix product, a convolution, a copy
+    monkeypatch.setattr(roofline, "_best_seconds", lambda *_: next(took))
+    rates = measure_rates(torch.device("cpu"), "fp32")
+    convolution = 2 * (32 * 30 * 30) * (256 * 256 * 3 * 3)
+    assert rates.matrix == pytest.approx(max(2 * 2048**3 / 1e-3, convolution / 2e-4))
+    assert rates.copy == pytest.approx(2 * 2**28 / 1e-2)
+    took = iter([1e-3, 1.0, 1e-2])
+    assert measure_rates(torch.device("cpu"), "fp32").matrix == pytest.approx(2 * 2048**3 / 1e-3)
+
+
+def test_the_layer_table_has_units_and_says_what_decides():
+    passes = [
+        Pass("D update", "D 0 Conv2d", "forward", 3 * 10**9, 5 * 10**6),
+        Pass("G update", "G", "update", 0, 10**7),
+    ]
+    _, first, second, total = layer_table(passes, Rates(matrix=1e12, copy=1e10)).splitlines()
+    assert first.split()[-4:] == ["3.000", "5.00", "3000.0", "matrix"]
+    assert second.split()[-4:] == ["0.000", "10.00", "1000.0", "memory"]
+    assert total.split() == ["sum", "3.000", "15.00", "4000.0"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -7,16 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from fastdcgan.bench import contenders, throughput
+from fastdcgan.bench import contenders, end_to_end, overhead, throughput
 from fastdcgan.bench.contenders import Entry, Shape, entries
-from fastdcgan.bench.contestant import Contestant, Failed
+from fastdcgan.bench.contestant import Contestant, Failed, in_one_line
 from fastdcgan.bench.end_to_end import bench_data
-from fastdcgan.bench.roofline import Rates
+from fastdcgan.bench.roofline import Rates, step_passes
 from fastdcgan.bench.throughput import Row, Runner, bench
 from fastdcgan.errors import UserError
 
@@ -66,6 +68,29 @@ def test_a_contender_that_fails_costs_its_row_only(monkeypatch, capsys):
     assert "--cuda-graph on needs a GPU" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["block", "count"])
+def test_a_contender_that_fails_later_costs_its_row_only_too(method, capsys):
+    class Fake:
+        def __init__(self, rate, fails=""):
+            self.answers, self.fails = {"prepare": ("", 1.0), "block": (rate, rate**2), "count": (7, 8)}, fails
+
+        def ask(self, method, *_):
+            if method == self.fails:
+                self.fails = "any"
+                raise Failed("its process ended")
+            assert self.fails != "any", "it is not asked again"
+            return self.answers[method]
+
+    chosen = [(Entry(name, "fp32"), Fake(*given)) for name, *given in (
+        ("example", 100.0, method), ("skilled", 50.0), ("fast-eager", 75.0)
+    )]  # fmt: skip
+    example, skilled, fast = throughput.bench_shape(Shape(4), chosen, {"fp32": Rates(1e11, 1e10)}, 3, CPU)
+    assert (example.remark, example.rounds) == ("failed: its process ended", [])
+    assert (fast.rounds, fast.kernels, fast.ratio, skilled.ratio) == ([75.0] * 3, 7, 1.5, 1)  # of the first that runs
+    assert fast.cpu_ratio == 2.25
+    assert capsys.readouterr().err.count("failed: its process ended") == 1
+
+
 def test_ratios_are_to_the_example_whatever_runs_first():
     names = ("fast-eager", "example")
     ours, plain = bench(
@@ -102,6 +127,9 @@ class Switch:
     def mistake(self):
         raise UserError("this will not do:\\nand more")
 
+    def lose(self):
+        open("nowhere.jpg")
+
     def die(self):
         os._exit(1)
 
@@ -123,6 +151,8 @@ def test_contestants_share_no_switches(monkeypatch, tmp_path):
         assert len({a_process, b_process, os.getpid()}) == 3
         with pytest.raises(Failed, match=r"^UserError: this will not do:$"):
             one.ask("mistake")
+        with pytest.raises(Failed, match=r"^FileNotFoundError: .*nowhere.jpg'$"):
+            one.ask("lose")
         assert one.ask("read") == (True, a_process)
         assert other.ask("start_method") == multiprocessing.get_all_start_methods()[0]  # the default's place
         with pytest.raises(Failed, match="its process ended"):
@@ -167,9 +197,40 @@ def test_end_to_end_from_files(tmp_path, capsys):
     assert json.loads((tmp_path / "out.json").read_text())["measured"] == "end to end"
 
 
+def test_a_damaged_file_is_a_line_for_the_user(tmp_path, monkeypatch):
+    """ImageFolder cannot do without it."""
+    for i in range(8):
+        Image.effect_noise((24, 24), 90).convert("RGB").save(tmp_path / f"{i}.jpg")
+    (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:300])
+
+    class Here:
+        """A contestant in this process."""
+
+        def __init__(self, kind, *arguments):
+            self.made = kind(*arguments)
+
+        def ask(self, method):
+            try:
+                return getattr(self.made, method)()
+            except OSError as error:
+                raise Failed(in_one_line(error)) from None
+
+    monkeypatch.setattr(end_to_end, "Contestant", lambda *arguments: contextlib.nullcontext(Here(*arguments)))
+    given = {"names": ("example",), "precision": "fp32", "epochs": 1}
+    with pytest.raises(UserError, match=r"^example cannot be measured: OSError: .*; fastdcgan data check .* lists"):
+        bench_data(data=tmp_path, shape=SMALL, batch_sizes=(4,), device=CPU, **given)
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["--only", "fastest"], ["--image-size", "65"], ["--batch-size", "1"], ["--batch-size"], ["--repetitions", "0"]],
+    [
+        ["--only", "fastest"],
+        ["--image-size", "65"],
+        ["--batch-size", "1"],
+        ["--batch-size"],
+        ["--repetitions", "0"],
+        ["--data", "nowhere"],
+    ],
 )
 def test_mistakes_on_the_command_line(arguments):
     from fastdcgan.cli import parse
@@ -197,3 +258,84 @@ def test_a_row_is_the_median_of_its_rounds_beside_floor_and_baseline():
     assert (row.images_per_second, row.ratio) == (300, 2.5)
     assert row.useful_flops == sum(each.flops for each in work) / 64 * 300
     assert row.floor == 64 / sum(max(each.flops / 1e12, each.bytes / 1e11) for each in work)
+
+
+def test_the_table_for_a_terminal():
+    row = Row(
+        "fast-eager", "bf16", 64, images_per_second=150.0, spread=1.5, ratio=2.5, useful_flops=3.4e11, floor=200.0,
+        peak_memory_bytes=300 * 2**20, kernels=77, first_step_seconds=12.3, cpu_ratio=2.25, rounds=[150.0],
+    )  # fmt: skip
+    failed = Row("skilled", "bf16", 64, remark="failed: no")
+    head, first, second = throughput.table([row, failed], "cpu").splitlines()
+    words = ["fast-eager", "bf16", "64", "150.0", "1.5", "2.50", "2.25", "0.340", "75.0%", "300", "77", "12.3"]
+    assert (first.split(), second.split()) == (words, ["skilled", "bf16", "64", "failed:", "no"])
+    assert "calls" in head and "kernels" in throughput.table([row], "cuda").splitlines()[0]
+
+
+def test_calls_are_those_of_the_step_and_not_of_one_another():
+    weight, x = torch.ones(8, 3, 3, 3), torch.ones(2, 3, 8, 8)
+    calls, _ = throughput.cpu_calls_and_memory(lambda: torch.relu(torch.conv2d(x, weight).view(2, -1)))
+    assert calls == 2
+
+
+def test_a_block_has_the_steps_that_fill_its_seconds(monkeypatch):
+    steps = []
+    monkeypatch.setattr(contenders, "on_random_images", lambda *_: (lambda: steps.append(1), "a remark"))
+    monkeypatch.setattr(Runner, "block", lambda self: (160.0, 0.0))  # images/s
+    runner = Runner(Entry("fast-eager", "fp32"), CPU, block_seconds=3.0)
+    assert runner.prepare(Shape(64))[0] == "a remark" and runner.steps == 8  # 7.5 of 64 images
+
+
+def test_the_fastest_of_ours_is_followed_and_every_precision_has_its_rates(monkeypatch, tmp_path, capsys):
+    rates = {"fp32": Rates(1e11, 1e10), "bf16": Rates(4e11, 2e10)}
+    monkeypatch.setattr("fastdcgan.bench.roofline.measure_rates", lambda device, precision: rates[precision])
+    monkeypatch.setattr(throughput, "Contestant", lambda *_: contextlib.nullcontext())
+    followed = []
+
+    def bench_shape(shape, chosen, rates, repetitions, device):
+        speed = {"example": 90.0, "fast-eager": 40.0, "fast-compiled": 60.0}
+        return [
+            Row(
+                e.name,
+                e.precision,
+                shape.batch_size,
+                speed[e.name] + shape.batch_size,
+                ratio=1.0,
+                floor=1.0,
+                rounds=[1],
+            )
+            for e, _ in chosen
+        ]
+
+    def follow(shape, device, precision, executor):
+        followed.append((shape.batch_size, precision, executor))
+        cost = {"seconds": 1.0, "every": 20, "share": 0.001}
+        return {"share": 0.0123, "log": cost, "sample": cost, "checkpoint": cost}
+
+    monkeypatch.setattr(throughput, "bench_shape", bench_shape)
+    monkeypatch.setattr(overhead, "overhead", follow)
+    names, out = ("example", "fast-eager", "fast-compiled"), tmp_path / "out.json"
+    bench(shape=SMALL, batch_sizes=(4, 8), device=CPU, names=names, precision="bf16", follow=True, json=out)
+    assert followed == [(8, "bf16", "fast-compiled")]
+    content = json.loads(out.read_text())
+    assert content["rates"] == {
+        "fp32": {"matrix": 1e11, "copy": 1e10}, "bf16": {"matrix": 4e11, "copy": 2e10},
+    }  # fmt: skip
+    assert content["overhead"]["share"] == 0.0123 and "costs 1.23%" in capsys.readouterr().out
+
+
+def test_the_floor_is_of_the_shape_that_is_trained():
+    assert throughput.passes(Shape(8, (32, 48), 1, 20, 16), "bf16") == step_passes(8, (32, 48), 1, 20, 16, "bf16")
+
+
+def test_our_executors_are_what_their_names_say(monkeypatch):
+    made = []
+
+    def make_executor(step, compile, cuda_graph):
+        made.append((compile, cuda_graph))
+        return SimpleNamespace(run=lambda: None)
+
+    monkeypatch.setattr(contenders, "make_executor", make_executor)
+    for executor in ("fast-eager", "fast-compiled", "fast-captured"):
+        contenders.fast_step(SMALL, SMALL.random_images(64, CPU), torch.arange(64), "fp32", executor)
+    assert made == [(False, "off"), (True, "off"), (True, "on")]

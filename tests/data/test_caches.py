@@ -320,6 +320,19 @@ def test_auto_decodes_anew_where_the_disk_refuses(
     assert len(opened(make_folder(COUNT)).stream(4).source) == 4
 
 
+def test_auto_goes_on_without_kept_images_that_it_cannot_use(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    """As those of somebody else, in a folder that may only be read."""
+    folder = make_folder(COUNT)
+    first = batches(opened(folder, cache="disk").stream(4), 6)
+    (kept,) = (default_cache_dir() / "images").glob("*.lock")
+    kept.unlink()
+    kept.mkdir()  # not chmod: tests may run as root
+    again = batches(opened(folder).stream(4), 6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_run(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], tmp_path: Path, batches: Batches
 ) -> None:

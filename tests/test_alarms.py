@@ -187,13 +187,30 @@ def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Poison(monkeypatch, set(range(4, 10_000)))
-    with pytest.raises(UserError, match="not finite"):
-        train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1))
+    with monkeypatch.context() as patched:
+        poison = Poison(patched, set(range(4, 10_000)))
+        with pytest.raises(UserError, match="not finite"):
+            train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1))
+    draws = [tuple(noise.flatten().tolist()) for noise in poison.noise]
+    assert len(set(draws)) == len(draws), "other noise each time"
     assert len(lines(tmp_path / "run", "alarms")) == ROLLBACKS + 1
     Poison(monkeypatch, {1})
     with pytest.raises(UserError, match="the last sound step is 1"):  # before any checkpoint
         train(small(tmp_path / "early", on_divergence="rollback"))
+
+
+def test_a_run_goes_back_though_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    Poison(monkeypatch, {8})
+    monkeypatch.setattr("fastdcgan.monitor.replace_file", full)
+    run = train(small(tmp_path / "run", on_divergence="rollback"))
+    assert checkpoint.complete(run)[-1].name == "step-000012"
+    said = capsys.readouterr().err
+    assert "back to step 6" in said and said.count("figures and pictures cannot be written") == 1
 
 
 def test_a_resumed_run_does_not_write_an_alarm_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

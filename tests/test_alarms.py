@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastdcgan import checkpoint, models
-from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarms
+from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.quality import Quality
 from fastdcgan.runs import load_run
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import ROLLBACKS, train
+from fastdcgan.watch import Watch
 
 HEALTHY = {"loss_d": 1.0, "loss_g": 0.9, "d_real": 0.7, "d_fake": 0.4, "grad_norm_d": 2.0, "grad_norm_g": 1.0}
 SMALL = TrainConfig(
@@ -261,3 +262,37 @@ def test_a_nearer_set_has_the_smaller_distance() -> None:
     near, far = Fixed(), Fixed()
     near.pictures, far.pictures = quality.real, quality.real.sign() * torch.linspace(-1, 1, 16)
     assert quality.distance(near) < 0.5 * quality.distance(far)
+
+
+def test_a_run_goes_back_to_before_the_first_of_all_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two alarms at once: large losses since step 7 and no numbers since step 9."""
+    alarms = [Alarm("not finite", 9, 8, "-"), Alarm("large losses", 9, 6, "-")]
+    monkeypatch.setattr(Alarms, "look_at_metrics", lambda _, step, __: alarms if step == 9 and not gone_back else [])
+    gone_back: list[int] = []
+    monkeypatch.setattr(Watch, "begin_again", lambda _, done: gone_back.append(done))
+    train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=2))
+    assert gone_back == [6]
+
+
+def test_a_grid_more_varied_than_the_data_sets_no_higher_bar() -> None:
+    """As early noise is."""
+    alarms = Alarms("bce", 0.0, 0)
+    grids = [(300, 9.0), (400, 0.5), (500, 0.5), (600, 0.5)]
+    assert [alarms.look_at_samples(step, varied, varied) for step, varied in grids] == [[]] * 4
+
+
+def test_the_grey_start_of_a_resumed_run_without_figures_is_no_collapse() -> None:
+    alarms = Alarms("bce", 0.0, 1000)
+    assert [alarms.look_at_samples(step, 0.01, 0.01) for step in (1050, 1100, 1150)] == [[]] * 3
+    assert [len(alarms.look_at_samples(step, 0.01, 0.01)) for step in (1200, 1250)] == [0, 1]
+
+
+def test_the_watch_knows_of_label_smoothing(tmp_path: Path) -> None:
+    """With it a perfect discriminator still has a loss."""
+    (tmp_path / "samples").mkdir()
+    real = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path, label_smoothing=0.1), real, torch.device("cpu"), 0)
+    perfect = {**HEALTHY, "loss_d": 0.33, "d_real": 0.9, "d_fake": 0.0, "images_per_second": 1.0}
+    said = [alarm.kind for step in range(100, 900, 100) for alarm in watch.log({**perfect, "step": step})]
+    watch.close()
+    assert said == ["discriminator wins"]

@@ -91,7 +91,9 @@ def test_large_losses() -> None:
 
 def test_steep_gradients() -> None:
     assert watch([{}] * 10 + [{"grad_norm_g": 99.0}] * 9) == []
-    assert watch([{}] * 10 + [{"grad_norm_g": 150.0}] * 9) == [("steep gradients", 260, 200)]
+    steep = [{"grad_norm_g": 150.0}] * 30
+    assert watch([{}] * 10 + steep) == [("steep gradients", 260, 200)]
+    assert len(watch([{}] * 10 + steep + [{}] + steep)) == 2  # which do not become the usual ones
 
 
 @pytest.mark.parametrize("kinds", [1, 4, 63, 64])

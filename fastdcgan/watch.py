@@ -57,7 +57,8 @@ class Watch:
     def begin_again(self, done: int) -> None:
         """The run has gone back to step `done`."""
         self.close()
-        self._begin(done)
+        with self.writing():
+            self._begin(done)
 
     def log(self, figures: dict[str, float]) -> list[Alarm]:
         """Write a log point down; the alarms that it raises.

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastdcgan import checkpoint, models
-from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarms
+from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.quality import Quality
 from fastdcgan.runs import load_run
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import ROLLBACKS, train
+from fastdcgan.watch import Watch
 
 HEALTHY = {"loss_d": 1.0, "loss_g": 0.9, "d_real": 0.7, "d_fake": 0.4, "grad_norm_d": 2.0, "grad_norm_g": 1.0}
 SMALL = TrainConfig(
@@ -90,7 +91,9 @@ def test_large_losses() -> None:
 
 def test_steep_gradients() -> None:
     assert watch([{}] * 10 + [{"grad_norm_g": 99.0}] * 9) == []
-    assert watch([{}] * 10 + [{"grad_norm_g": 150.0}] * 9) == [("steep gradients", 260, 200)]
+    steep = [{"grad_norm_g": 150.0}] * 30
+    assert watch([{}] * 10 + steep) == [("steep gradients", 260, 200)]
+    assert len(watch([{}] * 10 + steep + [{}] + steep)) == 2  # which do not become the usual ones
 
 
 @pytest.mark.parametrize("kinds", [1, 4, 63, 64])
@@ -187,13 +190,30 @@ def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Poison(monkeypatch, set(range(4, 10_000)))
-    with pytest.raises(UserError, match="not finite"):
-        train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1))
+    with monkeypatch.context() as patched:
+        poison = Poison(patched, set(range(4, 10_000)))
+        with pytest.raises(UserError, match="not finite"):
+            train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1))
+    draws = [tuple(noise.flatten().tolist()) for noise in poison.noise]
+    assert len(set(draws)) == len(draws), "other noise each time"
     assert len(lines(tmp_path / "run", "alarms")) == ROLLBACKS + 1
     Poison(monkeypatch, {1})
     with pytest.raises(UserError, match="the last sound step is 1"):  # before any checkpoint
         train(small(tmp_path / "early", on_divergence="rollback"))
+
+
+def test_a_run_goes_back_though_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    Poison(monkeypatch, {8})
+    monkeypatch.setattr("fastdcgan.monitor.replace_file", full)
+    run = train(small(tmp_path / "run", on_divergence="rollback"))
+    assert checkpoint.complete(run)[-1].name == "step-000012"
+    said = capsys.readouterr().err
+    assert "back to step 6" in said and said.count("figures and pictures cannot be written") == 1
 
 
 def test_a_resumed_run_does_not_write_an_alarm_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,3 +264,37 @@ def test_a_nearer_set_has_the_smaller_distance() -> None:
     near, far = Fixed(), Fixed()
     near.pictures, far.pictures = quality.real, quality.real.sign() * torch.linspace(-1, 1, 16)
     assert quality.distance(near) < 0.5 * quality.distance(far)
+
+
+def test_a_run_goes_back_to_before_the_first_of_all_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two alarms at once: large losses since step 7 and no numbers since step 9."""
+    alarms = [Alarm("not finite", 9, 8, "-"), Alarm("large losses", 9, 6, "-")]
+    monkeypatch.setattr(Alarms, "look_at_metrics", lambda _, step, __: alarms if step == 9 and not gone_back else [])
+    gone_back: list[int] = []
+    monkeypatch.setattr(Watch, "begin_again", lambda _, done: gone_back.append(done))
+    train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=2))
+    assert gone_back == [6]
+
+
+def test_a_grid_more_varied_than_the_data_sets_no_higher_bar() -> None:
+    """As early noise is."""
+    alarms = Alarms("bce", 0.0, 0)
+    grids = [(300, 9.0), (400, 0.5), (500, 0.5), (600, 0.5)]
+    assert [alarms.look_at_samples(step, varied, varied) for step, varied in grids] == [[]] * 4
+
+
+def test_the_grey_start_of_a_resumed_run_without_figures_is_no_collapse() -> None:
+    alarms = Alarms("bce", 0.0, 1000)
+    assert [alarms.look_at_samples(step, 0.01, 0.01) for step in (1050, 1100, 1150)] == [[]] * 3
+    assert [len(alarms.look_at_samples(step, 0.01, 0.01)) for step in (1200, 1250)] == [0, 1]
+
+
+def test_the_watch_knows_of_label_smoothing(tmp_path: Path) -> None:
+    """With it a perfect discriminator still has a loss."""
+    (tmp_path / "samples").mkdir()
+    real = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path, label_smoothing=0.1), real, torch.device("cpu"), 0)
+    perfect = {**HEALTHY, "loss_d": 0.33, "d_real": 0.9, "d_fake": 0.0, "images_per_second": 1.0}
+    said = [alarm.kind for step in range(100, 900, 100) for alarm in watch.log({**perfect, "step": step})]
+    watch.close()
+    assert said == ["discriminator wins"]

@@ -33,6 +33,8 @@ from fastdcgan.errors import UserError
         ({"channels": 2}, "--channels 2"),
         ({"lr": "fast"}, "--lr 'fast'"),
         ({"compile": 1}, "--compile 1"),
+        ({"sync_batchnorm": True, "r1": 5.0}, "--sync-batchnorm cannot"),
+        ({"sync_batchnorm": True, "loss": "wgan-gp"}, "--sync-batchnorm cannot"),
         ({"run_dir": Path(os.fsdecode(b"r\xff"))}, "--run-dir.*UTF-8"),
     ],
 )
@@ -55,6 +57,10 @@ def test_epochs_become_steps() -> None:
     config = TrainConfig(data="photos", epochs=1.5, batch_size=64)
     assert config.total_steps(1000) == 24  # 1,500 images in batches of 64
     assert TrainConfig(steps=7).total_steps(1000) == 7
+    assert config.total_steps(1000, processes=4) == 6  # of 256 images
+    assert config.total_steps(1000, seen=1400) == 2  # what is left
+    assert config.total_steps(1000, seen=1536) == 0
+    assert (TrainConfig().total_steps(1797), TrainConfig(data="photos").total_steps(9)) == (1_000, 20_000)
 
 
 def test_json_round_trip() -> None:
@@ -84,7 +90,15 @@ def test_a_resumed_run_keeps_what_it_was() -> None:
     again = resumed(TrainConfig(data="mnist", steps=200, resume=True, run_dir=Path("r")), saved)
     assert (again.size, again.steps, again.batch_size) == ((32, 32), 200, 16)
     assert resumed(TrainConfig(epochs=2.0), saved).steps is None
-    for field, value in (("image_size", "64"), ("arch", "tutorial"), ("gen_width", 8), ("latent_dim", 8)):
+    assert resumed(TrainConfig(steps=9), dataclasses.replace(saved, steps=None, epochs=2.0)).epochs is None
+    for field, value in (
+        ("image_size", "64"),
+        ("arch", "tutorial"),
+        ("channels", 3),
+        ("gen_width", 8),
+        ("disc_width", 8),
+        ("latent_dim", 8),
+    ):
         with pytest.raises(UserError, match="cannot change"):
             resumed(dataclasses.replace(TrainConfig(), **{field: value}), saved)
 

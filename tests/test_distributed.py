@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastdcgan import checkpoint, models, reference
+from fastdcgan import checkpoint, distributed, models, reference
+from fastdcgan.errors import UserError
 
 STEPS, BATCH = 10, 8  # of all processes together
 FLAGS = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 8 --log-every 3 --sample-every 6 --device cpu"
@@ -175,3 +176,31 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def test_the_first_process_of_a_machine_goes_before_its_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which wait for it, also where it fails."""
+    done: list[str] = []
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: done.append("barrier"))
+    for rank, local_rank in ((4, 0), (5, 1)):
+        with distributed.World(rank, 8, local_rank).first_on_each_machine():
+            done.append(f"work of {local_rank}")
+    assert done == ["work of 0", "barrier", "barrier", "work of 1"]
+    done.clear()
+    with pytest.raises(OSError), distributed.World(0, 8, 0).first_on_each_machine():
+        raise OSError
+    assert done == ["barrier"]
+
+
+def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("there is no such GPU"))
+    with pytest.raises(UserError, match=r"has 2 GPUs, fewer .*--nproc-per-node 2"):
+        distributed.join(torch.device("cuda"))
+
+
+def test_means_are_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed.World, "gather", lambda _, value: [value, {"loss": 3.0}])
+    assert distributed.World(0, 2).means({"loss": 1.0}) == {"loss": 2.0}

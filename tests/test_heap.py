@@ -14,15 +14,16 @@ SCRIPT = """
 import resource, sys, torch
 from fastdcgan.heap import heap
 
-def faults(keeps):
+def faults(keeps, megabytes=40):
     heap.keeps = keeps
     for turn in range(20):
         if turn == 15:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.empty(10 << 20).fill_(1.0)
+        torch.empty(megabytes << 18).fill_(1.0)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(*[faults(keeps) for keeps in (False, True)])
+# The 40 MB that are kept by then stay: what glibc keeps of itself is more.
+print(faults(False), faults(True), faults(False, 100))
 """
 
 
@@ -36,7 +37,7 @@ def with_glibc() -> None:
 
 def test_the_next_tensors_need_no_new_pages() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    usual, kept = map(int, run.stdout.split())
+    usual, kept, usual_again = map(int, run.stdout.split())
     large_pages = 5 * 40 // 2  # the fewest that the system could hand out
     assert kept < large_pages / 2
-    assert usual > large_pages / 2
+    assert min(usual, usual_again) > large_pages / 2

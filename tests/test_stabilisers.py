@@ -80,6 +80,8 @@ def test_objectives(loss: str) -> None:
     g = objective.generator(torch.tensor(fake, dtype=torch.float64))
     assert d.item() == pytest.approx(sum(map(by_hand[0], real)) / 4 + sum(map(by_hand[1], fake)) / 4)
     assert g.item() == pytest.approx(sum(map(by_hand[2], fake)) / 4)
+    shown = sigmoid if "bce" in loss else float  # as D(x): with other losses the discriminator's bare output
+    assert objective.output(torch.tensor(real, dtype=torch.float64)).tolist() == pytest.approx([shown(x) for x in real])
     if loss in ("hinge", "wgan-gp"):
         with pytest.raises(ValueError, match="with targets"):
             make_objective(loss, label_smoothing=0.1)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import random
 import resource
@@ -14,23 +15,25 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastdcgan import checkpoint, trainer
+from fastdcgan import checkpoint, saver, trainer
 from fastdcgan.config import TrainConfig
 from fastdcgan.data.dataset import LEFT_OUT
-from fastdcgan.distributed import ALONE
+from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.monitor import Monitor
-from fastdcgan.runs import RunFolder, load_run
+from fastdcgan.monitor import Monitor, save_grid
+from fastdcgan.runs import RunFolder, choose_folder, load_run
 from fastdcgan.saver import restore
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
@@ -123,13 +126,25 @@ def test_random_numbers_of_another_kind_of_device_are_drawn_anew(
     """A GPU's generator has another state than a CPU's."""
     saved = checkpoint.load(straight / "checkpoints" / "step-000012")
     saved.tensors["state"]["rng"] = torch.zeros(1, 16, dtype=torch.uint8)
-    generator, discriminator = build_generator("dcgan", (16, 16), 1, 8, 4), build_discriminator("dcgan", (16, 16), 1, 4)
-    source = torch.zeros(16, 16, 16, 1, dtype=torch.uint8)
-    step = TrainStep(generator, discriminator, source, torch.arange(16))
+    step = small_step()
     assert restore(step, saved, ALONE) == 12
     assert "another kind of device" in capsys.readouterr().err
     assert torch.equal(step.weights()["generator"]["main.0.weight"], saved.tensors["generator"]["main.0.weight"])
     step.update()
+
+
+def small_step() -> TrainStep:
+    generator, discriminator = build_generator("dcgan", (16, 16), 1, 8, 4), build_discriminator("dcgan", (16, 16), 1, 4)
+    return TrainStep(generator, discriminator, torch.zeros(16, 16, 16, 1, dtype=torch.uint8), torch.arange(16))
+
+
+def test_each_of_more_processes_than_before_draws_noise_of_its_own(straight: Path) -> None:
+    saved = checkpoint.load(straight / "checkpoints" / "step-000012")
+    steps = [small_step(), small_step()]
+    for rank, step in enumerate(steps):
+        restore(step, saved, World(rank, 2))
+        step.draw()
+    assert not torch.equal(steps[0].noise, steps[1].noise)
 
 
 def test_another_seed_is_another_run(straight: Path, tmp_path: Path) -> None:
@@ -619,3 +634,188 @@ def test_who_could_train_in_bf16_is_told(
     monkeypatch.setattr("fastdcgan.trainer.native_bf16", lambda: native)
     train(small(tmp_path / "run", steps=1, precision=precision))
     assert capsys.readouterr().err.count("hint: this processor multiplies bfloat16 itself") == hinted
+
+
+def test_flags_reach_the_data_and_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_data = {"seed": 3, "channels": 3, "loader": "torch", "cache": "off", "cache_dir": tmp_path, "crop": "random"}
+    of_data["strict"] = True
+    of_step = {"seed": 3, "ema_decay": 0.9, "loss": "lsgan", "label_smoothing": 0.1, "r1": 2.0, "r1_every": 5}
+    of_step |= {"spectral_norm": True, "diffaugment": True, "instance_noise": 0.2}
+    config = small(tmp_path / "run", beta1=0.4, beta2=0.99, **(of_data | of_step))
+
+    def options_of(name: str, config: TrainConfig) -> dict[str, object]:
+        """What the run gives this function of the trainer, where it ends."""
+        options: dict[str, object] = {}
+
+        def reached(*_: object, **given: object) -> None:
+            options.update(given)
+            raise InterruptedError
+
+        with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+            patched.setattr(trainer, name, reached)
+            train(config)
+        return options
+
+    assert of_data.items() <= options_of("open_dataset", config).items()
+    for flip, flips in ((True, True), (None, False)):  # of digits, which read differently in a mirror
+        options = options_of("TrainStep", dataclasses.replace(config, flip=flip, crop="centre"))
+        assert (of_step | {"flip": flips, "betas": (0.4, 0.99)}).items() <= options.items()
+
+
+def test_what_the_data_turned_out_to_be_is_in_the_configuration(straight: Path) -> None:
+    config = load_run(straight).config
+    assert config is not None and config.channels == 1 and SMALL.channels is None
+
+
+def test_figures_of_a_log_point(straight: Path) -> None:
+    last = json.loads((straight / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["epoch"] == pytest.approx(12 * 16 / 1797)
+    assert 50 << 20 < last["peak_memory_bytes"] < 1 << 40  # torch alone is more than 50 MiB
+
+
+def test_samples_are_the_moving_averages(tmp_path: Path) -> None:
+    """From the same noise in every grid, which comes from the seed."""
+    run = train(small(tmp_path / "run", seed=1, lr=0.1))  # at which the average and the latest weights soon differ
+    noise = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    for step in (6, 12):
+        drawn = {}
+        for name, ema in (("step", True), ("raw-step", False)):
+            with torch.no_grad():
+                picture = load_run(run / f"checkpoints/step-{step:06d}", ema=ema).generator(noise)[9, 0]
+            grid = Image.open(run / f"samples/{name}-{step:06d}.png")
+            drawn[name] = np.asarray(grid)[20:36, 20:36].astype(float)  # in the second row and column of the grid
+            assert abs(drawn[name] - (picture.numpy() + 1) * 127.5).max() <= 0.51, f"{name} {step} is rounded"
+        assert abs(drawn["step"] - drawn["raw-step"]).max() > 9
+
+
+def test_a_grid_is_about_as_wide_as_high(tmp_path: Path) -> None:
+    for height, width in ((8, 32), (32, 8)):
+        grid = save_grid(torch.zeros(64, 3, height, width), tmp_path / "grid.png")
+        assert 0.5 < grid.shape[2] / grid.shape[1] < 2
+
+
+def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, 0, "")
+    monitor.log({"step": 1, "loss": math.nan, "norm": math.inf})
+    monitor.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "norm": null}\n'
+    again = Monitor(tmp_path, 1, "")
+    again.close()
+    assert math.isnan(again.before["metrics"][0]["loss"])
+
+
+def test_new_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    first = choose_folder(TrainConfig(), "digits")
+    first.mkdir(parents=True)
+    assert choose_folder(TrainConfig(), "digits") not in (first, choose_folder(TrainConfig(), "others"))
+    choose_folder(TrainConfig(), "ü" * 300).mkdir()  # a name of 600 bytes, where 255 are the most
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), trainer.stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(5) and stop.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_what_was_mended_is_no_longer_listed(tmp_path: Path) -> None:
+    trainer.report_skipped([("a.png", "broken")], tmp_path)
+    trainer.report_skipped([], tmp_path)
+    assert not (tmp_path / "skipped.txt").exists()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = checkpoint.load(checkpoint.complete(straight)[-1])
+    done: list[str] = []
+    sync, rename = checkpoint._sync, Path.rename
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (done.append(path.name), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (done.append(f"rename to {to.name}"), rename(path, to))[1])
+    files = {f"{kind}.safetensors" for kind in checkpoint.TENSOR_FILES} | {"state.json"}
+    folder = checkpoint.save(tmp_path, 12, saved, keep=1)
+    assert {*done[:5]} == files
+    assert done[5:] == [".step-000012.unfinished", "rename to step-000012", "checkpoints"]
+    done.clear()
+    checkpoint.keep_best(tmp_path, folder, 0.5)
+    assert {*done[:5]} == files
+    assert done[5:] == [".step-best.unfinished", "rename to best", "checkpoints"]
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the copies that wait for a slow disk would fill the memory."""
+    moments: list[str] = []
+    submit, write = ThreadPoolExecutor.submit, saver.write
+
+    def begin(pool: ThreadPoolExecutor, *work: Any) -> Any:
+        moments.append("begun")
+        return submit(pool, *work)
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        moments.append("written")
+        return write(*arguments)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", begin)
+    monkeypatch.setattr(saver, "write", slowly)
+    train(small(tmp_path / "run", steps=2, checkpoint_every=1))
+    assert moments == ["begun", "written"] * 2
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_back_to_a_sound_step(straight: Path, tmp_path: Path, damaged: bool) -> None:
+    """Its own checkpoint is the newest that is sound; those behind it go, a kill would have them taken for sound."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    if damaged:
+        (run / "checkpoints" / "step-000009" / "state.safetensors").write_bytes(b"")
+    said: list[str] = []
+    found = checkpoint.load_sound(run, 9, said.append)
+    assert found is not None and found.progress["step"] == (6 if damaged else 9)
+    assert len(said) == damaged
+    assert [folder.name for folder in checkpoint.complete(run)] == ["step-000006", "step-000009"][: 2 - damaged]
+    assert checkpoint.load_sound(run, 5, said.append) is None
+    assert len(checkpoint.complete(run)) == 2 - damaged
+
+
+def test_a_process_goes_on_in_the_data_where_it_was(straight: Path) -> None:
+    """And among more or fewer of them where all have been, without the files that any of them found broken."""
+    state = {"images": 40, "count": 9, "listing": "", "world_size": 2}
+    each = [state | {"taken": 23, "unusable": [3]}, state | {"taken": 20, "unusable": [5, 3]}]
+    saved = checkpoint.load(checkpoint.complete(straight)[-1])
+    saved = dataclasses.replace(saved, progress=saved.progress | {"data": each})
+    assert [saver.position(saved, World(rank, 2)) for rank in range(2)] == each
+    assert saver.position(saved, World(1, 3)) == state | {"taken": 20, "unusable": [3, 5]}
+
+
+def test_epochs_end_where_they_were_to_end_though_files_broke(tmp_path: Path) -> None:
+    """What a resumed run finds of the files is less than what the run began with."""
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for i in range(24):
+        Image.effect_noise((16, 16), 90).save(photos / f"{i:02}.png")
+    config = small(run, data=str(photos), steps=None, epochs=4.0, batch_size=8, cache_dir=tmp_path / "cache")
+    train(config)
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    for i in range(8):
+        (photos / f"{i:02}.png").write_bytes(b"")
+    train(dataclasses.replace(config, resume=True))
+    assert checkpoint.complete(run)[-1].name == "step-000012"
+
+
+def test_figures_are_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "means", lambda _, values: dict.fromkeys(values, 0.7))
+    last = metrics(train(small(tmp_path / "run", steps=1)))[-1]
+    assert {last[name] for name in ("loss_d", "loss_g", "d_real", "d_fake")} == {0.7}
+
+
+def test_one_process_that_is_to_end_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "any", lambda *_: True)
+    with pytest.raises(trainer.Interrupted):
+        train(small(tmp_path / "run"))
+    assert [each.name for each in checkpoint.complete(tmp_path / "run")] == ["step-000001"]

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,9 +223,10 @@ class FileDataset(Dataset):
         size, mode, on_device = int(np.prod(self.shape, dtype=np.int64)), self._cache, self._device.type == "cuda"
         on_disk = self._cache_dir / "images" / f"{short(self.name)}-{self._key()}.npy"
         if mode == "auto" and on_disk.exists():
-            kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
-            fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
-            return Store(kept.array.to(self._device), kept.present.copy()) if fits else kept
+            with suppress(OSError):  # that may only be read, or without room to make it anew
+                kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
+                fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
+                return Store(kept.array.to(self._device), kept.present.copy()) if fits else kept
         if ahead is not None and ahead.nbytes == size:
             return Store.empty(torch.from_numpy(ahead.reshape(self.shape)))
         del ahead  # before anyone asks what is free

@@ -296,3 +296,37 @@ def test_a_zip_that_python_cannot_list_is_one_line(damage: str, tmp_path: Path, 
     path.write_bytes(data)
     with pytest.raises(UserError, match="not a readable zip file"):
         opened(path)
+
+
+def test_a_bit_that_fell_over_in_a_zip_costs_that_entry(
+    files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    """Where nothing but the checksum shows it: in the middle of the pixels."""
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    content = bytearray(path.read_bytes())
+    content[content.index(files["a/2.jpg"]) + len(files["a/2.jpg"]) - 40] ^= 1
+    path.write_bytes(content)
+    data = opened(path)
+    assert data.count == FILES - 1
+    assert data.skipped == [("a/2.jpg", "cannot be read (broken in the zip: wrong checksum)")]
+
+
+def test_an_archive_that_was_written_anew_is_looked_at_anew(
+    files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    """Of the same name, with entries of the same names."""
+    for kind in ("zip", "tar"):
+        path = tmp_path / f"set.{kind}"
+        for content in (b"", encoded(1)):
+            if kind == "zip":
+                with zipfile.ZipFile(path, "w") as archive:
+                    for name in files:
+                        archive.writestr(name, files[name] if name != "a/0.jpg" else content)
+            else:
+                with tarfile.open(path, "w") as shard:
+                    for name in files:
+                        add(shard, name, files[name] if name != "a/0.jpg" else content)
+            assert opened(path).count == (FILES if content else FILES - 1)

@@ -124,6 +124,12 @@ def test_verdicts_are_remembered(
     monkeypatch.undo()
     memory.write_bytes(memory.read_bytes()[:100])
     assert opened(folder).count >= 3  # a damaged memory is as good as none
+    monkeypatch.setattr(census, "FORMAT", census.FORMAT + 1)  # files are judged in another way now
+    looks: list[int] = []
+    as_ever = census.look_at
+    monkeypatch.setattr(census, "look_at", lambda source, i: (looks.append(i), as_ever(source, i))[1])
+    opened(folder)
+    assert sorted(looks) == list(range(5))
 
 
 def test_a_file_that_breaks_is_not_taken_for_a_black_picture_next_time(
@@ -181,6 +187,19 @@ def test_what_another_boot_left_unfinished_is_not_trusted(tmp_path: Path, monkey
     assert DiskStore(path, shape, "print").present.tolist() == [False, True, True, False, False]
     monkeypatch.setattr(store, "_boot_id", lambda: "after the power came back")
     assert not DiskStore(path, shape, "print").present.any()
+
+
+def test_images_are_on_the_disk_before_they_are_called_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, path, done = (2, 4, 4, 1), tmp_path / "set.npy", list[str]()
+    kept = DiskStore(path, shape, "print")
+    kept.write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append("sync"), sync(file))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(Path(b).name), replace(a, b))[1])
+    kept.finish()
+    assert done == ["sync", "set.json", "set.npy"]
 
 
 def test_who_began_before_the_sources_changed_does_not_finish_the_new_file(tmp_path: Path) -> None:
@@ -320,6 +339,19 @@ def test_auto_decodes_anew_where_the_disk_refuses(
     assert len(opened(make_folder(COUNT)).stream(4).source) == 4
 
 
+def test_auto_goes_on_without_kept_images_that_it_cannot_use(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    """As those of somebody else, in a folder that may only be read."""
+    folder = make_folder(COUNT)
+    first = batches(opened(folder, cache="disk").stream(4), 6)
+    (kept,) = (default_cache_dir() / "images").glob("*.lock")
+    kept.unlink()
+    kept.mkdir()  # not chmod: tests may run as root
+    again = batches(opened(folder).stream(4), 6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_run(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], tmp_path: Path, batches: Batches
 ) -> None:
@@ -334,6 +366,30 @@ def test_free_memory_is_a_sensible_number() -> None:
     assert 1 << 20 < room.free_host_bytes() < 1 << 50
     assert 0 < room.free_disk_bytes(Path("/nowhere/at/all")) < 1 << 60
     assert 1 <= room.cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(("limit", "free"), [("max", 8 << 30), (str(5 << 30), 4 << 30)])
+def test_memory_is_what_the_container_leaves_and_shared_by_the_ranks(
+    limit: str, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = {
+        "/proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n",
+        "/sys/fs/cgroup/memory.max": f"{limit}\n",
+        "/sys/fs/cgroup/memory.current": f"{1 << 30}\n",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: says[str(path)])
+    assert room.free_host_bytes() == free
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room.free_host_bytes() == free // 4
+
+
+def test_cores_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    shares = []
+    for ranks in (1, 4, 20):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        shares.append(room.cores())
+    assert shares == [12, 3, 1]
 
 
 def environment() -> dict[str, str]:

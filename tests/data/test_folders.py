@@ -269,3 +269,27 @@ def test_a_path_is_found_before_a_name_is_guessed(tmp_path: Path, monkeypatch: p
     Path("digit").mkdir()
     with pytest.raises(UserError, match="no images in the folder digit"):
         open_source("digit")
+
+
+def test_a_file_that_grew_since_it_was_listed_is_read_whole(make_folder: Callable[..., Path]) -> None:
+    source = FolderSource(make_folder(1))
+    with open(source.path / source.names[0], "ab") as file:
+        file.write(b"more")
+    assert source.read(0) == (source.path / source.names[0]).read_bytes()
+
+
+def test_some_images_are_the_same_files_where_others_break(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset]
+) -> None:
+    """The run that goes on is compared with what it was compared with before."""
+    folder = make_folder(12)
+    data = opened(folder)
+    chosen = data.some(4, 1)
+    before = data.take(chosen)
+    assert chosen != data.some(4, 2)
+    other = next(i for i in range(12) if i not in chosen)
+    (folder / f"good-{other:04}.jpg").write_bytes(b"")
+    again = opened(folder)
+    assert torch.equal(again.take(again.some(4, 1)), before)
+    digits = opened("digits")
+    assert digits.some(4, 1) == digits.some(4, 1) != digits.some(4, 2)

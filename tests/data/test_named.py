@@ -41,6 +41,15 @@ def test_fake_pictures_come_from_the_seed(opened: Callable[..., Dataset]) -> Non
     assert first.class_names == ["disc", "square", "ring"]
 
 
+def test_the_order_of_a_named_set_comes_from_the_seed(opened: Callable[..., Dataset]) -> None:
+    orders = []
+    for seed in (0, 0, 1):
+        stream = opened("digits", seed=seed).stream(64)
+        stream.advance()
+        orders.append(stream.index.tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_every_name_is_known() -> None:
     assert set(KNOWN) == set(NAMES) - {"digits", "fake"}
     for known in KNOWN.values():
@@ -74,7 +83,12 @@ def test_downloaded_arrays_become_images(
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     found = SimpleNamespace(data=pixels, targets=list(range(20)), labels=np.arange(20))
-    monkeypatch.setattr(torchvision.datasets, KNOWN[name].torchvision_name, lambda *a, **o: found)
+
+    def make(folder: str, *, download: bool, **share: object) -> SimpleNamespace:
+        assert share == ({"split": "train"} if name == "svhn" else {"train": True}), "not what tests are made with"
+        return found
+
+    monkeypatch.setattr(torchvision.datasets, KNOWN[name].torchvision_name, make)
     data = opened(name, image_size=shape[1:3] if shape[-1] in (28, 3) else shape[2:])
     assert (data.count, data.channels, data.labels) == (20, channels, list(range(20)))
     assert data.flip == (name == "cifar10")

@@ -29,10 +29,10 @@ def file_of(image: Image.Image, format: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def rotated(picture: Image.Image) -> bytes:
+def rotated(picture: Image.Image, format: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise, so it is stored turned the other way
-    return file_of(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif)
+    return file_of(picture.transpose(Image.Transpose.ROTATE_90), format, quality=95, exif=exif)
 
 
 def turned_by_xmp(picture: Image.Image, format: str) -> bytes:
@@ -240,6 +240,8 @@ def test_a_file_that_becomes_another_after_it_was_looked_at_is_still_decoded(
     data = opened(folder, loader=loader)
     (folder / "good-0003.jpg").write_bytes(encoded(3, "PNG", size=(20, 25), mode="RGBA"))
     assert data.take([3]).float().std() > 10
+    (folder / "good-0004.jpg").write_bytes(encoded(4, size=(24, 90)))  # as large as before in one direction
+    assert (data.take([4]).int() - opened(folder, loader=loader).take([4]).int()).abs().max() <= 2
     assert data.skipped == []
 
 
@@ -279,6 +281,12 @@ def test_a_huge_jpeg_is_used_and_a_huge_png_is_not(
     assert grown < 300, f"{grown:.0f} MB more, where the whole picture takes 400 MB in grey"
 
 
+def test_a_huge_progressive_jpeg_is_not_used(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
+    """Its decoder holds all of it, at any scale."""
+    progressive = huge_jpeg(20_000).replace(b"\xff\xc0", b"\xff\xc2", 1)
+    assert "decompression bomb" in dict(opened(make_folder(2, {"huge.jpg": progressive})).skipped)["huge.jpg"]
+
+
 def huge_jpeg(side: int) -> bytes:
     """A grey JPEG of side x side pixels, all 128, without ever holding them: every block has the same six bits."""
     data = bytearray(file_of(Image.new("L", (8, 8), 128), "JPEG"))
@@ -302,6 +310,15 @@ def test_a_thousand_good_and_fifteen_bad(
         stream.advance()
     stream.close()
     assert sorted(file for file, _ in data.skipped) == sorted(bad)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_what_exif_turns_is_cropped_as_it_is_shown(
+    format: str, loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], picture: Picture
+) -> None:
+    folder = make_folder(0, {"a.png": file_of(picture(5), "PNG"), "turned.png": rotated(picture(5), format)})
+    straight, turned = opened(folder, loader=loader, image_size=(12, 30)).take([0, 1]).int()
+    assert (straight - turned).abs().float().mean() < 3
 
 
 def test_colour_and_grey_mix(

@@ -17,6 +17,7 @@ import torch
 
 import fastdcgan
 from fastdcgan.data import Dataset
+from fastdcgan.data import pack as packing
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.pack import pack
 from fastdcgan.errors import UserError
@@ -223,3 +224,48 @@ def test_a_plain_array_without_a_note_is_a_set_too(tmp_path: Path, opened: Calla
     np.save(tmp_path / "mine.npy", np.full((5, 16, 16, 1), 7, np.uint8))
     data = opened(tmp_path / "mine.npy")
     assert (data.count, data.channels, data.labels, data.flip) == (5, 1, None, False)
+
+
+def test_a_packed_set_is_flipped_as_what_it_was_packed_from(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    """Digits read differently in a mirror, also in colour."""
+    assert not opened(pack("digits", image_size=SIZE, channels=3, out=tmp_path / "set.npy")).flip
+
+
+def test_random_crops_are_packed_from_the_seed(
+    tmp_path: Path, make_folder: Callable[..., Path], encoded: Callable[..., bytes], opened: Callable[..., Dataset]
+) -> None:
+    folder = make_folder(0, {f"{k}.jpg": encoded(k, size=(90, 16)) for k in range(3)})
+    for seed in (0, 1):
+        out = pack(str(folder), image_size=SIZE, out=tmp_path / f"set-{seed}.npy", crop="random", seed=seed)
+        assert torch.equal(opened(out).take(range(3)), opened(folder, crop="random", seed=seed).take(range(3)))
+    with pytest.raises(UserError, match="holds something else"):
+        pack(str(folder), image_size=SIZE, out=out, crop="random", seed=2)
+
+
+def test_strict_packs_nothing_where_one_file_is_broken(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"bad\.jpg: .*--strict"):
+        pack(str(make_folder(5, {"bad.jpg": b"text"})), image_size=SIZE, out=tmp_path / "set.npy", strict=True)
+    assert leftovers(tmp_path) == []
+
+
+def test_rows_are_on_the_disk_before_the_journal_and_the_name_say_so(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    sync, write, replace = os.fsync, packing.write_json, os.replace
+
+    def note(name: str, whole: Callable[..., object]) -> Callable[..., object]:
+        return lambda *arguments: (done.append(name), whole(*arguments))[1]
+
+    def write_json(path: Path, content: dict[str, object]) -> None:
+        if content.get("next"):
+            done.append("journal")
+        write(path, content)
+
+    monkeypatch.setattr(os, "fsync", note("sync", sync))
+    monkeypatch.setattr(packing, "write_json", write_json)
+    monkeypatch.setattr(packing.os, "replace", note("replace", replace))
+    pack(str(make_folder(5)), image_size=SIZE, out=tmp_path / "set.npy")
+    written = [each for each in done if each != "replace"]
+    assert written == ["sync", "journal", "sync"]
+    assert done[-1] == "replace"

@@ -309,6 +309,8 @@ def bench(
         raise UserError(f"--block-seconds {block_seconds:g} is not possible: a number above 0")
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is not a folder: give one that holds image files")
+    if data is not None and (per_layer or follow):
+        raise UserError("--per-layer and --follow are about the step alone: leave them or --data out")
     if json is not None:
         if json.is_dir():
             raise UserError(f"--json {json} is a folder: give the name of a file")

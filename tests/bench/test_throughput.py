@@ -230,6 +230,8 @@ def test_a_damaged_file_is_a_line_for_the_user(tmp_path, monkeypatch):
         ["--batch-size"],
         ["--repetitions", "0"],
         ["--data", "nowhere"],
+        ["--data", ".", "--follow"],
+        ["--data", ".", "--per-layer"],
     ],
 )
 def test_mistakes_on_the_command_line(arguments):

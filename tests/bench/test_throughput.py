@@ -335,6 +335,7 @@ def test_our_executors_are_what_their_names_say(monkeypatch):
 
     def make_executor(step, compile, cuda_graph):
         made.append((compile, cuda_graph))
+        step.compiled = compile
         return SimpleNamespace(run=lambda: None)
 
     monkeypatch.setattr(contenders, "make_executor", make_executor)

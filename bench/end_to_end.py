@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -120,7 +121,8 @@ def ask(row: Row, contestant: Contestant, method: str, data: Path) -> Any:
     try:
         return contestant.ask(method)
     except Failed as failure:
-        hint = f"; fastdcgan data check {data} lists damaged files" if row.contender in ("example", "skilled") else ""
+        check = shlex.join(["fastdcgan", "data", "check", str(data)])
+        hint = f"; {check} lists damaged files" if row.contender in ("example", "skilled") else ""
         raise UserError(f"{row.contender} cannot be measured: {failure}{hint}") from None
 
 

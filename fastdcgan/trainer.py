@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import os
 import signal
 import sys
@@ -241,14 +242,15 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         with watch.writing():
             report_skipped(skipped, folder)
     stream.close()
+    go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
     if saver.lost is not None:
         kept = [int(each.name[5:]) for each in complete(folder)]
         raise UserError(
             f"step {saver.lost:,} could not be saved (see above); the last saved step is {max(kept, default='none')}:"
-            f" make room, then fastdcgan train --run-dir {folder} --resume"
+            f" make room, then {go_on}"
         )
     if done < total:
-        say(f"stopped after step {done:,} of {total:,}; to go on: fastdcgan train --run-dir {folder} --resume")
+        say(f"stopped after step {done:,} of {total:,}; to go on: {go_on}")
         raise Interrupted(stop.number)
     most = peak_memory(device) / 2**20
     say(f"done: {folder / 'samples' / f'step-{done:06d}.png'}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))

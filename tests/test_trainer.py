@@ -310,14 +310,14 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     process = start(run, steps=100_000)
     while not (run / "checkpoints" / "step-000003").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == code, said
-    assert f"fastdcgan train --run-dir {run} --resume" in said and "Traceback" not in said
+    assert f"fastdcgan train --run-dir '{run}' --resume" in said and "Traceback" not in said
     step = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["step"]
     assert f"stopped after step {step:,}" in said
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Set

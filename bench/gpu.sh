@@ -129,6 +129,7 @@ fi
 section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
 section "discriminator memory" 30 "$PYTHON" -m fastdcgan.bench.discriminator_memory --json "$OUT/discriminator-memory.json"
 section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
+section cuts 90 "$PYTHON" -m fastdcgan.bench.batch_norm_cuts --json "$OUT/cuts.json"
 section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
     --json "$OUT/kernels-groups-2.json"
 section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"

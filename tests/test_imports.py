@@ -132,7 +132,16 @@ def test_it_trains_where_neither_triton_nor_dali_nor_unix_is(tmp_path: Path) -> 
 
 def test_what_a_gpu_machine_runs_needs_torch_triton_and_numpy_alone():
     """As `bench/gpu.sh` says; scipy it asks for."""
-    modules = ("throughput", "profiling", "kernels_table", "discriminator_memory", "end_to_end", "data_path", "feeding")
+    modules = (
+        "throughput",
+        "profiling",
+        "kernels_table",
+        "discriminator_memory",
+        "batch_norm_cuts",
+        "end_to_end",
+        "data_path",
+        "feeding",
+    )
     script = (
         "import sys\n"
         "for name in ('tyro', 'nvidia.dali', 'webdataset', 'scipy', 'matplotlib'): sys.modules[name] = None\n"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdcgan import checkpoint, models
 from fastdcgan.config import TrainConfig
@@ -128,6 +129,64 @@ def test_every_place_in_a_large_image_is_drawn() -> None:
     assert views.see(torch.ones(4000, 1, 512, 1, dtype=torch.bfloat16), REAL).dtype == torch.bfloat16
 
 
+def test_what_is_drawn_is_spread_as_the_papers_have_it() -> None:
+    """The other tests of whole updates take the draws as they are."""
+    step = make_step(loss="wgan-gp", diffaugment=True, instance_noise=0.1)
+    seen: dict[str, list[Tensor]] = {"mixture": [], "draws": [], "noise": []}
+    for _ in range(100):
+        step.draw()
+        assert step.mixture is not None and step.views.draws is not None and step.views.noise is not None
+        for name, values in zip(seen, (step.mixture, step.views.draws, step.views.noise), strict=True):
+            seen[name].append(values.flatten().clone())
+    found = {name: torch.cat(values) for name, values in seen.items()}
+    for name in ("mixture", "draws"):  # uniform in 0..1
+        assert 0 <= found[name].min() < 0.05 and 0.95 < found[name].max() <= 1, name
+        assert abs(found[name].mean() - 0.5) < 0.07, name  # 600 draws or more: six times the mean's deviation
+    assert abs(found["noise"].mean()) < 0.01 and abs(found["noise"].std() - 1) < 0.01  # of 1.4 million, as N(0, 1)
+
+
+def test_no_buffer_of_a_stabiliser_moves() -> None:
+    """A captured graph goes on reading and writing where they lay when it was recorded."""
+    step = make_step(**EACH["all"])
+
+    def places() -> dict[str, int]:
+        buffers = {name: value for name, value in step.state().items() if name != "rng"}
+        buffers |= {"views.draws": step.views.draws, "views.noise": step.views.noise, "level": step.views.level}
+        buffers |= {"mixture": step.mixture}  # type: ignore[dict-item]
+        return {name: value.data_ptr() for name, value in buffers.items()}
+
+    before = places()
+    for _ in range(2):
+        step.at(0.5)
+        step.update()
+    step.load_state({name: value.clone() for name, value in step.state().items()})
+    assert places() == before
+
+
+def test_no_stabiliser_waits_for_the_host() -> None:
+    """Nor has a number of its own on the host, which a captured graph would repeat."""
+    step = make_step(**EACH["all"])
+    with NoHostNumbers():
+        step.update()
+    with pytest.raises(AssertionError, match="to the host"), NoHostNumbers():
+        float(step.views.level)  # the check can fail
+
+
+class NoHostNumbers(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func.overloadpacket.__name__ != "_local_scalar_dense", "a number goes to the host"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_first_update_divides_by_a_singular_value_already() -> None:
+    """Not by what a random vector makes of it, which can be a tenth."""
+    step = make_step(torch.float64, spectral_norm=True)
+    assert step.spectral is not None
+    for name, normalised in step.spectral.normalised().items():
+        largest = torch.linalg.svdvals(normalised.flatten(1))[0].item()
+        assert 1 - 1e-9 < largest < 1.02, f"{name}: {largest}"  # 15 iterations: within 2%
+
+
 def test_spectral_norm_is_the_largest_singular_value() -> None:
     step = make_step(torch.float64, spectral_norm=True)
     assert step.spectral is not None
@@ -173,6 +232,37 @@ def test_the_saved_discriminator_is_the_one_that_computes() -> None:
     plain.load_state_dict(step.weights()["discriminator"])
     torch.testing.assert_close(plain(images), step.discriminate_aside(images))
     assert not torch.allclose(step.discriminator(images), step.discriminate_aside(images))
+
+
+def test_the_saved_discriminator_is_of_the_masters() -> None:
+    """Under bfloat16 too: over their singular value, and not rounded."""
+    step = make_step(spectral_norm=True, precision="bf16")
+    step.update()
+    assert step.spectral is not None
+    saved = step.weights()["discriminator"]
+    for name in step.spectral.parameters:
+        master = step.adam_d.masters[name]
+        assert saved[name].dtype == torch.float32
+        sigma = master.norm() / saved[name].norm()
+        torch.testing.assert_close(saved[name] * sigma, master, rtol=1e-5, atol=0)  # a few float32 roundings of 6e-8
+
+
+def test_under_bfloat16_singular_values_and_penalties_are_float32s() -> None:
+    weight = torch.randn(8, 6, 4, 4).bfloat16()
+    norm = SpectralNorm({"w": weight}, torch.Generator().manual_seed(0))
+    exact = weight.float() / (norm.left["w"] @ weight.float().flatten(1) @ norm.right["w"])
+    assert torch.equal(norm.normalised()["w"], exact.bfloat16())  # one rounding, at the end
+    x = torch.randn(5, 2, 3, 3).bfloat16().requires_grad_()
+    for penalty in (r1_penalty, gradient_penalty):
+        assert penalty(smooth(x), x).dtype == torch.float32
+
+
+def test_a_penalty_of_a_flat_discriminator_has_a_gradient() -> None:
+    """At norm 0 the root's own is infinite, and 0 times that is not a number."""
+    x, weight = torch.randn(5, 2, 3, 3, requires_grad=True), torch.zeros(18, requires_grad=True)
+    penalty = gradient_penalty(x.flatten(1) @ weight, x)
+    (gradient,) = torch.autograd.grad(penalty, weight)
+    assert penalty.item() == pytest.approx(1, abs=1e-5) and gradient.isfinite().all()  # (0 - 1)^2, but for the 1e-12
 
 
 def smooth(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,31 @@ def test_cuda_graph_on_needs_a_gpu() -> None:
         make_executor(make_step(), compile=False, cuda_graph="on")
 
 
+@pytest.mark.parametrize(
+    ("compile", "cuda_graph", "expected"),
+    [
+        (False, "auto", "eager"),
+        (True, "auto", "captured"),
+        (False, "off", "eager"),
+        (True, "off", "compiled"),
+        (False, "on", "captured"),
+        (True, "on", "captured"),
+    ],
+)
+def test_who_runs_the_step_on_a_gpu(
+    compile: bool, cuda_graph: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the step, of which no update is asked."""
+    monkeypatch.setattr("fastdcgan.step.why_not_compiled", lambda kind: None)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    compiled: list[bool] = []
+    source = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    step = SimpleNamespace(source=source, compile=lambda: compiled.append(True))
+    executor = make_executor(step, compile=compile, cuda_graph=cuda_graph)  # type: ignore[arg-type]
+    assert executor.name == expected and compiled == [True] * compile
+    assert not isinstance(executor, Captured) or executor.require == (cuda_graph == "on")
+
+
 def test_where_nothing_can_be_compiled_the_step_runs_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -314,6 +340,36 @@ def test_bf16_keeps_float32_masters(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (torch.cat([v.detach().reshape(-1) for v in vs]) for vs in (moved, moved_exactly))
     # bfloat16 has 3 digits and Adam's first steps are signs: the directions agree, the numbers do not.
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
+
+
+def test_both_networks_move_with_the_betas_that_were_given() -> None:
+    step = make_step(dtype=torch.float64, betas=(0.2, 0.9))
+    step.update()  # the moments are now (1 - beta1) times the gradients and (1 - beta2) times their squares
+    for adam in (step.adam_g, step.adam_d):
+        for name, moment in adam.exp_avg.items():
+            torch.testing.assert_close(adam.exp_avg_sq[name], (1 - 0.9) * (moment / (1 - 0.2)).square())
+
+
+def test_each_part_of_the_step_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append((function.__name__, options)))
+    make_step().compile()
+    whole = {"fullgraph": True, "dynamic": False}
+    assert compiled == [(name, whole) for name in ("generate", "discriminator_loss", "generator_loss")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_tf32_is_switched_on_where_it_is_asked_for(precision: str) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
+    try:
+        cudnn.allow_tf32 = matmul.allow_tf32 = precision != "tf32"
+        cudnn.benchmark = False
+        make_step(precision=precision)
+        assert cudnn.allow_tf32 == matmul.allow_tf32 == (precision == "tf32")
+        assert cudnn.benchmark  # sizes never change: the fastest algorithm is worth looking for
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
 def test_gradient_norms_are_of_the_gradients() -> None:
@@ -417,7 +473,7 @@ class StandInGraph:
 
     def __init__(self) -> None:
         self.calls: list[str] = []
-        self.waits = 0
+        self.order: list[str] = []  # of what the streams do
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.calls.append("register")
@@ -429,28 +485,39 @@ class StandInGraph:
 def captured_with_stand_ins(
     monkeypatch: pytest.MonkeyPatch, require: bool, fails: bool, **options: object
 ) -> tuple[Captured, StandInGraph]:
-    from contextlib import contextmanager, nullcontext
+    from contextlib import contextmanager
 
-    graph = StandInGraph()
+    graph, step = StandInGraph(), make_step(**options)
 
     class Stream:
-        def wait_stream(self, other: object) -> None:
-            graph.waits += 1
+        name = "side"
+
+        def wait_stream(self, other: Stream) -> None:
+            graph.order.append(f"{self.name} waits for {other.name}")
+
+    class Current(Stream):
+        name = "current"
+
+    @contextmanager
+    def enter(stream: Stream):  # type: ignore[no-untyped-def]
+        before = int(step.adam_g.steps)
+        yield
+        graph.order.append(f"{int(step.adam_g.steps) - before} update on {stream.name}")
 
     @contextmanager
     def record(*args: object, **kwargs: object):  # type: ignore[no-untyped-def]
-        assert kwargs["capture_error_mode"] == "thread_local"
+        assert kwargs["capture_error_mode"] == "thread_local" and kwargs["stream"].name == "side"
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         graph.calls.append("capture")
         yield
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Current)
+    monkeypatch.setattr(torch.cuda, "stream", enter)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    return Captured(make_step(**options), require), graph
+    return Captured(step, require), graph
 
 
 def test_captured_warms_up_with_ordinary_steps_then_records_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +525,8 @@ def test_captured_warms_up_with_ordinary_steps_then_records_once(monkeypatch: py
     for _ in range(Captured.WARM_UP):
         executor.run()
     assert graph.calls == [] and executor.step.adam_g.steps == Captured.WARM_UP
-    assert graph.waits == 2 * Captured.WARM_UP  # the side stream for what came before, and the other for it
+    warm_up = ["side waits for current", "1 update on side", "current waits for side"]
+    assert graph.order == warm_up * Captured.WARM_UP
     for _ in range(4):
         executor.run()
     assert graph.calls == ["register", "capture", "replay", "replay", "replay", "replay"]
@@ -512,6 +580,7 @@ def test_where_capture_fails_the_reason_is_logged_once(
     assert executor.step.adam_g.steps == 6 and "replay" not in graph.calls and executor.name == "compiled"
     said = [r.getMessage() for r in caplog.records if "cannot be captured" in r.getMessage()]
     assert len(said) == 1 and "(operation not permitted when stream is capturing)" in said[0]
+    assert torch.equal(run_alone(executor.step, 0), run_alone(make_step(), 6)), "the same run as without the attempt"
     required, _ = captured_with_stand_ins(monkeypatch, require=True, fails=True)
     with pytest.raises(UserError, match="--cuda-graph auto"):
         for _ in range(6):
@@ -535,6 +604,9 @@ def test_a_capture_that_fails_half_way_leaves_a_step_that_works(
         executor.run()
     assert graph.calls == ["register", "capture", "failed"] and executor.name == "compiled"
     assert executor.step.adam_g.steps == 6 and executor.step.updates == 6
+    plain = make_step()
+    run_alone(plain, 6)
+    assert torch.equal(executor.step.rng.get_state(), plain.rng.get_state()), "what the capture drew is drawn again"
     assert any("operation not permitted" in record.getMessage() for record in caplog.records)
 
 

@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fastdcgan import checkpoint, distributed, models, reference
+from fastdcgan.checkpoint import Checkpoint
+from fastdcgan.distributed import ALONE, World, join
 from fastdcgan.errors import UserError
+from fastdcgan.saver import position
 
 STEPS, BATCH = 10, 8  # of all processes together
 FLAGS = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 8 --log-every 3 --sample-every 6 --device cpu"
@@ -72,6 +76,68 @@ def trained_together(tmp_path: Path, **options: bool) -> tuple[dict[str, Any], l
         errors = process.communicate(timeout=180)[1]
         assert process.returncode == 0, errors
     return joint, [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+
+
+def test_no_two_processes_of_any_machine_draw_the_same() -> None:
+    worlds = [World(rank, 4, rank % 2) for rank in range(4)]  # two machines with two processes each
+    assert len({world.seed(7) for world in worlds}) == 4
+    assert worlds[0].seed(7) == ALONE.seed(7) == 7
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("rank", range(4))
+def test_the_first_process_of_each_machine_goes_ahead(rank: int, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two machines with two processes each; each process meets the others once, whatever becomes of its work."""
+    order = []
+    monkeypatch.setattr(dist, "barrier", lambda: order.append("meet"))
+
+    def work() -> None:
+        with World(rank, 4, rank % 2).first_on_each_machine():
+            order.append("work")
+            if fails:
+                raise UserError("no such file")
+
+    if fails:
+        with pytest.raises(UserError):
+            work()
+    else:
+        work()
+    assert order == (["meet", "work"] if rank % 2 else ["work", "meet"])
+
+
+def test_means_and_doubts_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[object] = [{"loss": 3.0, "d": 0.5}, True, False]
+    monkeypatch.setattr(dist, "all_gather_object", lambda into, own: into.__setitem__(slice(2), [own, others.pop(0)]))
+    assert World(0, 2).means({"loss": 1.0, "d": 0.0}) == {"loss": 2.0, "d": 0.25}
+    assert World(0, 2).any(False) and not World(0, 2).any(False)
+
+
+def test_each_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sixth of eight is the second on its machine; and after a restart none reads what was said before it."""
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(name, value)
+    taken, begun = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 5, 8)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: prefix)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: begun.append((backend, how)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert join(torch.device("cuda")) == World(5, 8, 1) and taken == [1]
+    assert begun == [("cpu:gloo,cuda:nccl", {"store": "restart-2", "rank": 5, "world_size": 8})]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="has 1 GPUs, fewer than the processes started on it"):
+        join(torch.device("cuda"))
+    assert len(taken) == len(begun) == 1
+
+
+def test_other_processes_go_on_where_all_have_been() -> None:
+    """And know what each has found to be broken."""
+    positions = [{"taken": 9, "unusable": [3]}, {"taken": 7, "unusable": [1, 3]}, {"taken": 8, "unusable": []}]
+    saved = Checkpoint({}, {"data": positions})
+    assert position(saved, ALONE) == {"taken": 7, "unusable": [1, 3]}
+    positions[1]["unusable"] = []
+    assert position(saved, World(1, 2)) == {"taken": 7, "unusable": [3]}
+    assert [position(saved, World(rank, 3)) for rank in range(3)] == positions
 
 
 def torchrun(run: Path, *more: str, steps: int, restarts: int = 0) -> subprocess.Popen[str]:

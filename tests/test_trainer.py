@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.monitor import Monitor, save_grid
 from fastdcgan.runs import RunFolder, choose_folder, load_run
-from fastdcgan.saver import restore
+from fastdcgan.saver import restore, write
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
 from fastdcgan.watch import Watch
@@ -118,6 +119,8 @@ def test_resume_is_the_same_run(straight: Path, tmp_path: Path, stop: int) -> No
     assert_equal_bits(run, straight, 12)
     assert metrics(run)[-1] == metrics(straight)[-1]
     assert [line["step"] for line in metrics(run)][-2:] == [8, 12]
+    if stop == 5:  # the checkpoint has the first three steps of the line that the fourth one ends
+        assert metrics(run)[-3] == metrics(straight)[-3]
 
 
 def test_random_numbers_of_another_kind_of_device_are_drawn_anew(
@@ -131,6 +134,24 @@ def test_random_numbers_of_another_kind_of_device_are_drawn_anew(
     assert "another kind of device" in capsys.readouterr().err
     assert torch.equal(step.weights()["generator"]["main.0.weight"], saved.tensors["generator"]["main.0.weight"])
     step.update()
+    drawn = step.noise.clone()
+    saved.progress["step"] = 9
+    restore(step, saved, ALONE)
+    step.update()
+    assert not torch.equal(step.noise, drawn), "not the same from wherever a run goes on"
+
+
+@pytest.mark.parametrize("kind", checkpoint.TENSOR_FILES)
+def test_a_checkpoint_that_is_not_finite_is_not_written(
+    kind: str, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor one whose weights are and whose moments are not: none of its weights would ever move again."""
+    taken = checkpoint.load(straight / "checkpoints" / "step-000012")
+    values = next(value for value in taken.tensors[kind].values() if value.is_floating_point() and value.dim())
+    values.view(-1)[-1] = torch.inf
+    run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
+    assert write(run, taken) is None  # type: ignore[arg-type]
+    assert "no checkpoint at step 12" in capsys.readouterr().err and not checkpoint.complete(run.path)
 
 
 def small_step() -> TrainStep:

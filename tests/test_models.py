@@ -72,6 +72,37 @@ def test_patches_are_the_convolutions(grid: tuple[int, int]) -> None:
     torch.testing.assert_close(patches.conv_transpose2d(y, weight), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("intel", [False, True])
+def test_small_grids_are_matrix_products_where_those_are_faster(
+    dtype: torch.dtype, intel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of up to 7 columns: one convolution of each network."""
+    monkeypatch.setattr(patches, "FAST_SGEMM", intel)
+    grids: list[int] = []
+    for name, side in (("conv2d", -1), ("conv_transpose2d", 0)):
+        operation = getattr(patches, name)
+        monkeypatch.setattr(
+            patches,
+            name,
+            lambda x, weight, operation=operation, side=side: (
+                grids.append(x.shape[-1] >> -side),
+                operation(x, weight),
+            )[1],
+        )
+    for size, expected in ((64, [4]), (56, [7]), (48, [6]), (28, [7])):
+        grids.clear()
+        generator, discriminator = models.Generator(size, 3, 5, 4), models.Discriminator(size, 3, 4)
+        for layer in (*generator.modules(), *discriminator.modules()):
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
+                layer.to(dtype)
+        images = generator(torch.randn(2, 5, dtype=dtype))
+        by_g = grids.copy()
+        grids.clear()
+        discriminator(images)
+        assert (by_g, grids) == ((expected, expected) if intel or dtype != torch.float32 else ([], [])), size
+
+
 def test_patches_differentiate_twice() -> None:
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)

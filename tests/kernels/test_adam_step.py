@@ -56,6 +56,34 @@ def test_the_numbers_of_torch(dtype):
     torch.testing.assert_close(emas[2], true_ema, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_large_eps_a_copy_and_an_average_far_away(compiled):
+    """The first update by its formula: both corrected moments are then the gradient and its square."""
+    param, grad = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, -0.25, 0.0])
+    expected = param - 0.1 * grad / (grad.abs() + 0.25)
+    copy, ema, moments = torch.empty(3, dtype=torch.bfloat16), torch.full((3,), 100.0), torch.zeros(2, 3)
+
+    def run():
+        step, decay = torch.zeros(()), torch.tensor(0.9)
+        adam_step(
+            [param],
+            [grad],
+            [moments[0]],
+            [moments[1]],
+            step,
+            lr=torch.tensor(0.1),
+            eps=0.25,
+            copies=[copy],
+            emas=[ema],
+            ema_decay=decay,
+        )
+
+    (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)()
+    torch.testing.assert_close(param, expected)
+    assert torch.equal(copy, param.bfloat16())
+    torch.testing.assert_close(ema, 90 + 0.1 * expected)
+
+
 def test_low_precision_gradients():
     params, grads, *moments = state(torch.float32)
     twins, _, *twin_moments = state(torch.float32)

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,15 +35,15 @@ def test_float64(check_batch_norm_act_reference, dtype, training):
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
 def test_as_that_many_calls_of_the_modules(groups, slope):
     x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last)
-    norm, act = nn.BatchNorm2d(6), nn.LeakyReLU(slope)
+    norm, act = nn.BatchNorm2d(6, eps=0.3), nn.LeakyReLU(slope)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     running = norm.running_mean.clone(), norm.running_var.clone()
-    y = reference(x, norm.weight, norm.bias, *running, training=True, negative_slope=slope, groups=groups)
+    y = reference(x, norm.weight, norm.bias, *running, training=True, eps=0.3, negative_slope=slope, groups=groups)
     expected = torch.cat([act(norm(part)) for part in x.chunk(groups)])
     assert torch.equal(y, expected) and y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(running[0], norm.running_mean) and torch.equal(running[1], norm.running_var)
     norm.eval()
-    y = reference(x, norm.weight, norm.bias, *running, training=False, negative_slope=slope, groups=groups)
+    y = reference(x, norm.weight, norm.bias, *running, training=False, eps=0.3, negative_slope=slope, groups=groups)
     assert torch.equal(y, act(norm(x)))
 
 
@@ -114,6 +115,21 @@ def test_the_choice_is_logged_once(caplog, monkeypatch):
         for _ in range(3):
             batch_norm_act(torch.randn(4, 6, 3, 3), *channels(6), training=True)
     assert caplog.messages == ["batch_norm_act on cpu runs its reference implementation"]
+
+
+def test_the_log_says_why_a_gpu_does_without_triton(caplog, monkeypatch):
+    monkeypatch.setattr(backend, "_logged", set())
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    with caplog.at_level(logging.INFO, logger="fastdcgan.kernels"):
+        for missing in ("ImportError: nothing there", None):
+            monkeypatch.setattr(backend, "TRITON_MISSING", missing)
+            assert backend.use_triton("adam_step", on_gpu, "auto") == (missing is None)
+            assert not backend.use_triton("adam_step", torch.zeros(1), "auto")
+    assert caplog.messages == [
+        "adam_step on cuda runs its reference implementation (no Triton: ImportError: nothing there)",
+        "adam_step on cpu runs its reference implementation",
+        "adam_step on cuda runs its triton implementation",
+    ]
 
 
 def test_the_layers_left_to_the_compiler_are_those_it_was_measured_faster_on():

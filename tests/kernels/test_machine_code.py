@@ -133,6 +133,24 @@ def test_adam_step(compiled, tmp_path, capability):
     check(launches[1], capability, tmp_path, wide_loads=True, wide_stores=True, registers=96)
 
 
+@pytest.mark.parametrize("which", range(6), ids=["param", "grad", "exp_avg", "exp_avg_sq", "copy", "ema"])
+def test_adam_step_moves_16_bytes_at_once_only_where_they_lie_so(compiled, which):
+    """Of a tensor that starts between them it would fault, and after the last ones it would write over a neighbour."""
+
+    def wide_moves(start, size):
+        tensors = [torch.zeros(size, dtype=torch.bfloat16 if i == 4 else torch.float32) for i in range(6)]
+        tensors[which] = torch.zeros(start + size, dtype=tensors[which].dtype)[start:]
+        param, grad, exp_avg, exp_avg_sq, copy, ema = ([tensor] for tensor in tensors)
+        launches = compiled(90)
+        adam_step_triton.launch(
+            param, grad, exp_avg, exp_avg_sq, torch.zeros(()), 1e-3, (0.5, 0.999), 1e-8, copy, ema, torch.zeros(())
+        )
+        return launches[-1].asm["ptx"].count(".v4.")
+
+    assert wide_moves(0, 64) > wide_moves(1, 64)
+    assert wide_moves(0, 67) == 0
+
+
 @pytest.mark.parametrize("capability", TARGETS)
 def test_uint8_to_float(compiled, tmp_path, capability):
     launches = compiled(capability)

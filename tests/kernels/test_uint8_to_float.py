@@ -53,6 +53,7 @@ def test_errors():
         "flip is": lambda: uint8_to_float(images, index, torch.zeros(4, dtype=torch.bool)),
         "dtype is": lambda: uint8_to_float(images, dtype=torch.int32),
         "out is": lambda: uint8_to_float(images, index, out=torch.zeros(2, 3, 6, 5)),
+        "out is .* on meta": lambda: uint8_to_float(images, out=uint8_to_float(images).to("meta")),
         "but out is": lambda: uint8_to_float(images, dtype=torch.float16, out=torch.zeros(4, 3, 6, 5)),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -54,6 +54,18 @@ def test_against_torch(device, as_tensor):
     torch.testing.assert_close(param, twin.detach(), rtol=2e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_a_large_eps_and_an_average_far_away(device, as_tensor):
+    """The first update by its formula: both corrected moments are then the gradient and its square."""
+    param, grad = torch.randn(100, device=device), torch.randn(100, device=device)
+    expected = param - 0.1 * grad / (grad.abs() + 0.25)
+    ema, state = torch.full_like(param, 100), [[torch.zeros_like(param)] for _ in range(2)]
+    lr, decay = (torch.tensor(value, device=device) if as_tensor else value for value in (0.1, 0.9))
+    fused([param], [grad], *state, torch.zeros((), device=device), lr=lr, eps=0.25, emas=[ema], ema_decay=decay)
+    torch.testing.assert_close(param, expected)
+    torch.testing.assert_close(ema, 90 + 0.1 * expected)
+
+
 def test_misaligned_views(device):
     """Tensors that start in the middle of a buffer, where 16-byte loads would fault or read a neighbour."""
     flat = [torch.randn(101, device=device).abs() for _ in range(4)]

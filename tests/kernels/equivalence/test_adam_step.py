@@ -135,6 +135,16 @@ def test_without_momentum_the_first_moment_is_the_gradient(device):
     torch.testing.assert_close(state[0][0], torch.full((3,), 1e-3, device=device), rtol=1e-6, atol=0)
 
 
+def test_opcheck(device):
+    """Among others that it changes what it says it changes, and nothing else."""
+    lists = [[torch.rand(5, device=device), torch.rand(4, 3, device=device)] for _ in range(4)]
+    copies, emas = [torch.zeros(5, dtype=torch.bfloat16, device=device)], [torch.zeros(4, 3, device=device)]
+    step, lr = torch.zeros((), device=device), torch.tensor(0.1, device=device)
+    torch.library.opcheck(
+        adam_step_triton.update, (*lists, step, lr, 0.0, 0.5, 0.999, 1e-8, copies, [0], emas, [1], None, 0.9)
+    )
+
+
 def test_compile(device):
     params = [torch.randn(5, device=device, requires_grad=True), torch.randn(4, 3, device=device, requires_grad=True)]
     grads = [torch.randn_like(p) for p in params]

@@ -631,8 +631,10 @@ def test_a_checkpoint_that_links_out_of_its_run_is_refused(tmp_path: Path) -> No
     assert load_run(tmp_path / "alias").step == 3
 
 
-def test_tutorial_pair_trains(tmp_path: Path) -> None:
-    run = train(small(tmp_path / "run", arch="tutorial", image_size=None, gen_width=None, steps=3))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tutorial_pair_trains(tmp_path: Path, precision: str) -> None:
+    changes = {"arch": "tutorial", "image_size": None, "gen_width": None, "precision": precision}
+    run = train(small(tmp_path / "run", steps=3, **changes))
     assert load_run(run).generator(torch.randn(2, 8)).shape == (2, 1, 28, 28)
 
 

@@ -25,6 +25,7 @@ def test_every_side_has_the_stages_its_form_says() -> None:
         ((7, 7), "8 and 10"),
         ((64, 128), "64x112"),
         ((100, 60), "96x64"),
+        ((64, 48), "56x48"),
     ],
 )
 def test_an_impossible_size_names_the_nearest(size: tuple[int, int], nearest: str) -> None:

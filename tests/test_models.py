@@ -48,6 +48,16 @@ def test_discriminator(size: int | tuple[int, int], groups: int) -> None:
     assert_same(slow.eval(), fast.eval(), x)
 
 
+@pytest.mark.parametrize("kind", ["Generator", "Discriminator"])
+def test_first_weights_are_the_references(kind: str) -> None:
+    states = []
+    for module in (reference, models):
+        torch.manual_seed(3)
+        states.append(getattr(module, kind)(32, width=4).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
 def test_weights_lie_channels_last() -> None:
     for network in (models.Generator(32, width=8), models.Discriminator(32, width=8)):
         assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)

@@ -372,6 +372,18 @@ def test_tf32_is_switched_on_where_it_is_asked_for(precision: str) -> None:
         cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
 
 
+def test_a_line_of_metrics_is_of_the_steps_since_the_last() -> None:
+    step, whole = make_step(), make_step()
+    run_alone(whole, 3)
+    run_alone(step, 2)
+    first = step.read_metrics()
+    run_alone(step, 1)
+    last = step.read_metrics()
+    for name, value in whole.read_metrics().items():
+        assert value == pytest.approx((2 * first[name] + last[name]) / 3), name
+        assert last[name] != first[name]
+
+
 def test_gradient_norms_are_of_the_gradients() -> None:
     step = make_step(dtype=torch.float64)
     step.update()  # Adam's first moments are now (1 - beta1) times the gradients

@@ -49,9 +49,10 @@ def waiting(stream: Stream, run: Callable[[], None], device: torch.device, round
 
     steps = math.ceil(seconds / block(1, True))
     shares = []
-    for _ in range(rounds):
-        fed, again = block(steps, True), block(steps, False)
-        shares.append(1 - again / fed)
+    for number in range(rounds):
+        first = number % 2 == 0  # in turn, or a machine that slows down would seem to wait
+        seconds_of = {fed: block(steps, fed) for fed in (first, not first)}
+        shares.append(1 - seconds_of[False] / seconds_of[True])
     return shares
 
 

@@ -27,18 +27,21 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_waiting_is_what_the_next_batch_adds_to_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
+    clock, seen = [0.0], []
 
     class Slow:
         def advance(self) -> None:
             clock[0] += 1
+            seen.append("next")
 
     def run() -> None:
         clock[0] += 3
+        seen.append("run")
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     assert feeding.waiting(Slow(), run, CPU, rounds=3, seconds=10) == [0.25] * 3  # type: ignore[arg-type]
-    assert clock[0] == 4 + 3 * 3 * (4 + 3)  # a step to see how long one is, then blocks of 10 seconds: three steps
+    fed, again = ["next", "run"] * 3, ["run"] * 3  # of 10 seconds, that is of three steps
+    assert seen == ["next", "run", *fed, *again, *again, *fed, *fed, *again]
 
 
 @pytest.mark.parametrize(

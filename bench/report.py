@@ -98,11 +98,11 @@ def feeding_lines(found: Results) -> list[str]:
     """What the step waits for its images once they are decoded."""
     lines = []
     for stem, content in of_kind(found, "feeding"):
-        shares = ", ".join(f"{max(row['share'], 0):.1%} with images in {KEPT[row['kept']]}" for row in content["rows"])
+        shares = ", ".join(f"{max(row['share'], 0):.1%} from {KEPT[row['kept']]}" for row in content["rows"])
         beside = [row["copies_beside_kernels"] for row in content["rows"] if "copies_beside_kernels" in row]
         lines.append(
-            f"- From the second epoch on a step of {content['batch_size']}{on_gpu(content)} waits for its images for"
-            f" {shares} of its time"
+            f"- From the second epoch on a step of {content['batch_size']}{on_gpu(content)} waits for its images,"
+            f" as a share of its time: {shares}"
             + (f"; {beside[0]:.0%} of the time of copies from the host kernels run beside them" if beside else "")
             + f" ({cited(stem)})."
         )

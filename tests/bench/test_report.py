@@ -150,8 +150,8 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         ),
         (
             "feeding",
-            "a step of 128 on Some GPU waits for its images for 0.0% with images in GPU memory, 1.2% with images in"
-            " host memory of its time; 98% of the time of copies from the host kernels run beside them",
+            "a step of 128 on Some GPU waits for its images, as a share of its time: 0.0% from GPU memory, 1.2% from"
+            " host memory; 98% of the time of copies from the host kernels run beside them",
         ),
         ("start-cold", "takes 41 s, in later runs, from the compiler's cache, 10 s"),
         (

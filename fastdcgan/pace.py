@@ -32,7 +32,7 @@ class Pace:
         self.every = {name: asked[name] or usual for name, usual in USUAL.items()}
         self.trials = {name: 0 if asked[name] is None else TRIALS for name in USUAL}
         self.world, self.device = world, device
-        self.mark, self.step_seconds = (0, time.monotonic()), math.inf
+        self.mark, self.step_seconds = (0, time.perf_counter()), math.inf
         self.listening = 1  # steps between two exchanges of whether to stop: as long as no step has been timed, each
 
     @property
@@ -50,11 +50,11 @@ class Pace:
 
     def start(self, done: int) -> None:
         """Steps take their usual time from here on: the first one compiles."""
-        self.mark = done, time.monotonic()
+        self.mark = done, time.perf_counter()
 
     def tick(self, done: int) -> None:
         """`done` steps are over, and the device has done them: a log point has read their losses."""
-        now = time.monotonic()
+        now = time.perf_counter()
         if done > self.mark[0]:
             self.step_seconds = (now - self.mark[1]) / (done - self.mark[0])
             self.listening = self.world.share(max(int(HEARD_WITHIN / self.step_seconds), 1))
@@ -67,10 +67,10 @@ class Pace:
             yield
             return
         self._wait()
-        start = time.monotonic()
+        start = time.perf_counter()
         yield
         self._wait()
-        seconds = time.monotonic() - start
+        seconds = time.perf_counter() - start
         self.trials[name] += 1
         if self.trials[name] == TRIALS:
             self.every[name] = self.world.share(stretched(self.every[name], seconds, self.step_seconds))

@@ -1,8 +1,9 @@
 """Other ways to cut the tensors of `batch_norm_act` into programs, against the one that `plan` gives. Needs a GPU.
 
-    python -m fastdcgan.bench.batch_norm_cuts --layers 128x256x4x4 1024x256x16x16 --json cuts.json
+    python -m fastdcgan.bench.batch_norm_cuts [--layers 128x256x4x4 1024x256x16x16] --json cuts.json
 
-For another GPU than an H200, or layers that were not measured: where a cut is faster, `plan` in
+For another GPU than an H200, or layers that were not measured; by default those that the dispatcher leaves to
+torch.compile, which was faster there, each as so many samples of one pixel. Where a cut is faster, `plan` in
 `kernels/batch_norm_act_triton.py` is the place for it. Times are of both launches forward and of all four, median, many
 in one CUDA graph one after another. A cut changes the last bits of the statistics and nothing else.
 """
@@ -10,7 +11,6 @@ in one CUDA graph one after another. A cut changes the last bits of the statisti
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,11 @@ from torch import Tensor
 
 from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.kernels import batch_norm_act_op as op
-from fastdcgan.kernels.batch_norm_act_triton import Plan, plan
+from fastdcgan.kernels.batch_norm_act import COMPILED_IS_FASTER
+from fastdcgan.kernels.batch_norm_act_triton import Plan, cut, plan, splits_for
 
-# The layers for which torch.compile's own kernels were faster on an H200.
-LAYERS = ["128x256x4x4", "128x128x8x8", "128x64x16x16", "1024x256x16x16"]
+LAYERS = [f"{rows}x{channels}x1x1" for rows, channels in COMPILED_IS_FASTER]
 COLUMNS, TILES, PROGRAMS = (16, 32, 64, 128), (2048, 4096, 8192), (66, 132, 264, 528)
-
-
-def cut(rows: int, channels: int, groups: int, block_cols: int, tile: int, programs: int) -> Plan:
-    """So many columns and elements a tile, and about so many programs."""
-    block_rows = tile // block_cols
-    splits = max(programs // (-(-channels // block_cols) * groups), 1)
-    turns = -(-rows // (block_rows * splits))
-    return Plan(block_rows, block_cols, turns, -(-rows // (block_rows * turns)))  # no split without a row
 
 
 def candidates(rows: int, channels: int, groups: int) -> list[Plan]:
@@ -40,7 +32,10 @@ def candidates(rows: int, channels: int, groups: int) -> list[Plan]:
     shipped = plan(rows, channels, groups)
     tile = shipped.block_rows * shipped.block_cols
     programs = shipped.splits * -(-channels // shipped.block_cols) * groups
-    make = functools.partial(cut, rows, channels, groups)
+
+    def make(block_cols: int, tile: int, programs: int) -> Plan:
+        return cut(rows, tile // block_cols, block_cols, splits_for(programs, channels, groups, block_cols))
+
     others = [make(cols, tile, programs) for cols in COLUMNS if cols < 2 * channels]
     others += [make(shipped.block_cols, each, programs) for each in TILES]
     others += [make(shipped.block_cols, tile, each) for each in PROGRAMS]

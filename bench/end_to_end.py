@@ -152,18 +152,10 @@ def prepare_usual(
     entry: Entry, data: Path, shape: Shape, device: torch.device, cache_dir: Path
 ) -> tuple[float, Callable[[], int]]:
     """`example` and `skilled`: seconds of opening the data, and what trains an epoch. They keep no images."""
-    from torchvision import transforms
+    from fastdcgan.bench.data_path import usual_images
 
-    from fastdcgan.bench.data_path import FlatImageFolder
-
-    steps = [
-        transforms.Resize(min(shape.image_size)),
-        transforms.CenterCrop(shape.image_size),
-        transforms.ToTensor(),
-        transforms.Normalize(0.5, 0.5),
-    ]
     start = time.perf_counter()
-    dataset = FlatImageFolder(str(data), transforms.Compose(steps))
+    dataset = usual_images(data, shape.image_size)
     opened = time.perf_counter() - start
     zeros = torch.zeros(shape.batch_size, shape.channels, *shape.image_size, device=device)
     loaded = functools.partial(DataLoader, dataset, shape.batch_size, shuffle=True, drop_last=True)

@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdcgan.bench.contenders import Shape, fast_step, quiet
 from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.profiling import NO_KERNELS, WARM_UP, device_spans
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.data import Stream, open_dataset
@@ -31,7 +32,6 @@ from fastdcgan.processor import choose_device, choose_precision
 
 Span = tuple[float, float]  # begin and end
 PROFILED = 20  # steps
-WARM_UP = 5  # steps; a CUDA graph is captured in the fourth
 
 
 def waiting(stream: Stream, run: Callable[[], None], device: torch.device, rounds: int, seconds: float) -> list[float]:
@@ -63,15 +63,9 @@ def copies_and_kernels(step: Callable[[], None], trace: Path) -> tuple[list[Span
             step()
         torch.cuda.synchronize()
     profiler.export_chrome_trace(str(trace))
-    copies, kernels = [], []
-    for event in profiler.events():
-        if event.device_type.name == "CUDA":
-            span = event.time_range.start, event.time_range.end
-            if event.name.startswith("Memcpy HtoD"):
-                copies.append(span)
-            elif not event.name.startswith(("Memcpy", "Memset")):
-                kernels.append(span)
-    return copies, kernels
+    spans = device_spans(profiler)
+    copies = [(begin, end) for begin, end, name in spans if name.startswith("Memcpy HtoD")]
+    return copies, [(begin, end) for begin, end, name in spans if not name.startswith(NO_KERNELS)]
 
 
 def share_beside(copies: list[Span], kernels: list[Span]) -> float:

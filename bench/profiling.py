@@ -22,6 +22,7 @@ from fastdcgan.spans import span
 
 WARM_UP = 5  # steps; a CUDA graph is captured in the fourth
 TABLE_ROWS = 25
+NO_KERNELS = ("Memcpy", "Memset")  # how the names of what else runs on a GPU begin
 
 
 def profile_training(
@@ -110,19 +111,23 @@ def with_torch_profiler(step: Callable[[], None], steps: int, device: torch.devi
     profiler.export_chrome_trace(str(out / "trace.json"))
     print(table)
     if on_gpu:
-        on_device = [e for e in profiler.events() if e.device_type.name == "CUDA"]
-        spans = [(e.time_range.start, e.time_range.end, e.name) for e in on_device]
-        lines, summary = in_order(spans, steps)
+        lines, summary = in_order(device_spans(profiler), steps)
         (out / "kernels.txt").write_text("\n".join([*lines, summary]) + "\n")
         print(summary)
     say(f"{out / 'table.txt'} has this table; open {out / 'trace.json'} in https://ui.perfetto.dev")
+
+
+def device_spans(profiler: profile) -> list[tuple[float, float, str]]:
+    """Begin and end in microseconds, and name, of every kernel and copy that the profiler saw on a GPU."""
+    on_device = [e for e in profiler.events() if e.device_type.name == "CUDA"]
+    return [(e.time_range.start, e.time_range.end, e.name) for e in on_device]
 
 
 def in_order(spans: list[tuple[float, float, str]], steps: int) -> tuple[list[str], str]:
     """The kernels of the last of `steps` equal steps, a line each, and the sums of all steps.
 
     Args:
-        spans: begin and end in microseconds, and name, of every kernel and copy, in any order.
+        spans: as from `device_spans`, in any order.
     """
     spans = sorted(spans)
     last = spans[-(len(spans) // steps) :]

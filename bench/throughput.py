@@ -27,7 +27,7 @@ from fastdcgan.bench import contenders, roofline
 from fastdcgan.bench.contenders import Entry, Shape
 from fastdcgan.bench.contestant import Contestant, Failed
 from fastdcgan.bench.environment import describe, write_json
-from fastdcgan.bench.profiling import live_bytes
+from fastdcgan.bench.profiling import NO_KERNELS, device_spans, live_bytes
 from fastdcgan.bench.roofline import Rates, median_and_spread, synchronize
 from fastdcgan.console import say
 
@@ -247,8 +247,7 @@ def gpu_kernels(run: Callable[[], None]) -> int:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    on_device = [e for e in profiler.events() if e.device_type.name == "CUDA"]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)
+    return sum(not name.startswith(NO_KERNELS) for _, _, name in device_spans(profiler))
 
 
 def cpu_calls_and_memory(run: Callable[[], None]) -> tuple[int, int]:

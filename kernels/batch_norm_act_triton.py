@@ -41,13 +41,22 @@ def plan(rows: int, channels: int, groups: int) -> Plan:
     """The cut for `groups` groups of `rows` rows each: what was fastest on an H200 for the layers of a DCGAN."""
     rows = max(rows, 1)  # an empty tensor, in evaluation mode, gets one split too
     block_cols = 16 if channels <= 16 else 64 if 32 < channels <= 128 else 32
-    column_blocks = triton.cdiv(channels, block_cols)
-    splits = max(1, PROGRAMS // (column_blocks * groups))
+    splits = splits_for(PROGRAMS, channels, groups, block_cols)
     block_rows = 4096 // block_cols
     while block_rows > 16 and block_rows // 2 * splits >= rows:  # small tensors: more programs before larger tiles
         block_rows //= 2
+    return cut(rows, block_rows, block_cols, splits)
+
+
+def splits_for(programs: int, channels: int, groups: int, block_cols: int) -> int:
+    """Of each group's rows, that make about so many programs."""
+    return max(1, programs // (triton.cdiv(channels, block_cols) * groups))
+
+
+def cut(rows: int, block_rows: int, block_cols: int, splits: int) -> Plan:
+    """Up to so many splits, none of them without a row."""
     turns = triton.cdiv(rows, block_rows * splits)
-    return Plan(block_rows, block_cols, turns, triton.cdiv(rows, block_rows * turns))  # no split without a row
+    return Plan(block_rows, block_cols, turns, triton.cdiv(rows, block_rows * turns))
 
 
 @triton.jit

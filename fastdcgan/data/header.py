@@ -42,6 +42,8 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 TURNED_BY_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)[2-8]")  # as Pillow has it, where EXIF says nothing
+# JPEG markers that no segment of a plain file has: nothing, filling, its end, frames neither baseline nor progressive
+NO_SEGMENT = frozenset(b"\x00\xff\xd9\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")
 LONGEST_HEADER, HEADERS = 4096, 512  # bytes of a JPEG's header, and how many of them, that are worth remembering
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
 
@@ -131,8 +133,10 @@ def _leads_to_pixels(data: bytes, size: tuple[int, int]) -> bool:
         if marker == 0xDA:
             return found and data[:2] == b"\xff\xd8"
         if 0xC0 <= marker <= 0xC2:
-            found = data[at + 4 : at + 9] == frame and data[at + 9 : at + 10] in (b"\x01", b"\x03")
-        elif marker in (0xFF, 0xD9):
+            found = True
+            if data[at + 4 : at + 9] != frame or data[at + 9 : at + 10] not in (b"\x01", b"\x03"):
+                return False
+        elif marker in NO_SEGMENT:
             return False
         at += 2 + (data[at + 2] << 8 | data[at + 3])
     return False

@@ -39,6 +39,22 @@ def test_what_dalis_parser_refuses_is_not_plain(format: str, encoded: Callable[.
     assert all(is_plain(data, KINDS[format], examined(data)[1:3]) for data in sources)
 
 
+def test_no_marker_of_a_jpeg_that_dalis_parser_refuses_is_plain(encoded: Callable[..., bytes]) -> None:
+    """Every marker before the pixels replaced by each of the 256 there are, which draws hit too seldom."""
+    parse = one_by_one(pytest.importorskip("nvidia.dali.types"))
+    source = encoded(2, dpi=(72, 72), comment="a comment", progressive=True, icc_profile=bytes(60))
+    at, refused, data = 2, set(), bytearray(source)
+    while source[at + 1] != 0xDA:
+        for marker in range(256):
+            data[at + 1] = marker
+            if "nvImageCodec failure" in parse(bytes(data)):
+                refused.add(marker)
+                assert not is_plain(bytes(data), JPEG, (24, 30)), (at, marker)
+        data[at + 1] = source[at + 1]
+        at += 2 + int.from_bytes(source[at + 2 : at + 4])
+    assert refused >= {0x00, 0xFF}
+
+
 def test_what_is_remembered_of_a_header_is_the_files_own(encoded: Callable[..., bytes]) -> None:
     """Files that begin alike, up to what looks like the end of a header, and differ behind it."""
     looks_like_the_end = b"\xff\xda\0\x0c" + bytes(40)

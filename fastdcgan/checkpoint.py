@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastdcgan.console import say
 from fastdcgan.errors import UserError
 
 REPLACED = ".replaced"
@@ -93,8 +93,7 @@ def load(folder: Path) -> Checkpoint:
         digests = dict(progress["sha256"])
         if not isinstance(progress["step"], int):
             raise ValueError("its step is not a whole number")
-        written = _digest(progress)
-        if digests.get("state.json", written) != written:  # earlier versions wrote none
+        if digests["state.json"] != _digest(progress):
             raise ValueError("state.json is not what was written")
         for kind in TENSOR_FILES:
             if digests[f"{kind}.safetensors"] != _sha256(folder / f"{kind}.safetensors"):
@@ -104,7 +103,7 @@ def load(folder: Path) -> Checkpoint:
         raise UserError(f"checkpoint {folder} cannot be read: {_reason(error)}") from error
 
 
-def load_newest(run: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def load_newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or else the best, saying which were not; None where there is none at all.
 
     Raises:
@@ -163,7 +162,7 @@ def keep_if_best(run: Path, saved: Checkpoint) -> None:
         keep_best(run, folder, distance)
 
 
-def load_sound(run: Path, step: int, say: Callable[[str], None]) -> Checkpoint | None:
+def load_sound(run: Path, step: int) -> Checkpoint | None:
     """The newest whole checkpoint up to `step`, deleting those after it; None, deleting nothing, if there is none."""
     folders = complete(run)
     for folder in reversed([f for f in folders if int(f.name[5:]) <= step]):

@@ -7,13 +7,13 @@ import html
 import io
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from fastdcgan.console import say
 from fastdcgan.errors import UserError
 from fastdcgan.files import replace_file
 from fastdcgan.plot import Series, chart
@@ -93,7 +93,7 @@ class Record:
         return [step for step, _ in points], [value for _, value in points]
 
 
-def report(run: Path, out: Path | None, say: Callable[[str], None] = print) -> Path:
+def report(run: Path, out: Path | None) -> Path:
     """Write the report of a run; returns its path, `report.html` in the run folder if `out` is None.
 
     Raises:
@@ -113,13 +113,13 @@ def report(run: Path, out: Path | None, say: Callable[[str], None] = print) -> P
     for title, lines in CHARTS.items():
         drawn = [Series(label, COLOURS[i], *record.series(file, key)) for i, (file, key, label) in enumerate(lines)]
         charts.append(chart(title, drawn, marks))
-    parts += [f'<section class="grid">{"".join(charts)}</section>', _timeline(record, say)]
+    parts += [f'<section class="grid">{"".join(charts)}</section>', _timeline(record)]
     settings = {f"{kind}: {key}" if kind != "config" else key: value for kind, key, value in _settings(record)}
     parts.append("<h2>Configuration</h2>" + _table([[key, value] for key, value in settings.items()], ["", ""]))
-    return _write(out, record.name, parts, say)
+    return _write(out, record.name, parts)
 
 
-def compare(runs: list[Path], out: Path, say: Callable[[str], None] = print) -> Path:
+def compare(runs: list[Path], out: Path) -> Path:
     """Write a page with the same curves of several runs over one another and what is set differently in them.
 
     Raises:
@@ -154,12 +154,12 @@ def compare(runs: list[Path], out: Path, say: Callable[[str], None] = print) -> 
     parts.append("<h2>What differs</h2>" + _table(rows, ["", *names]))
     figures = []
     for name, record in zip(names, records, strict=True):
-        newest = _grids(record, "step", say)[-1:]
+        newest = _grids(record, "step")[-1:]
         images = "".join(f'<img alt="" src="{_embedded(path)}">' for _, path in newest)
         step = f", step {newest[0][0]:,}" if newest else ""
         figures.append(f"<figure><figcaption>{html.escape(name)}{step}</figcaption>{images}</figure>")
     parts.append(f'<section class="grid samples">{"".join(figures)}</section>')
-    return _write(out, " and ".join(names), parts, say)
+    return _write(out, " and ".join(names), parts)
 
 
 def read(run: Path) -> Record:
@@ -224,7 +224,7 @@ def _summary(record: Record) -> str:
 LAST = (("step", "step", 0), ("images", "images", 0), ("epoch", "epoch", 1))
 
 
-def _grids(record: Record, prefix: str, say: Callable[[str], None]) -> list[tuple[int, Path]]:
+def _grids(record: Record, prefix: str) -> list[tuple[int, Path]]:
     """The steps and files of samples/<prefix>-<number>.png, in order; what points out of the run folder is left out."""
     found = []
     for path in (record.path / "samples").glob(f"{prefix}-*.png"):
@@ -238,8 +238,8 @@ def _grids(record: Record, prefix: str, say: Callable[[str], None]) -> list[tupl
     return sorted(found)
 
 
-def _timeline(record: Record, say: Callable[[str], None]) -> str:
-    grids = {prefix: dict(_grids(record, prefix, say)) for prefix in TIMELINES}
+def _timeline(record: Record) -> str:
+    grids = {prefix: dict(_grids(record, prefix)) for prefix in TIMELINES}
     steps = sorted(grids["step"])
     if not steps:
         return ""
@@ -270,7 +270,7 @@ def _embedded(path: Path) -> str:
     try:
         with Image.open(path) as image:
             image.save(buffer, "WEBP", quality=90)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+    except (OSError, Image.DecompressionBombError):
         return "data:,"
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
@@ -283,7 +283,7 @@ def _table(rows: list[list[str]], head: list[str]) -> str:
     return f"<table>{row(head, 'th') if any(head) else ''}{body}</table>"
 
 
-def _write(out: Path, title: str, parts: list[str], say: Callable[[str], None]) -> Path:
+def _write(out: Path, title: str, parts: list[str]) -> Path:
     page = HEAD.format(title=html.escape(title)) + "\n".join(parts) + "\n" + SLIDER + "</body></html>\n"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     if (path / "state.json").exists():
         saved, folder = checkpoint.load(path), path.parent.parent
     else:
-        newest = checkpoint.load_newest(path, print)
+        newest = checkpoint.load_newest(path)
         if newest is None:
             if (path / "config.json").exists():
                 raise UserError(f"{path} has no checkpoint yet: wait for its first one (--checkpoint-every says when)")

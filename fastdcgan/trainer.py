@@ -36,6 +36,13 @@ from fastdcgan.step import TrainStep, make_executor
 from fastdcgan.watch import Watch
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
+PROCESS_WIDE = [
+    (heap, "keeps"),
+    (torch.backends.cuda.matmul, "allow_tf32"),
+    (torch.backends.cudnn, "allow_tf32"),
+    (torch.backends.cudnn, "benchmark"),
+    (torch.backends.cudnn, "benchmark_limit"),
+]
 ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
@@ -79,7 +86,8 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
     device = choose_device(config.device)
     with ExitStack() as at_end:
-        at_end.callback(setattr, heap, "keeps", False)  # as the caller had it: the step will have asked for it
+        for switches, name in PROCESS_WIDE:  # the step sets them; afterwards they are as the caller had them
+            at_end.callback(setattr, switches, name, getattr(switches, name))
         world = join(device)
         at_end.callback(world.leave)
         return train_in(world, config, config.differs() if asked is None else asked, device, at_end)
@@ -121,7 +129,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         sync_batch_norm(generator)
         sync_batch_norm(discriminator)
 
-    resumed = world.share(world.first(lambda: load_newest(config.run_dir, say) if saved and config.run_dir else None))
+    resumed = world.share(world.first(lambda: load_newest(config.run_dir) if saved and config.run_dir else None))
     known = complete(config.run_dir) if saved and config.run_dir else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     step = TrainStep(
@@ -148,7 +156,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     )
     done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
     if resumed and config.epochs is not None:
-        if resumed.progress.get("of") == [config.epochs, config.batch_size, world.size]:
+        if resumed.progress["of"] == [config.epochs, config.batch_size, world.size]:
             total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
         else:
             total = done + config.total_steps(data.count, world.size, resumed.progress["images"])
@@ -277,7 +285,7 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
         UserError: there is no such checkpoint.
     """
     sound = min(alarm.sound for alarm in raised)
-    found = world.share(world.first(lambda: load_sound(run, sound, say)))
+    found = world.share(world.first(lambda: load_sound(run, sound)))
     if found is None:
         end(run, raised[0])
     done = restore(step, found, world)

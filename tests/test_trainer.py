@@ -31,7 +31,6 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
-from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.monitor import Monitor, save_grid
 from fastdcgan.runs import RunFolder, choose_folder, load_run
@@ -89,8 +88,20 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(small(tmp_path_factory.mktemp("straight") / "run"))
 
 
+def test_what_holds_for_the_whole_process_is_as_the_caller_had_it(tmp_path: Path) -> None:
+    before = [getattr(switches, name) for switches, name in trainer.PROCESS_WIDE]
+    for asked in (True, False):
+        for switches, name in trainer.PROCESS_WIDE:
+            setattr(switches, name, 7 if name == "benchmark_limit" else asked)
+        had = [getattr(switches, name) for switches, name in trainer.PROCESS_WIDE]
+        train(small(tmp_path / f"run-{asked}", steps=1))
+        has = [getattr(switches, name) for switches, name in trainer.PROCESS_WIDE]
+        for (switches, name), value in zip(trainer.PROCESS_WIDE, before, strict=True):
+            setattr(switches, name, value)
+        assert has == had
+
+
 def test_run_folder(straight: Path) -> None:
-    assert not heap.keeps, "the process has its memory back as it was"
     names = {p.relative_to(straight).as_posix() for p in straight.rglob("*") if p.is_file()}
     assert {
         "config.json",
@@ -241,7 +252,7 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(
         else:
             patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
             checkpoint.save(run, 12, newer, keep=1)
-    found = checkpoint.load_newest(run, print)
+    found = checkpoint.load_newest(run)
     assert found is not None and found.progress["images"] == (older if renamings == 1 else newer).progress["images"]
     checkpoint.remove_unfinished(run)
     assert [p.name for p in (run / "checkpoints").iterdir()] == [folder.name]
@@ -429,14 +440,21 @@ def test_a_kill_before_the_best_checkpoint_is_copied_costs_nothing(straight: Pat
     assert checkpoint.load(run / "checkpoints" / "best").progress["step"] == saved.progress["step"]
 
 
-def test_an_altered_position_is_noticed(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("without_digest", [False, True])
+def test_an_altered_position_is_noticed(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_digest: bool
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     state = checkpoint.complete(run)[-1] / "state.json"
-    state.write_text(state.read_text().replace('"step": 12', '"step": 11'))
-    found = checkpoint.load_newest(run, print)
+    content = json.loads(state.read_text()) | {"step": 11}
+    if without_digest:
+        del content["sha256"]["state.json"]
+    state.write_text(json.dumps(content))
+    found = checkpoint.load_newest(run)
     assert found is not None and found.progress["step"] < 11
-    assert "state.json is not what was written" in capsys.readouterr().out
+    complaint = "'state.json' is missing" if without_digest else "state.json is not what was written"
+    assert complaint in capsys.readouterr().err
 
 
 def test_a_full_disk_when_the_intervals_settle(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -791,18 +809,19 @@ def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_back_to_a_sound_step(straight: Path, tmp_path: Path, damaged: bool) -> None:
+def test_back_to_a_sound_step(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: bool
+) -> None:
     """Its own checkpoint is the newest that is sound; those behind it go, a kill would have them taken for sound."""
     run = tmp_path / "run"
     shutil.copytree(straight, run)
     if damaged:
         (run / "checkpoints" / "step-000009" / "state.safetensors").write_bytes(b"")
-    said: list[str] = []
-    found = checkpoint.load_sound(run, 9, said.append)
+    found = checkpoint.load_sound(run, 9)
     assert found is not None and found.progress["step"] == (6 if damaged else 9)
-    assert len(said) == damaged
+    assert capsys.readouterr().err.count("cannot be read") == damaged
     assert [folder.name for folder in checkpoint.complete(run)] == ["step-000006", "step-000009"][: 2 - damaged]
-    assert checkpoint.load_sound(run, 5, said.append) is None
+    assert checkpoint.load_sound(run, 5) is None
     assert len(checkpoint.complete(run)) == 2 - damaged
 
 

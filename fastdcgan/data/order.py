@@ -46,7 +46,7 @@ class Order:
 
     def changed(self, state: dict[str, Any]) -> bool:
         """Whether a position was saved (`Position.state`) for other images than these."""
-        return bool(state["count"] != self.count or state.get("listing", self.listing) != self.listing)
+        return bool(state["count"] != self.count or state["listing"] != self.listing)
 
     def slice(self, start: int, length: int) -> Ids:
         """int64 (length,): elements start .. start + length - 1 of this rank's sequence."""

@@ -80,7 +80,7 @@ def pack(
     try:
         with _alone(part, out) as file:
             done = read_json(journal) if file.seek(0, os.SEEK_END) else {}
-            if done.get("fingerprint") != fingerprint or "skipped" not in done:
+            if done.get("fingerprint") != fingerprint:
                 done = {"fingerprint": fingerprint, "next": 0, "broken": [], "skipped": []}
                 write_json(journal, done)
             try:

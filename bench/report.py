@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastdcgan.bench.roofline import median_and_spread
 from fastdcgan.bench.throughput import median_ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -68,7 +69,7 @@ def end_to_end_lines(found: Results) -> list[str]:
         )
         lines.append(
             f"- From the files of {content['data']} ({ours['images']:,} an epoch) to weights,"
-            f" batch {ours['batch_size']}, {ours['precision']}:"
+            f" batch {ours['batch_size']}, {ours['precision']}, on {machine(content)}:"
             f" x{ours['first_ratio']:.2f} of the plain example with its loader in the first epoch,"
             f" x{ours['later_ratio']:.2f} in later ones ({cited(stem)})."
         )
@@ -88,7 +89,7 @@ def data_lines(found: Results) -> list[str]:
             also += f", x{at_hand['ratio']:.1f} where the host has its memory at hand"
         lines.append(
             f"- Loading {content['data']} ({content['images']:,} images) at {content['image_size']} pixels"
-            f"{on_gpu(content)}, first epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two workers"
+            f" on {machine(content)}, first epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two workers"
             f"{also}; from the cache {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
         )
     return lines
@@ -98,19 +99,24 @@ def feeding_lines(found: Results) -> list[str]:
     """What the step waits for its images once they are decoded."""
     lines = []
     for stem, content in of_kind(found, "feeding"):
-        shares = ", ".join(f"{max(row['share'], 0):.1%} from {KEPT[row['kept']]}" for row in content["rows"])
+        shares = ", ".join(
+            "{:.1%} ± {:.1%} from {}".format(*median_and_spread(row["shares"]), KEPT[row["kept"]])
+            for row in content["rows"]
+        )
         beside = [row["copies_beside_kernels"] for row in content["rows"] if "copies_beside_kernels" in row]
         lines.append(
-            f"- From the second epoch on a step of {content['batch_size']}{on_gpu(content)} waits for its images,"
-            f" as a share of its time: {shares}"
+            f"- From the second epoch on a step of {content['batch_size']} on {machine(content)} waits for its"
+            f" images, as a share of its time: {shares}"
             + (f"; {beside[0]:.0%} of the time of copies from the host kernels run beside them" if beside else "")
             + f" ({cited(stem)})."
         )
     return lines
 
 
-def on_gpu(content: dict[str, Any]) -> str:
-    return f" on {content['device']['name']}" if content["device"]["kind"] == "cuda" else ""
+def machine(content: dict[str, Any]) -> str:
+    """The device's name, and of a processor, whose name says little, what its vector units can do."""
+    device = content["device"]
+    return device["name"] if device["kind"] == "cuda" else f"{device['name']} ({device['capability']})"
 
 
 def start_lines(found: Results) -> list[str]:
@@ -121,8 +127,8 @@ def start_lines(found: Results) -> list[str]:
         if warm:
             seconds = [each["rows"][0]["first_step_seconds"] for each in (content, warm)]
             lines.append(
-                f"- The first compiled step takes {seconds[0]:.0f} s, in later runs, from the compiler's cache,"
-                f" {seconds[1]:.0f} s ({cited(stem)}, {cited(stem.removesuffix('-cold') + '-warm')})."
+                f"- The first compiled step takes {seconds[0]:.0f} s on {machine(content)}, in later runs, from the"
+                f" compiler's cache, {seconds[1]:.0f} s ({cited(stem)}, {cited(stem.removesuffix('-cold') + '-warm')})."
             )
     return lines
 
@@ -145,7 +151,8 @@ def other_lines(found: Results) -> list[str]:
         )
     for stem, content in found.items():
         if "overhead" in content:
-            lines.append(f"- Logs, samples and checkpoints take {content['overhead']['share']:.2%} ({cited(stem)}).")
+            share = f"{content['overhead']['share']:.2%} of a run's time on {machine(content)}"
+            lines.append(f"- Logs, samples and checkpoints take {share} ({cited(stem)}).")
     for stem, content in of_kind(found, "scaling"):
         most = max(row["processes"] for row in content["rows"])
         weak, strong = (
@@ -153,7 +160,8 @@ def other_lines(found: Results) -> list[str]:
             for kind in ("weak", "strong")
         )
         lines.append(
-            f"- {most} processes, one {'core' if content['device']['kind'] == 'cpu' else 'GPU'} each:"
+            f"- {most} processes, one {'core' if content['device']['kind'] == 'cpu' else 'GPU'} each, on"
+            f" {machine(content)}:"
             f" weak scaling {weak:.0%}, strong scaling {strong:.0%} ({cited(stem)})."
         )
     return lines
@@ -194,7 +202,7 @@ def is_comparison(content: dict[str, Any]) -> bool:
 
 def table_rows(stem: str, content: dict[str, Any]) -> list[str]:
     device, (height, width) = content["device"], content["network"]["image_size"]
-    name = device["name"] + (f", {device['threads']} threads" if device["kind"] == "cpu" else "")
+    name = machine(content) + (f", {device['threads']} threads" if device["kind"] == "cpu" else "")
     measured = [row for row in content["rows"] if row["rounds"]]
     lines = []
     for batch in sorted({row["batch_size"] for row in measured}):

@@ -20,7 +20,7 @@ def throughput(kind: str = "cpu", **changes):
             ("fast-compiled", "fp32", 65.0), ("fast-compiled", "bf16", 120.0),
         )
     ]  # fmt: skip
-    device = {"kind": kind, "name": "Some Processor", "threads": 2}
+    device = {"kind": kind, "name": "Some Processor", "capability": "AVX2", "threads": 2}
     return {
         "measured": "throughput", "device": device, "date": "2026-01-02", "command": "fastdcgan bench",
         "network": {"image_size": [64, 64]}, "rows": rows,
@@ -30,7 +30,7 @@ def throughput(kind: str = "cpu", **changes):
 def test_a_device_without_a_file_is_not_yet_measured():
     lines = report.table({"cpu-64": throughput()}).splitlines()
     assert lines[2].startswith("| GPU") and lines[2].count(report.MISSING) == 4
-    assert "Some Processor, 2 threads" in lines[3]
+    assert "Some Processor (AVX2), 2 threads" in lines[3]
 
 
 def test_the_row_shows_the_best_of_ours_per_precision_and_its_file():
@@ -97,12 +97,13 @@ def test_the_readmes_table_is_the_one_made_from_the_results():
 def test_the_other_measurements_are_a_line_each_with_their_file():
     both = {"first_ratio": 2.0, "later_ratio": 3.5, "precision": "fp32", "batch_size": 64, "later_epochs": 100.0}
     both["images"] = 1_920
+    device = {"kind": "cpu", "name": "Some Processor", "capability": "AVX2"}
     found = {
-        "end": {"measured": "end to end", "data": "photos", "rows": [
+        "end": {"measured": "end to end", "data": "photos", "device": device, "rows": [
             {"contender": "example", **both, "later_epochs": 30.0}, {"contender": "fast-eager", **both},
         ]},
         "data": {
-            "measured": "data path", "data": "photos", "image_size": 64, "images": 4_000, "device": {"kind": "cpu"},
+            "measured": "data path", "data": "photos", "image_size": 64, "images": 4_000, "device": device,
             "ways": [
                 {"way": "--loader dali --cache host, first epoch", "ratio": 2.5, "images_per_second": 300},
                 {"way": "--loader dali --cache host, first epoch, memory at hand", "ratio": 2.8},
@@ -114,7 +115,8 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         "feeding": {
             "measured": "feeding", "batch_size": 128, "device": {"kind": "cuda", "name": "Some GPU"},
             "rows": [
-                {"kept": "device", "share": -0.001}, {"kept": "host", "share": 0.0123, "copies_beside_kernels": 0.98},
+                {"kept": "device", "shares": [-0.002, -0.001, 0.002]},
+                {"kept": "host", "shares": [0.0123], "copies_beside_kernels": 0.98},
             ],
         },
         "start-cold": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 41.2, "rounds": [1.0]}]),
@@ -127,7 +129,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         },
         "follow": throughput(rows=[], overhead={"share": 0.0123}),
         "scaling": {
-            "measured": "scaling", "device": {"kind": "cpu"},
+            "measured": "scaling", "device": device,
             "rows": [
                 {"scaling": kind, "processes": count, "efficiency": efficiency}
                 for kind, count, efficiency in (("weak", 1, 1), ("weak", 2, 0.8), ("strong", 1, 1), ("strong", 2, 0.7))
@@ -140,7 +142,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
     for stem, words in (
         (
             "end",
-            "photos (1,920 an epoch) to weights, batch 64, fp32: x2.00 of the plain example with its loader in"
+            "photos (1,920 an epoch) to weights, batch 64, fp32, on Some Processor (AVX2): x2.00 of the plain example with its loader in"
             " the first epoch, x3.50 in later ones",
         ),
         (
@@ -150,17 +152,17 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         ),
         (
             "feeding",
-            "a step of 128 on Some GPU waits for its images, as a share of its time: 0.0% from GPU memory, 1.2% from"
-            " host memory; 98% of the time of copies from the host kernels run beside them",
+            "a step of 128 on Some GPU waits for its images, as a share of its time: -0.1% ± 0.2% from GPU memory,"
+            " 1.2% ± 0.0% from host memory; 98% of the time of copies from the host kernels run beside them",
         ),
-        ("start-cold", "takes 41 s, in later runs, from the compiler's cache, 10 s"),
+        ("start-cold", "takes 41 s on Some Processor (AVX2), in later runs, from the compiler's cache, 10 s"),
         (
             "quality",
             "over 5 seeds of 300 steps on digits at 16x16, width 8, the eager step's (fp32) sliced Wasserstein",
         ),
         ("quality", "+1.0% (95% interval -5.0% to +7.0%), within 20%"),
-        ("follow", "take 1.23%"),
-        ("scaling", "2 processes, one core each: weak scaling 80%, strong scaling 70%"),
+        ("follow", "take 1.23% of a run's time on Some Processor (AVX2)"),
+        ("scaling", "2 processes, one core each, on Some Processor (AVX2): weak scaling 80%, strong scaling 70%"),
     ):
         (line,) = [line for line in text.splitlines() if words in line]
         assert f"bench/results/{stem}.json" in line

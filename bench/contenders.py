@@ -174,7 +174,7 @@ def on_random_images(entry: Entry, shape: Shape, device: torch.device) -> tuple[
 
 
 def compiled_skilled(shape: Shape, device: torch.device, precision: str, real: Tensor) -> tuple[Skilled, str]:
-    """`Skilled` after two steps; without CUDA graphs where its compiled networks cannot be used with them."""
+    """`Skilled`, warmed up; without CUDA graphs where its compiled networks cannot be used with them."""
     try:
         skilled = Skilled(shape, device, precision)
         for _ in range(3 if device.type == "cuda" else 1):  # CUDA graphs are recorded in the second

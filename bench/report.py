@@ -89,8 +89,8 @@ def data_lines(found: Results) -> list[str]:
             also += f", x{at_hand['ratio']:.1f} where the host has its memory at hand"
         lines.append(
             f"- Loading {content['data']} ({content['images']:,} images) at {content['image_size']} pixels"
-            f" on {machine(content)}, first epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two workers"
-            f"{also}; from the cache {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
+            f" on {machine(content)}, first epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two"
+            f" workers{also}; from the cache {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
         )
     return lines
 
@@ -100,8 +100,9 @@ def feeding_lines(found: Results) -> list[str]:
     lines = []
     for stem, content in of_kind(found, "feeding"):
         shares = ", ".join(
-            "{:.1%} ± {:.1%} from {}".format(*median_and_spread(row["shares"]), KEPT[row["kept"]])
+            f"{share:.1%} ± {spread:.1%} from {KEPT[row['kept']]}"
             for row in content["rows"]
+            for share, spread in [median_and_spread(row["shares"])]
         )
         beside = [row["copies_beside_kernels"] for row in content["rows"] if "copies_beside_kernels" in row]
         lines.append(

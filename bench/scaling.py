@@ -83,7 +83,7 @@ def worker(batch_size: int, image_size: int, out: Path) -> None:
     source = shape.random_images(max(1024, batch_size), device)
     index = torch.randint(0, len(source), (batch_size,), device=device)
     step = TrainStep(generator, discriminator, source, index, precision=precision, world=world)
-    step.begin_together(world)
+    step.synchronise()
     on_gpu = device.type == "cuda"
     run = make_executor(step, compile=on_gpu, cuda_graph="on" if on_gpu else "off").run
     for _ in range(WARM_UP if on_gpu else 1):

@@ -1,4 +1,4 @@
-"""The command line: the only place that parses arguments. Each command imports what it needs when it runs."""
+"""The command line `fastdcgan`. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -601,7 +601,8 @@ app.command(data_app, name="data")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command line; exits with 0, or with 2 after one line about a user's mistake."""
+    """Run one command line. Exits with 0, with 2 after one line about a user's mistake, with 130 after Ctrl-C, or with
+    141 where nobody reads what it prints."""
     if argv is not None:
         sys.argv[1:] = argv
     for name in ("stdout", "stderr"):

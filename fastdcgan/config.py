@@ -48,8 +48,8 @@ class TrainConfig:
     """Where to train; auto takes a GPU if there is one."""
 
     image_size: str | None = None
-    """Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...). Default: 64,
-    for the named sets of small pictures their own size."""
+    """Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...). Default: 64;
+    32 for digits, fake, cifar10 and svhn, 28 for mnist and fashion-mnist; a packed .npy's own."""
     channels: Literal[1, 3, 4] | None = None
     """1 grayscale, 3 colour, 4 colour with transparency. Default: what the data has."""
     flip: bool | None = None
@@ -61,7 +61,7 @@ class TrainConfig:
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
     """Where the resized images are kept after the first epoch; auto by size against free memory."""
     cache_dir: Path | None = None
-    """Folder of --cache disk and of downloads. Default: ~/.cache/fastdcgan."""
+    """Folder of --cache disk, of downloads, and of what was found of each file. Default: ~/.cache/fastdcgan."""
     strict: bool = False
     """End at the first image that cannot be used, rather than going on without it."""
 
@@ -70,7 +70,7 @@ class TrainConfig:
     sync_batchnorm: bool = False
     """With torchrun: BatchNorm statistics over the batches of all processes, rather than over each one's own."""
     steps: int | None = None
-    """Updates of both networks. Default: 20,000; 1,000 for digits."""
+    """Updates of both networks. Default: 20,000; 1,000 for digits and fake, 4,000 for mnist and fashion-mnist."""
     epochs: float | None = None
     """The same in passes over the data; give one of the two."""
     arch: Literal["dcgan", "tutorial"] = "dcgan"
@@ -78,7 +78,8 @@ class TrainConfig:
     latent_dim: int = 100
     """Length of the latent vector."""
     gen_width: int | None = None
-    """Channels of the generator's last hidden layer, doubling inwards. Default: 64; 32 for digits and mnist."""
+    """Channels of the generator's last hidden layer, doubling inwards. Default: 64; 32 for digits, fake, mnist and
+    fashion-mnist."""
     disc_width: int | None = None
     """Channels of the discriminator's first layer, doubling inwards. Default: as --gen-width."""
 
@@ -95,8 +96,8 @@ class TrainConfig:
     diffaugment: bool = False
     """Show the discriminator images in other colours, shifted and with a hole: for small sets of images."""
     instance_noise: float = 0.0
-    """Deviation of noise on all the discriminator sees, in pixels from -1 to 1 (0.1 is usual); falls to 0 over the
-    run."""
+    """Standard deviation of Gaussian noise on all the discriminator sees, in pixels from -1 to 1 (0.1 is usual);
+    falls to 0 over the run."""
     lr: float = 2e-4
     """Adam's learning rate, of both networks."""
     lr_g: float | None = None

@@ -11,8 +11,6 @@ from fastdcgan.distributed import ALONE, Averager, World
 from fastdcgan.kernels import adam_step
 from fastdcgan.spans import span
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-
 
 class Adam:
     """Kingma and Ba 2015, in one call for the whole network; everything that changes lives on the device.
@@ -39,7 +37,7 @@ class Adam:
         world: World = ALONE,
     ) -> None:
         self.parameters = dict(network.named_parameters())
-        low = {name for name, p in self.parameters.items() if p.dtype in LOW_PRECISION}
+        low = {name for name, p in self.parameters.items() if p.dtype == torch.bfloat16}
         self.masters = {
             name: masters[name] if masters and name in low else p.detach() for name, p in self.parameters.items()
         }
@@ -55,7 +53,7 @@ class Adam:
         self.averager = Averager(world, list(self.masters.values())) if world.size > 1 else None
 
     def update(self, loss: Tensor) -> None:
-        """Differentiate the loss by this network's parameters, free the graph and move the parameters."""
+        """Differentiate the loss with respect to this network's parameters, free the graph and move the parameters."""
         # In this thread: autograd's own would have another cuBLAS handle, and with it a second workspace on the GPU,
         # 32 MiB on a Hopper one.
         with span("backward"), torch.autograd.set_multithreading_enabled(False):
@@ -78,7 +76,7 @@ class Adam:
             )
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and counters by name: the very tensors, not copies."""
+        """The moments and counters by name: the tensors themselves, not copies."""
         moments = {f"exp_avg.{name}": value for name, value in self.exp_avg.items()}
         moments |= {f"exp_avg_sq.{name}": value for name, value in self.exp_avg_sq.items()}
         return moments | {"steps": self.steps, "lr": self.lr}

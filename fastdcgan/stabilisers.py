@@ -129,7 +129,7 @@ class SpectralNorm:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """The singular vectors by name: the very tensors."""
+        """The singular vectors by name: the tensors themselves."""
         left = {f"left.{name}": value for name, value in self.left.items()}
         return left | {f"right.{name}": value for name, value in self.right.items()}
 

@@ -1,14 +1,19 @@
-"""One training step on static buffers, and the three ways to run it: eager, compiled, captured.
+"""One GAN update on static buffers, and the ways to run it: eager, compiled, or as one CUDA graph.
 
-`TrainStep.update` is the whole update of a GAN. It computes what `reference.reference_step` computes, with less work:
+`TrainStep.update` is the whole update. It computes what `reference.reference_step` computes, with less work:
 - on a GPU real and fake images go through the discriminator as one batch, with BatchNorm statistics for each half;
-- the generator's update computes no weight gradients of the discriminator;
-- nothing waits for the host: images are gathered, flipped and scaled, noise drawn and losses summed on the device.
-What it does beyond that, if asked, is in `stabilisers`.
+- the generator's update computes no weight gradients of the discriminator.
+Other losses are in `objectives`, penalties and augmentation in `stabilisers`.
 
-`Eager` runs it as it stands; after `TrainStep.compile` its three forward functions (and so their backward ones) are
-compiled; `Captured` records all of it, both optimizers included, as one CUDA graph and replays that. Penalties on D's
-gradient are captured but not compiled: torch.compile does not differentiate twice.
+A CUDA graph replays the kernels that were recorded, with the addresses and the Python numbers of the recording. So
+that it can be recorded, `update` keeps five rules, and whoever changes it must keep them:
+- Its inputs, `source` and `index`, stay where they are: the data's stream writes the next batch into them between runs.
+- What changes from step to step is a tensor on the device: learning rates, Adam's step count, the moving average's
+  decay, the level of noise. `set_schedules` sets the schedules, between runs.
+- Nothing is read back and no branch depends on a tensor: metrics add up in `sums`, which `read_metrics` fetches.
+- Gradients are what `torch.autograd.grad` returns, not `.grad`, so they live in the graph's own memory.
+- All random numbers come from `rng`, which `Captured.capture` registers with the graph: every replay draws new ones.
+The one condition in Python, whether the R1 penalty is due, chooses between two graphs.
 """
 
 from __future__ import annotations
@@ -44,11 +49,15 @@ from fastdcgan.stabilisers import (
 
 log = logging.getLogger("fastdcgan")
 
+# Both losses, and the means of D(x) and D(G(z)) as `Objective.output` gives them, before D's update.
 METRICS = ("loss_d", "loss_g", "d_real", "d_fake")
 
 
 class TrainStep:
     """Both networks, both optimizers, the generator's moving average and every buffer one update touches.
+
+    Making one sets switches of the whole process: cuDNN's search for algorithms, TF32 (`set_precision`), and on a CPU
+    what becomes of freed memory (`heap`).
 
     Args:
         generator, discriminator: freshly built or loaded, float32 (or float64), on the device; with precision "bf16"
@@ -57,15 +66,20 @@ class TrainStep:
         flip: mirror each real image with probability 1/2.
         precision: "fp32", "tf32" or "bf16": what convolutions and matrix products compute in.
         loss: a key of `OBJECTIVES`; label_smoothing as in `make_objective`.
-        ema_decay: of the generator's moving average once the run is long; (1 + t) / (10 + t) after t steps until then.
-        seed: of the noise and the flips; each process of `world` has its own.
-        world: the processes that train these networks together (see `begin_together`).
+        lr_g, lr_d, betas: of Adam (Kingma and Ba 2015), for each network and for both.
+        ema_decay: of the generator's moving average once the run is long; (1 + t) / (10 + t) after t steps until then,
+            as in TensorFlow's ExponentialMovingAverage with `num_updates`.
+        seed: of all that is drawn: noise, flips, augmentation and the like; each process of `world` has its own.
+        world: the processes that train these networks together (see `synchronise`).
         merge_halves: real and fake as one batch; by default where it is faster, on a GPU.
         r1: weight of `r1_penalty`, added every `r1_every` updates with `r1_every` times the weight (Karras et al. 2020,
             section 3.1).
         spectral_norm, diffaugment: as in `SpectralNorm` and `diff_augment`.
         instance_noise: deviation of the noise on what D sees at the start of the run, falling to 0 at its end.
         lr_decay: both learning rates fall linearly to 0 at the end of the run.
+
+    Raises:
+        ValueError: label smoothing with a loss that has no targets.
     """
 
     def __init__(
@@ -118,11 +132,34 @@ class TrainStep:
         batch = torch.empty(len(index), *source.shape[1:], device=device, dtype=self.dtype).permute(0, 3, 1, 2)
         self.views = Views(batch, augment=diffaugment, noise=instance_noise > 0)
         self.spectral = SpectralNorm(self.adam_d.parameters, self.rng) if spectral_norm else None
-        self.mixture = batch.new_zeros(len(index), 1, 1, 1) if loss == "wgan-gp" else None
-        self.at(0.0)
+        self.interpolation = batch.new_zeros(len(index), 1, 1, 1) if loss == "wgan-gp" else None
+        self.world = world
+        self.set_schedules(0.0)
 
-    def at(self, progress: float) -> None:
-        """Set what falls over the run, `progress` of which (0..1) is over: device scalars, which a graph reads."""
+    def update(self) -> None:
+        """One update of the discriminator, then one of the generator."""
+        with span("data"):
+            real = self.draw()
+        with span("generator"):
+            fake = self.generate(self.noise)
+
+        with span("discriminator"):
+            if self.spectral is not None:
+                self.spectral.advance()
+            loss_d, outputs = self.discriminator_loss(real, fake.detach())
+            penalised = self.penalised()
+            self.adam_d.update(loss_d + self.penalty(real, fake.detach()) if penalised else loss_d)
+
+        self.discriminator.requires_grad_(False)  # while G's autograd graph is built: D's weights stay out of it
+        with span("generator"):
+            loss_g = self.generator_loss(fake)
+            self.discriminator.requires_grad_(True)
+            self.keep_books(loss_d.detach(), loss_g.detach(), outputs)
+            self.adam_g.update(loss_g)
+        self.updates += 1
+
+    def set_schedules(self, progress: float) -> None:
+        """Set what falls over the run, `progress` of which (0..1) is over: learning rates, level of noise."""
         if self.lr_decay:
             for adam, rate in zip((self.adam_g, self.adam_d), self.rates, strict=True):
                 adam.lr.fill_(rate * (1 - progress))
@@ -135,19 +172,19 @@ class TrainStep:
         if self.flips is not None:
             self.flips.random_(0, 2, generator=self.rng)
         self.views.draw(self.rng)
-        if self.mixture is not None:
-            self.mixture.uniform_(generator=self.rng)
+        if self.interpolation is not None:
+            self.interpolation.uniform_(generator=self.rng)
         return uint8_to_float(self.source, self.index, self.flips, dtype=self.dtype)
 
     def generate(self, noise: Tensor) -> Tensor:
-        """Images (B, C, H, W) in -1..1 from latents (B, latent_dim)."""
+        """Images (B, C, H, W) in -1..1 from latents (B, latent_dim); a method, so that `compile` can replace it."""
         return self.generator(noise)
 
     def discriminate(self, images: Tensor, groups: int = 1) -> Tensor:
         """Logits (N,) of images as they are, float32 at least."""
         if self.spectral is None:
-            return _exact(self.discriminator(images, groups=groups))
-        return _exact(
+            return _at_least_float32(self.discriminator(images, groups=groups))
+        return _at_least_float32(
             functional_call(self.discriminator, self.spectral.normalised(), (images,), kwargs={"groups": groups})
         )
 
@@ -168,48 +205,30 @@ class TrainStep:
 
     def penalised(self) -> bool:
         """Whether the next update has a penalty on D's gradient."""
-        return self.mixture is not None or (self.r1 > 0 and self.updates % self.r1_every == 0)
+        return self.interpolation is not None or self.r1_is_due()
+
+    def r1_is_due(self) -> bool:
+        """Whether the next update has the R1 penalty."""
+        return self.r1 > 0 and self.updates % self.r1_every == 0
 
     def penalty(self, real: Tensor, fake: Tensor) -> Tensor:
         """What D's update adds to its loss for the steepness of D, at the images as D sees them."""
         real = self.views.see(real, REAL)
         total = torch.zeros((), device=real.device)
-        if self.mixture is not None:
-            between = torch.lerp(self.views.see(fake, FAKE), real, self.mixture).detach().requires_grad_()
-            total = total + GP_WEIGHT * gradient_penalty(self.discriminate_aside(between), between)
-        if self.r1 > 0 and self.updates % self.r1_every == 0:
+        if self.interpolation is not None:
+            between = torch.lerp(self.views.see(fake, FAKE), real, self.interpolation).detach().requires_grad_()
+            total = total + GP_WEIGHT * gradient_penalty(self.discriminate_for_penalty(between), between)
+        if self.r1_is_due():
             real = real.detach().requires_grad_()
-            total = total + self.r1 * self.r1_every * r1_penalty(self.discriminate_aside(real), real)
+            total = total + self.r1 * self.r1_every * r1_penalty(self.discriminate_for_penalty(real), real)
         return total
 
-    def discriminate_aside(self, images: Tensor) -> Tensor:
+    def discriminate_for_penalty(self, images: Tensor) -> Tensor:
         """As `discriminate`, once more for the same update: BatchNorm's running statistics stay where they are."""
         weights = {name: buffer.clone() for name, buffer in self.discriminator.named_buffers()}
         if self.spectral is not None:
             weights |= self.spectral.normalised()
-        return _exact(functional_call(self.discriminator, weights, (images,)))
-
-    def update(self) -> None:
-        """One update of the discriminator, then one of the generator."""
-        with span("data"):
-            real = self.draw()
-        with span("generator"):
-            fake = self.generate(self.noise)
-
-        with span("discriminator"):
-            if self.spectral is not None:
-                self.spectral.advance()
-            loss_d, outputs = self.discriminator_loss(real, fake.detach())
-            penalised = self.penalised()
-            self.adam_d.update(loss_d + self.penalty(real, fake.detach()) if penalised else loss_d)
-
-        self.discriminator.requires_grad_(False)  # only the images need a gradient now
-        with span("generator"):
-            loss_g = self.generator_loss(fake)
-            self.discriminator.requires_grad_(True)
-            self.keep_books(loss_d.detach(), loss_g.detach(), outputs)
-            self.adam_g.update(loss_g)
-        self.updates += 1
+        return _at_least_float32(functional_call(self.discriminator, weights, (images,)))
 
     @torch.no_grad()
     def keep_books(self, loss_d: Tensor, loss_g: Tensor, outputs: Tensor) -> None:
@@ -231,15 +250,15 @@ class TrainStep:
         """Compile the forward functions, and with them their gradients; done at the next update, not here."""
         names = ["generate", "discriminator_loss", "generator_loss"]
         if self.source.is_cuda:
-            names.append("keep_books")  # a dozen launches less; on a CPU less than compiling it costs
+            names.append("keep_books")  # saves a dozen launches; on a CPU compiling it costs more than it saves
         for name in names:
             setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
         self.compiled = True
-        if self.mixture is not None or self.r1 > 0:
+        if self.interpolation is not None or self.r1 > 0:
             log.warning("the penalty on the discriminator's gradient runs uncompiled: it is differentiated twice")
 
     def read_metrics(self) -> dict[str, float]:
-        """Means of METRICS since the last call: the one place that waits for the device."""
+        """Means of METRICS since the last call. Waits for the device, which `update` never does."""
         *sums, steps = self.sums.tolist()
         self.sums.zero_()
         return {name: total / max(steps, 1) for name, total in zip(METRICS, sums, strict=True)}
@@ -257,7 +276,7 @@ class TrainStep:
         return dict(zip(("grad_norm_d", "grad_norm_g"), torch.stack(norms).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything beyond the networks that the next step depends on, by name: the very tensors, except `rng`."""
+        """Everything beyond the networks that the next step depends on, by name: the tensors themselves, not copies."""
         state = {f"adam_g.{name}": value for name, value in self.adam_g.state().items()}
         state |= {f"adam_d.{name}": value for name, value in self.adam_d.state().items()}
         if self.spectral is not None:  # `weights` gives the discriminator as it computes: here are those it learns
@@ -265,10 +284,10 @@ class TrainStep:
             state |= {f"spectral.{name}": value for name, value in self.spectral.state().items()}
         return state | {"sums": self.sums, "rng": self.rng.get_state()}
 
-    def begin_together(self, world: World) -> None:
+    def synchronise(self) -> None:
         """Give all processes the first one's networks and optimizers; averaged gradients keep them the same."""
         networks = [value for values in self.learned_weights().values() for value in values.values()]
-        world.spread(networks + [value for name, value in self.state().items() if name not in ("rng", "sums")])
+        self.world.spread(networks + [value for name, value in self.state().items() if name not in ("rng", "sums")])
         self.refresh_copies()
 
     @torch.no_grad()
@@ -297,7 +316,7 @@ class TrainStep:
         return weights
 
     def learned_weights(self) -> dict[str, dict[str, Tensor]]:
-        """As `weights`, but the very tensors that the optimizers move."""
+        """As `weights`, but the tensors themselves that the optimizers move."""
         return {
             "generator": self.generator.state_dict() | self.adam_g.masters,
             "discriminator": self.discriminator.state_dict() | self.adam_d.masters,
@@ -334,8 +353,8 @@ class Executor(Protocol):
     def run(self) -> None: ...
 
 
-class Eager:
-    """The update, operation by operation; with a compiled step, three compiled calls each way."""
+class Uncaptured:
+    """The update as Python runs it: operation by operation or, of a compiled step, in a few compiled functions."""
 
     def __init__(self, step: TrainStep, name: str) -> None:
         self.step, self.name = step, name
@@ -349,6 +368,12 @@ class Captured:
 
     The first `WARM_UP` runs of each are ordinary updates on a side stream, so that compilation, autotuning and the
     allocator's first requests are over; the next one is recorded, which runs nothing, and replayed from then on.
+
+    Args:
+        require: whether a step that cannot be captured is an error, not a reason to go on without.
+
+    Raises:
+        UserError: from `run`, if so.
     """
 
     WARM_UP = 3
@@ -425,7 +450,7 @@ def make_executor(step: TrainStep, *, compile: bool, cuda_graph: str) -> Executo
         step.compile()
     if cuda_graph == "on" or (cuda_graph == "auto" and compile and on_gpu):
         return Captured(step, require=cuda_graph == "on")
-    return Eager(step, "compiled" if compile else "eager")
+    return Uncaptured(step, "compiled" if compile else "eager")
 
 
 @functools.cache
@@ -464,6 +489,6 @@ def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
         raise ValueError("what was saved belongs to other networks")
 
 
-def _exact(logits: Tensor) -> Tensor:
+def _at_least_float32(logits: Tensor) -> Tensor:
     """Losses are computed in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -162,7 +162,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             total = done + config.total_steps(data.count, world.size, resumed.progress["images"])
     if done > total:
         raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
-    step.begin_together(world)
+    step.synchronise()
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
     folder = world.share(choose_folder(config, data.name))
@@ -198,7 +198,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         pace.start(done)
         while done < total and not stopping:
             stream.advance()
-            step.at(done / total)
+            step.set_schedules(done / total)
             if step.compiled and done == begun:
                 with spinner("compiling the step: a minute or two the first time, then kept for later runs"):
                     executor.run()

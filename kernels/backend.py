@@ -1,4 +1,4 @@
-"""Which implementation runs: decided in this one place, for every operation of the package."""
+"""Whether Triton can run and should; `image_conv` and `batch_norm_act` first ask whether it is the faster one."""
 
 from __future__ import annotations
 

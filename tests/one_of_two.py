@@ -27,7 +27,7 @@ options = {"merge_halves": joint["merge"], "spectral_norm": joint["spectral"]}
 step = TrainStep(generator, discriminator, source, torch.arange(batch), world=world, **options)
 if rank == 0:
     step.load_weights(joint["weights"])
-step.begin_together(world)
+step.synchronise()
 if joint["compile"]:
     step.compile()
 for noise, real in zip(joint["noise"], joint["real"], strict=True):

@@ -73,8 +73,8 @@ class Textbook:
             "wgan-gp": lambda: y.mean() - x.mean(),
         }[self.options.get("loss", "bce")]()
         if self.options.get("loss") == "wgan-gp":  # Gulrajani et al. 2017, eq. 3
-            assert self.step.mixture is not None
-            between = seen_fake + self.step.mixture * (seen - seen_fake)
+            assert self.step.interpolation is not None
+            between = seen_fake + self.step.interpolation * (seen - seen_fake)
             loss = loss + 10 * ((self.slope(between).norm(dim=1) - 1) ** 2).mean()
         every = self.options.get("r1_every", 1)
         if self.options.get("r1") and number % every == 0:  # Mescheder et al. 2018, eq. 9, seldom and so much heavier
@@ -148,7 +148,7 @@ def test_updates_are_those_of_the_papers(options: dict[str, Any], merge: bool) -
     textbook = Textbook(step, options)
     for number in range(STEPS):
         index.copy_(torch.randint(0, 20, (BATCH,)))
-        step.at(number / STEPS)
+        step.set_schedules(number / STEPS)
         step.update()
         textbook.update(number)
     for kind, network in (("generator", textbook.g), ("discriminator", textbook.d)):

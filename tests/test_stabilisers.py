@@ -132,14 +132,14 @@ def test_every_place_in_a_large_image_is_drawn() -> None:
 def test_what_is_drawn_is_spread_as_the_papers_have_it() -> None:
     """The other tests of whole updates take the draws as they are."""
     step = make_step(loss="wgan-gp", diffaugment=True, instance_noise=0.1)
-    seen: dict[str, list[Tensor]] = {"mixture": [], "draws": [], "noise": []}
+    seen: dict[str, list[Tensor]] = {"interpolation": [], "draws": [], "noise": []}
     for _ in range(100):
         step.draw()
-        assert step.mixture is not None and step.views.draws is not None and step.views.noise is not None
-        for name, values in zip(seen, (step.mixture, step.views.draws, step.views.noise), strict=True):
+        assert step.interpolation is not None and step.views.draws is not None and step.views.noise is not None
+        for name, values in zip(seen, (step.interpolation, step.views.draws, step.views.noise), strict=True):
             seen[name].append(values.flatten().clone())
     found = {name: torch.cat(values) for name, values in seen.items()}
-    for name in ("mixture", "draws"):  # uniform in 0..1
+    for name in ("interpolation", "draws"):  # uniform in 0..1
         assert 0 <= found[name].min() < 0.05 and 0.95 < found[name].max() <= 1, name
         assert abs(found[name].mean() - 0.5) < 0.07, name  # 600 draws or more: six times the mean's deviation
     assert abs(found["noise"].mean()) < 0.01 and abs(found["noise"].std() - 1) < 0.01  # of 1.4 million, as N(0, 1)
@@ -152,12 +152,12 @@ def test_no_buffer_of_a_stabiliser_moves() -> None:
     def places() -> dict[str, int]:
         buffers = {name: value for name, value in step.state().items() if name != "rng"}
         buffers |= {"views.draws": step.views.draws, "views.noise": step.views.noise, "level": step.views.level}
-        buffers |= {"mixture": step.mixture}  # type: ignore[dict-item]
+        buffers |= {"interpolation": step.interpolation}  # type: ignore[dict-item]
         return {name: value.data_ptr() for name, value in buffers.items()}
 
     before = places()
     for _ in range(2):
-        step.at(0.5)
+        step.set_schedules(0.5)
         step.update()
     step.load_state({name: value.clone() for name, value in step.state().items()})
     assert places() == before
@@ -230,8 +230,8 @@ def test_the_saved_discriminator_is_the_one_that_computes() -> None:
     images = torch.rand(BATCH, 3, SIZE, SIZE) * 2 - 1
     plain = models.Discriminator(SIZE, 3, 4)
     plain.load_state_dict(step.weights()["discriminator"])
-    torch.testing.assert_close(plain(images), step.discriminate_aside(images))
-    assert not torch.allclose(step.discriminator(images), step.discriminate_aside(images))
+    torch.testing.assert_close(plain(images), step.discriminate_for_penalty(images))
+    assert not torch.allclose(step.discriminator(images), step.discriminate_for_penalty(images))
 
 
 def test_the_saved_discriminator_is_of_the_masters() -> None:
@@ -313,8 +313,8 @@ def test_the_update_adds_the_penalty_to_the_loss(loss: str) -> None:
     (slope,) = torch.autograd.grad(d(x).sum(), x, create_graph=True)
     total = total + 4 * 3.0 * 0.5 * slope.pow(2).sum((1, 2, 3)).mean()
     if loss == "wgan-gp":
-        assert step.mixture is not None
-        x = (step.mixture * real + (1 - step.mixture) * fake).requires_grad_()
+        assert step.interpolation is not None
+        x = (step.interpolation * real + (1 - step.interpolation) * fake).requires_grad_()
         (slope,) = torch.autograd.grad(d(x).sum(), x, create_graph=True)
         total = total + 10 * (slope.flatten(1).norm(dim=1) - 1).pow(2).mean()
     gradients = torch.autograd.grad(total, list(d.parameters()))
@@ -342,7 +342,7 @@ def test_schedules_reach_the_device() -> None:
     step = make_step(lr_g=1e-3, lr_d=4e-3, lr_decay=True, instance_noise=0.2)
     places = step.adam_g.lr.data_ptr(), step.views.level.data_ptr()
     for progress, left in ((0.0, 1.0), (0.25, 0.75), (1.0, 0.0)):
-        step.at(progress)
+        step.set_schedules(progress)
         assert (float(step.adam_g.lr), float(step.adam_d.lr)) == pytest.approx((1e-3 * left, 4e-3 * left))
         assert float(step.views.level) == pytest.approx(0.2 * left)
     assert places == (step.adam_g.lr.data_ptr(), step.views.level.data_ptr())
@@ -365,7 +365,7 @@ def test_updates_change_the_run_and_repeat(options: dict[str, object]) -> None:
     steps = [make_step(**options), make_step(**options), make_step()]
     for step in steps:
         for i in range(3):
-            step.at(i / 3)
+            step.set_schedules(i / 3)
             step.update()
     first, again, plain = (everything(step) for step in steps)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -385,7 +385,7 @@ def test_resumed_to_the_same_bits(options: dict[str, object], precision: str) ->
             rest.load_weights(weights)
             rest.load_state(state)
         for step in (whole, rest) if i >= 2 else (whole,):
-            step.at(i / 5)
+            step.set_schedules(i / 5)
             step.update()
     expected, found = everything(whole), everything(rest)
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -400,7 +400,7 @@ def test_compiled_agrees_with_eager(merge: bool, options: dict[str, object], cap
     executors = [make_executor(s, compile=s is steps[1], cuda_graph="auto") for s in steps]
     for i in range(3):
         for step, executor in zip(steps, executors, strict=True):
-            step.at(i / 3)
+            step.set_schedules(i / 3)
             executor.run()
     expected, found = (everything(step) for step in steps)
     for name, value in expected.items():

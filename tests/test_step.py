@@ -631,14 +631,14 @@ def test_gradients_are_computed_in_the_callers_thread() -> None:
 
     for network in (step.generator, step.discriminator):
         next(network.parameters()).register_hook(note)
-    discriminate = step.discriminate_aside
+    discriminate = step.discriminate_for_penalty
 
     def and_note(images: Tensor) -> Tensor:
         logits = discriminate(images)
         logits.register_hook(note)
         return logits
 
-    step.discriminate_aside = and_note  # type: ignore[method-assign]
+    step.discriminate_for_penalty = and_note  # type: ignore[method-assign]
     step.update()
     # D's penalty, for whose sake its logits are differentiated once more within D's update; then the weights'.
     assert len(seen) >= 3 and not any(seen)

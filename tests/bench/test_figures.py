@@ -126,7 +126,7 @@ def test_a_scaling_worker_counts_the_images_of_all(monkeypatch, tmp_path):
     world = SimpleNamespace(rank=0, size=3, share=lambda value: value, leave=lambda: None)
     monkeypatch.setattr(scaling, "join", lambda device: world)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    step = SimpleNamespace(begin_together=lambda world: None)
+    step = SimpleNamespace(synchronise=lambda: None)
     monkeypatch.setattr(scaling, "TrainStep", lambda *_, **given: step if given["world"] is world else None)
     executor = SimpleNamespace(run=lambda: clock.pass_by(0.5))
     monkeypatch.setattr(scaling, "make_executor", lambda step, **_: executor)

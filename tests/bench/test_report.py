@@ -142,8 +142,8 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
     for stem, words in (
         (
             "end",
-            "photos (1,920 an epoch) to weights, batch 64, fp32, on Some Processor (AVX2): x2.00 of the plain example with its loader in"
-            " the first epoch, x3.50 in later ones",
+            "photos (1,920 an epoch) to weights, batch 64, fp32, on Some Processor (AVX2): x2.00 of the plain example"
+            " with its loader in the first epoch, x3.50 in later ones",
         ),
         (
             "data",
@@ -152,7 +152,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         ),
         (
             "feeding",
-            "a step of 128 on Some GPU waits for its images, as a share of its time: -0.1% ± 0.2% from GPU memory,"
+            "a step of 128 on Some GPU waits for its images, as a share of its time: -0.1% ± 0.1% from GPU memory,"
             " 1.2% ± 0.0% from host memory; 98% of the time of copies from the host kernels run beside them",
         ),
         ("start-cold", "takes 41 s on Some Processor (AVX2), in later runs, from the compiler's cache, 10 s"),

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="misc,no-untyped-def,no-untyped-call,untyped-decorator"
 """The Triton kernels of `adam_step`: one program for the scalars, then one launch for all tensors.
 
-A launch covers the tensors' blocks one after another. The tensors' addresses are arguments of the kernel, as integers;
+A launch covers the tensors' blocks one after another. The tensors' addresses are arguments of `adam`, as integers;
 each program finds the tensor its block belongs to by comparing its number with where the tensors' blocks begin. 0
 stands for a copy or moving average that is not wanted.
 """
@@ -112,7 +112,7 @@ def update(
                 tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors[here.start : here.stop])
                 for tensors in (params, grads, exp_avgs, exp_avg_sqs, copy_of, ema_of)
             ]
-            kernel[(begins[-1],)](
+            adam[(begins[-1],)](
                 *addresses,
                 scalars,
                 BEGINS=begins[:-1],
@@ -158,7 +158,7 @@ def advance(
 
 
 @triton.jit
-def kernel(
+def adam(
     all_param,  # addresses: a tuple with one for each tensor of the launch, as the five below
     all_grad,
     all_exp_avg,

@@ -12,28 +12,26 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def uint8_to_float(
     images: Tensor,
-    index: Tensor | None = None,
+    index: Tensor,
     flip: Tensor | None = None,
     *,
-    dtype: torch.dtype | None = None,
-    out: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
 ) -> Tensor:
-    """out[b] = (images[index[b]] - 127.5) / 127.5, mirrored left to right where flip[b], as a channels_last batch.
+    """batch[b] = (images[index[b]] - 127.5) / 127.5, mirrored left to right where flip[b], channels_last.
 
     0 becomes exactly -1 and 255 exactly 1. No gradient flows to uint8 images.
 
     Args:
         images: (M, H, W, C) uint8, contiguous.
-        index: (B,) int64, in 0..M-1; None takes every image in order (B = M).
+        index: (B,) int64, in 0..M-1.
         flip: (B,) bool or uint8, non-zero mirrors; None mirrors none.
-        dtype: of the result, float32 (default), bfloat16, float16 or float64; the computation is in float32
-            (float64 for float64). With `out` it is out's, and need not be given.
-        out: (B, C, H, W), dense channels_last, written in place; a slice of a larger batch's first dimension is one.
+        dtype: of the result, float32, bfloat16, float16 or float64; the computation is in float32 (float64 for
+            float64).
         backend: "auto" (Triton on CUDA tensors, the reference elsewhere), "triton" or "reference".
 
     Returns:
-        (B, C, H, W), channels_last; `out` where it was given.
+        (B, C, H, W), channels_last.
 
     Raises:
         ValueError: shapes, dtypes, devices or layouts that do not fit.
@@ -41,33 +39,27 @@ def uint8_to_float(
             kernel reads nothing there and fills that image with NaN.
         RuntimeError: backend="triton" where Triton cannot run.
     """
-    if out is not None and dtype not in (None, out.dtype):
-        raise ValueError(f"uint8_to_float: dtype={dtype}, but out is {out.dtype}")
-    dtype = out.dtype if out is not None else dtype or torch.float32
-    _check(images, index, flip, dtype, out)
-    if out is None:
-        count = len(images) if index is None else len(index)
-        _, height, width, channels = images.shape
-        # Made as (B, H, W, C) and viewed, so that the layout is right for one channel too.
-        out = torch.empty((count, height, width, channels), dtype=dtype, device=images.device).permute(0, 3, 1, 2)
-    if use_triton("uint8_to_float", images, backend):
-        from fastdcgan.kernels.uint8_to_float_triton import gather
+    _check(images, index, flip, dtype)
+    if not use_triton("uint8_to_float", images, backend):
+        return reference(images, index, flip, dtype)
+    from fastdcgan.kernels.uint8_to_float_triton import gather
 
-        gather(images, *(given if given is None else given.contiguous() for given in (index, flip)), out)
-        return out
-    return reference(images, index, flip, out)
+    # Made as (B, H, W, C) and viewed, so that the layout is right for one channel too.
+    batch = torch.empty((len(index), *images.shape[1:]), dtype=dtype, device=images.device).permute(0, 3, 1, 2)
+    gather(images, index.contiguous(), None if flip is None else flip.contiguous(), batch)
+    return batch
 
 
-def reference(images: Tensor, index: Tensor | None, flip: Tensor | None, out: Tensor) -> Tensor:
-    """The same in torch's own operations; writes and returns `out`."""
-    batch = images if index is None else images.index_select(0, index)
+def reference(images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The same in torch's own operations."""
+    batch = images.index_select(0, index)
     if flip is not None:
         batch = torch.where(flip.bool().view(-1, 1, 1, 1), batch.flip(2), batch)
-    computed = batch.to(torch.float64 if out.dtype == torch.float64 else torch.float32)
-    return out.copy_(((computed - 127.5) * (1 / 127.5)).permute(0, 3, 1, 2))
+    computed = batch.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    return ((computed - 127.5) * (1 / 127.5)).to(dtype).permute(0, 3, 1, 2)
 
 
-def _check(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: torch.dtype, out: Tensor | None) -> None:
+def _check(images: Tensor, index: Tensor, flip: Tensor | None, dtype: torch.dtype) -> None:
     if images.dim() != 4 or images.dtype != torch.uint8 or not images.is_contiguous():
         raise ValueError(
             f"uint8_to_float: images is (M, H, W, C), uint8, contiguous, not {tuple(images.shape)}, {images.dtype}, "
@@ -75,26 +67,15 @@ def _check(images: Tensor, index: Tensor | None, flip: Tensor | None, dtype: tor
         )
     if dtype not in DTYPES:
         raise ValueError(f"uint8_to_float: dtype is float32, bfloat16, float16 or float64, not {dtype}")
-    if index is not None and (index.dim() != 1 or index.dtype != torch.int64 or index.device != images.device):
+    if index.dim() != 1 or index.dtype != torch.int64 or index.device != images.device:
         raise ValueError(
             f"uint8_to_float: index is (B,), int64, on {images.device}, not {tuple(index.shape)}, {index.dtype}, "
             f"on {index.device}"
         )
-    count = len(images) if index is None else len(index)
     if flip is not None and (
-        flip.shape != (count,) or flip.dtype not in (torch.bool, torch.uint8) or flip.device != images.device
+        flip.shape != index.shape or flip.dtype not in (torch.bool, torch.uint8) or flip.device != images.device
     ):
         raise ValueError(
-            f"uint8_to_float: flip is ({count},), bool or uint8, on {images.device}, not {tuple(flip.shape)}, "
+            f"uint8_to_float: flip is ({len(index)},), bool or uint8, on {images.device}, not {tuple(flip.shape)}, "
             f"{flip.dtype}, on {flip.device}"
-        )
-    _, height, width, channels = images.shape
-    if out is not None and (
-        out.shape != (count, channels, height, width)
-        or out.device != images.device
-        or not out.permute(0, 2, 3, 1).is_contiguous()
-    ):
-        raise ValueError(
-            f"uint8_to_float: out is ({count}, {channels}, {height}, {width}), channels_last, on {images.device}, not "
-            f"{tuple(out.shape)}, strides {out.stride()}, on {out.device}"
         )

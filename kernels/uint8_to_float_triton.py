@@ -12,23 +12,22 @@ BLOCK = 1024
 
 
 @torch.library.custom_op("fastdcgan::uint8_to_float", mutates_args=("out",))
-def gather(images: Tensor, index: Tensor | None, flip: Tensor | None, out: Tensor) -> None:
+def gather(images: Tensor, index: Tensor, flip: Tensor | None, out: Tensor) -> None:
     """Fill `out` (B, C, H, W), dense channels_last, as `uint8_to_float` says."""
     count, channels, height, width = out.shape
     if out.numel() == 0:
         return
     with torch.cuda.device_of(images):
         grid = (count, triton.cdiv(height * width * channels, BLOCK))
-        kernel[grid](
+        gather_and_scale[grid](
             images,
-            images if index is None else index,
+            index,
             images if flip is None else flip.view(torch.uint8),
             out,
             len(images),
             HEIGHT=height,
             WIDTH=width,
             CHANNELS=channels,
-            INDEXED=index is not None,
             FLIPPED=flip is not None,
             COMPUTED=tl.float64 if out.dtype == torch.float64 else tl.float32,
             BLOCK=BLOCK,
@@ -42,7 +41,7 @@ def _(images, index, flip, out):
 
 
 @triton.jit
-def kernel(
+def gather_and_scale(
     images_ptr,  # [M, HEIGHT, WIDTH, CHANNELS] uint8
     index_ptr,  # [B] int64
     flip_ptr,  # [B] uint8
@@ -51,14 +50,13 @@ def kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
-    INDEXED: tl.constexpr,
     FLIPPED: tl.constexpr,
     COMPUTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     SIZE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
     place = tl.program_id(0).to(tl.int64)
-    image = tl.load(index_ptr + place) if INDEXED else place
+    image = tl.load(index_ptr + place)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < SIZE
     source = offset

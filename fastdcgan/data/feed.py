@@ -77,21 +77,16 @@ class StoreFeed(Feed):
             put(out, self.store.read(ids))
         return self.cursor
 
-    def fill(self) -> Iterator[int]:
-        """Decode everything that is missing; yields how many images each piece of work added."""
-        while not self.complete:
-            yield self._decode_some()
-
     def close(self) -> None:
         if self._decoded is not None:
             self._decoded.close()  # type: ignore[attr-defined]
             self._decoded = None
 
-    def _decode_some(self) -> int:
+    def _decode_some(self) -> None:
         decoded = next(self._decoded, None) if self._decoded else None
         if decoded is None:  # all was asked for; what is still absent was decoded by another stream or is broken
             self.complete = True
-            return 0
+            return
         self.usable.drop(decoded.broken)
         good = sound_rows(decoded)
         self.store.write(decoded.ids[good], select(decoded.images, good))
@@ -99,7 +94,6 @@ class StoreFeed(Feed):
             self.complete = True
             self.close()
             self.store.finish()
-        return len(good)
 
     def _nothing_missing(self) -> bool:
         return not (self.usable.mask & ~self.store.present).any()

@@ -128,7 +128,7 @@ def test_adam_step(compiled, tmp_path, capability):
     adam_step_triton.launch(
         params, grads, exp_avgs, exp_avg_sqs, step, lr, (0.5, 0.999), 1e-8, copies, emas, torch.zeros(())
     )
-    assert [kernel.src.name for kernel in launches] == ["advance", "kernel"]
+    assert [kernel.src.name for kernel in launches] == ["advance", "adam"]
     check(launches[0], capability, tmp_path, wide_loads=False, wide_stores=False)
     check(launches[1], capability, tmp_path, wide_loads=True, wide_stores=True, registers=96)
 

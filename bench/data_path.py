@@ -31,6 +31,7 @@ from torchvision.datasets import ImageFolder
 from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.data import Dataset, open_dataset
+from fastdcgan.data.dataset import Stream
 from fastdcgan.data.file_dataset import dali_is_installed
 
 CACHE_SECONDS = 1.0
@@ -110,15 +111,14 @@ def first_epoch(
     return rate
 
 
-def from_cache(stream_of: Callable[[], tuple[torch.Tensor, torch.Tensor, Callable[[], None]]]) -> float:
+def from_cache(stream: Stream) -> float:
     """images/s of uint8 batches gathered from kept images."""
-    source, index, advance = stream_of()
     started, delivered = time.perf_counter(), 0
     while time.perf_counter() - started < CACHE_SECONDS:
-        advance()
-        source.index_select(0, index)
-        delivered += len(index)
-    synchronize(source.device)
+        stream.advance()
+        stream.source.index_select(0, stream.index)
+        delivered += len(stream.index)
+    synchronize(stream.source.device)
     return delivered / (time.perf_counter() - started)
 
 
@@ -144,9 +144,6 @@ def main() -> None:
         for _ in range(2 * kept.count // batch + 1):
             stream.advance()
 
-        def resident() -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
-            return stream.source, stream.index, stream.advance
-
         ways: dict[str, Callable[[], float]] = {
             "ImageFolder + DataLoader(num_workers=2)": lambda: image_folder(data, size, batch, most, device)
         }
@@ -157,7 +154,7 @@ def main() -> None:
             if device.type == "cpu":
                 ways[f"{way} host, first epoch, memory at hand"] = functools.partial(first, "host", memory_at_hand=True)
             ways[f"{way} off, first epoch"] = functools.partial(first, "off")
-        ways["cache"] = lambda: from_cache(resident)
+        ways["cache"] = functools.partial(from_cache, stream)
         rates: dict[str, list[float]] = {name: [] for name in ways}
         about = {
             "measured": "data path",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 
 from fastdcgan.processor import native_bf16
+from fastdcgan.versions import versions
 
-PACKAGES = ("torch", "triton", "torchvision", "nvidia-dali-cuda130", "numpy")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -25,7 +24,7 @@ def describe(device: torch.device, command: str) -> dict[str, Any]:
     """Device, versions, date, commit and the command that repeats the measurement, as JSON has them."""
     return {
         "device": describe_device(device),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
         "command": command,
@@ -75,16 +74,6 @@ def nvidia_driver() -> str | None:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0].strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -26,19 +25,13 @@ from fastdcgan.watch import Watch
 TIMES = 5  # each is done, after a first time that warms up
 
 
-@dataclass
-class Cost:
-    seconds: float  # that training waits, median
-    every: int  # steps: where `train` would do it unless told otherwise
-    share: float  # of the steps' time
-
-
 def overhead(shape: Shape, device: torch.device, precision: str, executor: str) -> dict[str, Any]:
     """Train a little on "fake", do what a run does beside its steps, and compare the times.
 
     Returns:
-        step_seconds; for "log", "sample" and "checkpoint" the fields of `Cost`; share, the sum of theirs. On a CPU a
-        checkpoint counts whole: what a thread writes while training goes on takes time from the steps there.
+        step_seconds; for "log", "sample" and "checkpoint" the seconds that training waits (median), every how many
+        steps `train` would do it, and the share of the steps' time; share, the sum of theirs. On a CPU a checkpoint
+        counts whole: what a thread writes while training goes on takes time from the steps there.
     """
     data = open_dataset("fake", image_size=shape.image_size, channels=shape.channels, device=device)
     stream = data.stream(shape.batch_size)
@@ -74,7 +67,7 @@ def overhead(shape: Shape, device: torch.device, precision: str, executor: str) 
         for name, each in work.items():
             took = seconds(each, device, TIMES)
             every = stretched(USUAL[name], took, step_seconds)
-            found[name] = vars(Cost(took, every, took / (every * step_seconds)))
+            found[name] = {"seconds": took, "every": every, "share": took / (every * step_seconds)}
         saver.wait()
         watch.close()
     stream.close()

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastdcgan.bench.contenders import Shape, fast_step, quiet
 from fastdcgan.console import say, spinner
 from fastdcgan.data import open_dataset
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_at_least
 from fastdcgan.files import make_writable
 from fastdcgan.spans import span
 
@@ -54,8 +54,7 @@ def profile_training(
     if nsight and device.type != "cuda":
         raise UserError("--nsight records a GPU and there is none here: leave it out to profile the CPU")
     for flag, value, least in (("--steps", steps, 1), ("--width", width, 1), ("--batch-size", batch_size, 2)):
-        if value < least:
-            raise UserError(f"{flag} {value} is too small: at least {least}")
+        check_at_least(flag, value, least)
     if not nsight:
         try:
             make_writable(out)

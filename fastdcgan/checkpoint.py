@@ -73,7 +73,7 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         bring_back(run)
         raise
-    for old in [each for each in complete(run) if int(each.name[5:]) <= step][:-keep]:  # later ones are damaged
+    for old in [each for each in complete(run) if step_of(each) <= step][:-keep]:  # later ones are damaged
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -165,7 +165,7 @@ def keep_if_best(run: Path, saved: Checkpoint) -> None:
 def load_sound(run: Path, step: int) -> Checkpoint | None:
     """The newest whole checkpoint up to `step`, deleting those after it; None, deleting nothing, if there is none."""
     folders = complete(run)
-    for folder in reversed([f for f in folders if int(f.name[5:]) <= step]):
+    for folder in reversed([f for f in folders if step_of(f) <= step]):
         try:
             found = load(folder)
         except UserError as error:
@@ -180,7 +180,12 @@ def load_sound(run: Path, step: int) -> Checkpoint | None:
 def complete(run: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first."""
     found = (run / "checkpoints").glob("step-*")
-    return sorted((f for f in found if f.name[5:].isdigit()), key=lambda f: int(f.name[5:]))
+    return sorted((f for f in found if f.name[5:].isdigit()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder, `step-<number>`."""
+    return int(folder.name[5:])
 
 
 def remove_unfinished(run: Path) -> None:

@@ -23,7 +23,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_at_least
 from fastdcgan.files import make_writable
 from fastdcgan.image_size import parse as parse_size
 from fastdcgan.image_size import stages
@@ -301,10 +301,9 @@ def bench(
         raise UserError(f"--only {' '.join(sorted(unknown))} is not known: use {', '.join(contenders.NAMES)}")
     if min(batch_size, default=0) < 2:
         raise UserError("--batch-size needs one number or more, each at least 2")
-    if repetitions is not None and repetitions < 1:
-        raise UserError(f"--repetitions {repetitions} is too small: at least 1")
-    if width < 1:
-        raise UserError(f"--width {width} is too small: at least 1")
+    if repetitions is not None:
+        check_at_least("--repetitions", repetitions, 1)
+    check_at_least("--width", width, 1)
     if not 0 < block_seconds < float("inf"):
         raise UserError(f"--block-seconds {block_seconds:g} is not possible: a number above 0")
     if data is not None and not data.is_dir():

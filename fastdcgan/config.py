@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from fastdcgan import image_size
-from fastdcgan.errors import UserError, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.names import NAMES
 
 # What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
@@ -156,20 +156,10 @@ class TrainConfig:
             "\0" in str(self.run_dir) or max(len(os.fsencode(part)) for part in self.run_dir.parts) > 255
         ):
             raise UserError("--run-dir is not possible: no folder can have such a name")
-        for name, least in (
-            ("steps", 1),
-            ("latent_dim", 1),
-            ("gen_width", 1),
-            ("disc_width", 1),
-            ("log_every", 1),
-            ("sample_every", 1),
-            ("checkpoint_every", 1),
-            ("keep", 1),
-            ("r1_every", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{flag(name)} {value} is too small: at least {least}")
+        counts = ["steps", "latent_dim", "gen_width", "disc_width", "log_every", "sample_every", "checkpoint_every"]
+        for name in [*counts, "keep", "r1_every"]:
+            if getattr(self, name) is not None:
+                check_at_least(flag(name), getattr(self, name), 1)
         check_seed(self.seed)
         if self.batch_size < 2:
             raise UserError(f"--batch-size {self.batch_size} is too small: BatchNorm needs at least 2 images")
@@ -202,10 +192,16 @@ class TrainConfig:
             raise UserError(f"--image-size: {error}") from None
         if self.arch == "tutorial" and (height, width) != (28, 28):
             raise UserError("--arch tutorial has 28x28 pixels only: leave --image-size out or give 28")
+        if self.arch == "tutorial" and (self.gen_width or self.disc_width):
+            raise UserError("--arch tutorial has widths of its own: leave --gen-width and --disc-width out")
 
     @property
     def size(self) -> tuple[int, int]:
-        """Image height and width in pixels."""
+        """Image height and width in pixels.
+
+        Raises:
+            UserError: --image-size is not one.
+        """
         if self.image_size is None:
             return (28, 28) if self.arch == "tutorial" else (self._preset[0],) * 2
         try:

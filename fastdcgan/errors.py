@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake a user can put right, and a check that every command needs."""
+"""The one exception that stands for a mistake a user can put right, and checks that many commands need."""
 
 LAST_SEED = 2**63 - 1
 
@@ -8,6 +8,12 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def check_at_least(flag: str, value: int, least: int) -> None:
+    """Raises UserError for a flag's value that is too small."""
+    if value < least:
+        raise UserError(f"{flag} {value} is too small: at least {least}")
 
 
 def check_seed(seed: int) -> None:

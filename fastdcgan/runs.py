@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +22,7 @@ from fastdcgan.errors import UserError
 from fastdcgan.files import lock, replace_file, short
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 from fastdcgan.processor import choose_device
-
-VERSIONS_OF = ("fastdcgan", "torch", "torchvision", "triton", "nvidia-dali-cuda130", "numpy", "pillow")
+from fastdcgan.versions import versions
 
 
 class RunFolder:
@@ -258,17 +255,6 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) 
         raise UserError(f"{complaint}: {str(error).splitlines()[-1].strip()}") from error
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"{complaint} that can be used: some of its weights are not finite; take an older checkpoint")
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in VERSIONS_OF:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe_device(facts: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from fastdcgan.alarms import Alarm
-from fastdcgan.checkpoint import complete, keep_if_best, load_newest, load_sound
+from fastdcgan.checkpoint import complete, keep_if_best, load_newest, load_sound, step_of
 from fastdcgan.config import TrainConfig, absolute
 from fastdcgan.console import say, spinner, training_progress
 from fastdcgan.data import open_dataset, packed_size
@@ -46,22 +46,28 @@ PROCESS_WIDE = [
 ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
-CHANGES = (
-    *(
-        "data",
-        "batch_size",
-        "sync_batchnorm",
-        "seed",
-        "precision",
-        "flip",
-        "loss",
-        "label_smoothing",
-        "r1",
-        "r1_every",
-        "diffaugment",
-    ),
-    *("instance_noise", "lr", "lr_g", "lr_d", "lr_decay", "beta1", "beta2", "ema_decay", "crop"),
-)
+CHANGES = [
+    "data",
+    "batch_size",
+    "sync_batchnorm",
+    "seed",
+    "precision",
+    "flip",
+    "crop",
+    "loss",
+    "label_smoothing",
+    "r1",
+    "r1_every",
+    "diffaugment",
+    "instance_noise",
+    "lr",
+    "lr_g",
+    "lr_d",
+    "lr_decay",
+    "beta1",
+    "beta2",
+    "ema_decay",
+]
 
 
 class Interrupted(Exception):
@@ -252,7 +258,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     stream.close()
     go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
     if saver.lost is not None:
-        kept = [int(each.name[5:]) for each in complete(folder)]
+        kept = [step_of(each) for each in complete(folder)]
         raise UserError(
             f"step {saver.lost:,} could not be saved (see above); the last saved step is {max(kept, default='none')}:"
             f" make room, then {go_on}"

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
-from fastdcgan.apps.image_sets import batches, circumstances, open_images, require_whole, shuffled
+from fastdcgan.apps.image_sets import batches, circumstances, open_images, shuffled
 from fastdcgan.apps.latent import BATCH, generate, latents
 from fastdcgan.apps.neighbours import nearest, prdc
 from fastdcgan.apps.pictures import check_out, save, sheet
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say, spinner
-from fastdcgan.errors import UserError, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.monitor import to_uint8
 
@@ -57,7 +57,7 @@ def evaluate(
     Raises:
         UserError: data, runs or settings that cannot be used; --fid where torch-fidelity is not installed.
     """
-    require_whole("--images", images, FEWEST)
+    check_at_least("--images", images, FEWEST)
     check_seed(seed)
     if inception_weights is not None and not inception_weights.is_file():
         raise UserError(f"--inception-weights {inception_weights} does not exist: leave it out to fetch the usual file")

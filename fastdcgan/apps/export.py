@@ -25,7 +25,8 @@ from fastdcgan.console import say, spinner
 from fastdcgan.errors import UserError
 from fastdcgan.models import AnyGenerator, Generator
 from fastdcgan.monitor import save_grid
-from fastdcgan.runs import Run, load_run, versions
+from fastdcgan.runs import Run, load_run
+from fastdcgan.versions import versions
 
 WEIGHTS = "generator.safetensors"
 FILES = {"safetensors": WEIGHTS, "onnx": "generator.onnx", "torchscript": "generator.pt", "pth": "netG.pth"}

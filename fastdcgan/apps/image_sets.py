@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastdcgan.data import Dataset, open_dataset
-from fastdcgan.errors import UserError
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
-from fastdcgan.runs import describe_device, versions
+from fastdcgan.runs import describe_device
+from fastdcgan.versions import versions
 
 BATCH = 256
 
@@ -37,12 +37,6 @@ def batches(data: Dataset, indices: list[int]) -> Iterator[Tensor]:
 def shuffled(count: int, seed: int) -> list[int]:
     """0 .. count - 1 in an order of the seed's."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def require_whole(name: str, value: int, least: int) -> None:
-    """Raises UserError where the flag's value is too small."""
-    if value < least:
-        raise UserError(f"{name} {value} is too small: at least {least}")
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fastdcgan.apps.endpoints import open_points
 from fastdcgan.apps.latent import generate, walk
 from fastdcgan.apps.pictures import check_name, check_out, save, sheet, to_picture
 from fastdcgan.console import say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_at_least
 
 KINDS = (".gif", ".mp4", ".png")
 FRAME = 128  # pixels: smaller pictures are enlarged in animations
@@ -41,8 +41,7 @@ def interpolate(
     """
     if len(points) < 2:
         raise UserError("a walk needs at least two points: --seeds 1,2,3")
-    if steps < 2:
-        raise UserError(f"--steps {steps} is too small: at least 2")
+    check_at_least("--steps", steps, 2)
     check_name(out, KINDS)
     kind = out.suffix.lower()
     if kind == ".mp4" and shutil.which("ffmpeg") is None:

@@ -14,7 +14,7 @@ from fastdcgan.apps.latent import Inversion, invert
 from fastdcgan.apps.pictures import check_out, names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
-from fastdcgan.errors import UserError, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.003
@@ -106,9 +106,8 @@ def nearest(
 def check_search(restarts: int, steps: int, seed: int) -> None:
     """Raises UserError for settings of an inversion that are not possible."""
     check_seed(seed)
-    for flag, value, least in (("--restarts", restarts, 1), ("--steps", steps, 4)):
-        if value < least:
-            raise UserError(f"{flag} {value} is too small: at least {least}")
+    check_at_least("--restarts", restarts, 1)
+    check_at_least("--steps", steps, 4)
 
 
 def rms(a: Tensor, b: Tensor) -> float:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.apps.distances import unit_range
 from fastdcgan.apps.features import activations, untrained
-from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, require_whole, shuffled
+from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, shuffled
 from fastdcgan.apps.linear_svm import Coordinates, LinearSVM
 from fastdcgan.apps.pictures import check_out, save
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.data import Dataset
-from fastdcgan.errors import UserError, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator
 
 POOLED = 4  # the grid every layer is max-pooled to
@@ -42,7 +42,7 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
     Raises:
         UserError: data without classes, or a run that cannot be used.
     """
-    require_whole("--images", images, 10)
+    check_at_least("--images", images, 10)
     check_seed(seed)
     run_found, _, discriminator = open_both(run)
     check_out(out, (".json",))
@@ -154,7 +154,7 @@ def classify(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
         train, test: features (N, d), changed in place: each is brought to mean 0 and variance 1 over `train`.
 
     Returns:
-        accuracy and its 95% interval, the strength chosen, the number of features.
+        accuracy and its 95% interval (Wilson 1927), the strength chosen, the number of features.
     """
     train_labels, test_labels = train_labels.to(train.device), test_labels.to(train.device)
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
@@ -174,19 +174,13 @@ def classify(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     svm = LinearSVM(seen.values, train_labels, best / len(train))
     svm.weight = seen.weight(svm.weight)
     accuracy = svm.accuracy(test, test_labels)
+    right = binomtest(round(accuracy * len(test)), len(test))
     return {
         "accuracy": accuracy,
-        "interval": wilson(accuracy, len(test)),
+        "interval": tuple(right.proportion_ci(method="wilson")),
         "features": train.shape[1],
         "c": best / len(train),
     }
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a share seen in `count` trials (Wilson 1927)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def bars(results: dict[str, Any], chance: float) -> Image.Image:

@@ -12,7 +12,7 @@ from fastdcgan.apps.latent import BATCH, generate, latents
 from fastdcgan.apps.pictures import check_out, save, to_picture
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_at_least
 from fastdcgan.monitor import save_grid
 
 
@@ -24,8 +24,7 @@ def sample(
     Raises:
         UserError: not a run, or a count, seed or truncation that is not possible, or `out` cannot be written.
     """
-    if count < 1:
-        raise UserError(f"--count {count} is too small: at least 1")
+    check_at_least("--count", count, 1)
     latents([seed], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
     one_grid = out.suffix.lower() in Image.registered_extensions()  # of which it can be one

@@ -154,9 +154,10 @@ class FileDataset(Dataset):
         loader = self.loader()
         request = max(batch_size, loader.together)
         if self._store is not None:
-            feed: Feed = StoreFeed(self._order, position.taken, self._usable, self._store, loader, request)
-            if isinstance(feed, StoreFeed) and self._store.array.device == self._device:
-                return ResidentStream(feed, batch_size, position)
+            stored = StoreFeed(self._order, position.taken, self._usable, self._store, loader, request)
+            if self._store.array.device == self._device:
+                return ResidentStream(stored, batch_size, position)
+            feed: Feed = stored
         else:
             random = self._crop == "random"
             feed = DecodeFeed(self._order, position.taken, self._usable, loader, request, random_crop=random)

@@ -34,8 +34,6 @@ def pack(
     out: Path,
     channels: int | None = None,
     loader: str = "auto",
-    crop: str = "centre",
-    seed: int = 0,
     strict: bool = False,
     cache_dir: Path | None = None,
 ) -> Path:
@@ -45,8 +43,7 @@ def pack(
     at all. Interrupted, even killed, it goes on where it was when the same command is given again.
 
     Args:
-        data, image_size, channels, loader, seed, strict, cache_dir: see `fastdcgan.data.open_dataset`.
-        crop: "centre", or "random", where each image is packed in one place drawn from the seed, for every epoch.
+        data, image_size, channels, loader, strict, cache_dir: see `fastdcgan.data.open_dataset`.
 
     Raises:
         UserError: as `open_dataset`; `out` exists with other content, cannot be written, or does not fit on the disk.
@@ -61,11 +58,9 @@ def pack(
         image_size=image_size,
         channels=channels,
         device=torch.device("cpu"),
-        seed=seed,
         loader=loader,
         cache="off",  # without remembered verdicts: the numbers of the images must be the same after an interruption
         cache_dir=cache_dir,
-        crop=crop,
         strict=strict,
     )
     asked = (dataset.content(), dataset.count, image_size, dataset.channels)

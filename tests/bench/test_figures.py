@@ -145,8 +145,8 @@ def test_processes_that_scale_have_a_core_each(monkeypatch):
 
 def test_images_from_the_cache_are_counted_one_by_one(monkeypatch):
     clock, source = Clock(monkeypatch, data_path), torch.zeros(10, 2, 2, 3, dtype=torch.uint8)
-    rate = data_path.from_cache(lambda: (source, torch.arange(7), lambda: clock.pass_by(0.25)))
-    assert rate == 7 / 0.25
+    stream = SimpleNamespace(source=source, index=torch.arange(7), advance=lambda: clock.pass_by(0.25))
+    assert data_path.from_cache(stream) == 7 / 0.25
 
 
 @pytest.mark.parametrize("at_hand", [False, True])

@@ -231,17 +231,6 @@ def test_a_packed_set_is_flipped_as_what_it_was_packed_from(tmp_path: Path, open
     assert not opened(pack("digits", image_size=SIZE, channels=3, out=tmp_path / "set.npy")).flip
 
 
-def test_random_crops_are_packed_from_the_seed(
-    tmp_path: Path, make_folder: Callable[..., Path], encoded: Callable[..., bytes], opened: Callable[..., Dataset]
-) -> None:
-    folder = make_folder(0, {f"{k}.jpg": encoded(k, size=(90, 16)) for k in range(3)})
-    for seed in (0, 1):
-        out = pack(str(folder), image_size=SIZE, out=tmp_path / f"set-{seed}.npy", crop="random", seed=seed)
-        assert torch.equal(opened(out).take(range(3)), opened(folder, crop="random", seed=seed).take(range(3)))
-    with pytest.raises(UserError, match="holds something else"):
-        pack(str(folder), image_size=SIZE, out=out, crop="random", seed=2)
-
-
 def test_strict_packs_nothing_where_one_file_is_broken(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"bad\.jpg: .*--strict"):
         pack(str(make_folder(5, {"bad.jpg": b"text"})), image_size=SIZE, out=tmp_path / "set.npy", strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    content = describe(device, command_line("discriminator_memory")) | {"measured": "discriminator memory"}
+    rows: list[dict[str, Any]] = []
     for precision in arguments.precisions:
         for batch in arguments.batches:
             shape = Shape(batch, (arguments.image_size, arguments.image_size))
@@ -72,9 +74,8 @@ def main() -> None:
                 f"{1 - fused / plain:.0%} less",
                 flush=True,
             )
-    if arguments.json:
-        command = command_line("discriminator_memory")
-        write_json(arguments.json, describe(device, command) | {"measured": "discriminator memory", "rows": rows})
+            if arguments.json:
+                write_json(arguments.json, content | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def main() -> None:
     quiet()
     device = choose_device("auto")
     rows = []
-    for kept in ("device", "host", "disk") if device.type == "cuda" else ("host", "disk"):
+    for kept in ("host", "device", "disk") if device.type == "cuda" else ("host", "disk"):
         with TemporaryDirectory() as cache_dir:
             rows.append(fed_from(kept, options, device, Path(cache_dir)))
         row = rows[-1]

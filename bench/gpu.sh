@@ -8,7 +8,7 @@
 # the other cores, everything is compiled that is timed later. Each section has a time limit and costs nothing but itself
 # when it fails; the most wanted come first. $OUT gets log.txt, tests.txt, JSON files and the profile.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${OUT:-gpu-results}
 BUDGET=${BUDGET:-570}
 PYTHON=${PYTHON:-$(command -v python3 || echo python)}
@@ -21,6 +21,10 @@ export work
 trap 'rm -rf "$work"' EXIT
 
 asked=("$@")
+known=$(grep -oE '^ *section ("[^"]+"|[a-z]+)' bench/gpu.sh | sed -E 's/^ *section "?([^"]+)"?/\1/')
+for each in "${asked[@]}"; do
+    grep -qxF -- "$each" <<< "$known" || { echo "there is no section '$each'; these are:"; echo "$known"; exit 2; } >&2
+done
 
 # wanted NAME: whether this section was asked for, or none was by name.
 wanted() {
@@ -85,6 +89,7 @@ PYTHON_END
         timeout 110 "$PYTHON" -m fastdcgan.bench.kernels_table --batches $batch --json "$work/kernels-$batch.json" \
             > "$work/kernels-$batch.txt" 2>&1 &
     done
+    wanted cuts && timeout 110 "$PYTHON" -m fastdcgan.bench.batch_norm_cuts > /dev/null 2>&1 &
     if has pytest; then
         section tests 120 bash -c "set -o pipefail; $PYTHON -m pytest -v -rf -m gpu -o addopts=--import-mode=importlib \
             -p no:cacheprovider $(has xdist && echo '-n 6') --continue-on-collection-errors \
@@ -119,21 +124,6 @@ for batch in (128, 1024):
         traceback.print_exc()
 shutil.make_archive(str(Path(os.environ["OUT"], "profile")), "gztar", Path(os.environ["work"], "profile"))
 PYTHON_END
-if has tyro; then  # the product as a user runs it: train, go on, draw
-    section train 60 bash -c "$PYTHON -m fastdcgan train digits --compile --steps 1000 --run-dir \$work/run --log-every 200 &&
-        $PYTHON -m fastdcgan train --run-dir \$work/run --resume --steps 1200 &&
-        $PYTHON -m fastdcgan sample \$work/run --count 64 --out \$OUT/digits.png && tail -2 \$work/run/metrics.jsonl"
-else
-    echo "== train: skipped, no tyro here" | tee -a "$OUT/log.txt"
-fi
-section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --json "$OUT/kernels.json"
-section "discriminator memory" 30 "$PYTHON" -m fastdcgan.bench.discriminator_memory --json "$OUT/discriminator-memory.json"
-section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
-section cuts 90 "$PYTHON" -m fastdcgan.bench.batch_norm_cuts --json "$OUT/cuts.json"
-section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
-    --json "$OUT/kernels-groups-2.json"
-section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
-section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
 if has PIL && has torchvision && { wanted decoding || wanted feeding || wanted "data path"; }; then
     has nvidia.dali || echo "== no DALI here: the data path is measured with the torch loader alone" | tee -a "$OUT/log.txt"
     "$PYTHON" - <<'PYTHON_END'
@@ -151,11 +141,29 @@ for name, count, links, coarse, size in (("synthetic-218x178", 256, 31, 12, (218
         for copy in range(links):
             os.link(folder / f"{i}.jpg", folder / f"{i}-{copy}.jpg")
 PYTHON_END
+    section feeding 90 "$PYTHON" -m fastdcgan.bench.feeding --rounds 5 --block-seconds 0.3 --data "$work/synthetic-218x178" \
+        --json "$OUT/feeding.json"
+fi
+if has tyro; then  # the product as a user runs it: train, go on, draw
+    section train 60 bash -c "$PYTHON -m fastdcgan train digits --compile --steps 1000 --run-dir \$work/run --log-every 200 &&
+        $PYTHON -m fastdcgan train --run-dir \$work/run --resume --steps 1200 &&
+        $PYTHON -m fastdcgan sample \$work/run --count 64 --out \$OUT/digits.png && tail -2 \$work/run/metrics.jsonl"
+else
+    echo "== train: skipped, no tyro here" | tee -a "$OUT/log.txt"
+fi
+section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 1024 128 64 --json "$OUT/kernels.json"
+section "discriminator memory" 60 "$PYTHON" -m fastdcgan.bench.discriminator_memory --json "$OUT/discriminator-memory.json"
+section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
+section cuts 150 "$PYTHON" -m fastdcgan.bench.batch_norm_cuts --json "$OUT/cuts.json"
+section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
+    --json "$OUT/kernels-groups-2.json"
+section "step 32 pixels" 40 "$PYTHON" -c "$(steps step-32 32 7 "128 1024" "example fast-compiled fast-captured")"
+section "step 128 pixels" 50 "$PYTHON" -c "$(steps step-128 128 7 "64 128" "example fast-compiled fast-captured")"
+if has PIL && has torchvision; then
     for device in cuda cpu; do
         section decoding 60 "$PYTHON" -m fastdcgan.bench.data_path --data "$work/synthetic-768x512" --images 2048 --rounds 3 \
             --batch-size 128 --device $device --json "$OUT/decoding-$device.json"
     done
-    section feeding 60 "$PYTHON" -m fastdcgan.bench.feeding --data "$work/synthetic-218x178" --json "$OUT/feeding.json"
     section "data path" 60 "$PYTHON" -c "$(cat <<'PYTHON_END'
 import os
 from pathlib import Path

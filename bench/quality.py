@@ -68,15 +68,15 @@ def quality(
                         f" distance {of_samples:.4f} (real to real {curve['least']:.4f})"
                     )
         curves += found
-    content = describe(device, command) | {
-        "measured": "quality",
-        "data": Path(data).name,
-        "network": {"image_size": shape.image_size, "width": shape.width, "batch_size": shape.batch_size},
-        "precision": {"example": "tf32" if device.type == "cuda" else "fp32", executor: precision},
-        "curves": curves,
-        "parity": parity(curves),
-    }
-    write_json(json, content)
+        content = describe(device, command) | {
+            "measured": "quality",
+            "data": Path(data).name,
+            "network": {"image_size": shape.image_size, "width": shape.width, "batch_size": shape.batch_size},
+            "precision": {"example": "tf32" if device.type == "cuda" else "fp32", executor: precision},
+            "curves": curves,
+            "parity": parity(curves),
+        }
+        write_json(json, content)  # after every seed: whoever has not the time for all keeps those
     return content
 
 
@@ -113,8 +113,9 @@ class Trainer:
     def __init__(self, entry: Entry, data: str, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
         dataset = open_dataset(data, image_size=shape.image_size, device=device, seed=shape.seed)
-        real = dataset.take(range(min(2 * SAMPLES, dataset.count))).permute(0, 3, 1, 2)
-        self.real, self.other_real = real.split(math.ceil(len(real) / 2))
+        real = dataset.take(range(min(2 * SAMPLES, dataset.count))).permute(0, 3, 1, 2).to(device)
+        self.real, others = real.split(math.ceil(len(real) / 2))
+        self.least = distance(self.real, others)
         stream = dataset.stream(shape.batch_size)
         if entry.name == "example":
             example = Example(shape, device, entry.precision)
@@ -150,16 +151,15 @@ class Trainer:
 
     def distances(self) -> tuple[float, float]:
         """Of samples to real images, and of these to others."""
-        drawn = samples(self.generator, len(self.real), self.shape, self.device)
-        return distance(self.real, drawn), distance(self.real, self.other_real)
+        return distance(self.real, samples(self.generator, len(self.real), self.shape, self.device)), self.least
 
 
 @torch.no_grad()
 def samples(generator: nn.Module, count: int, shape: Shape, device: torch.device) -> Tensor:
-    """float32 (count, C, H, W) on the CPU"""
+    """float32 (count, C, H, W) in -1..1, on the device."""
     latents = torch.randn(count, shape.latent_dim, generator=torch.Generator().manual_seed(1)).to(device)
     generator.eval()
-    images = generator(latents.to(next(generator.parameters()).dtype)).float().cpu()
+    images = generator(latents.to(next(generator.parameters()).dtype)).float()
     generator.train()
     return images
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from fastdcgan.bench import profiling
 from fastdcgan.bench.profiling import in_order, live_bytes, profile_training
@@ -36,6 +38,24 @@ def test_kernels_in_order():
         ["1.50", "us", "after", "2.50", "b"],
     ]
     assert summary == "a step: 2.0 kernels, busy 6 us of 14"
+
+
+def test_what_ran_on_a_gpu_is_kernels_and_copies_and_not_the_spans_around_them():
+    """Kineto lays a span of `record_function` on the GPU's time line too, over the kernels inside it."""
+
+    def event(name, start, end, device, annotation=False):
+        return FunctionEvent(
+            id=0, name=name, thread=0, start_us=start, end_us=end, device_type=device, is_user_annotation=annotation
+        )
+
+    events = [
+        event("aten::mm", 0, 3, DeviceType.CPU),
+        event("generator", 4, 9, DeviceType.CUDA, annotation=True),
+        event("gemm", 4, 6, DeviceType.CUDA),
+        event("Memcpy HtoD", 7, 9, DeviceType.CUDA),
+    ]
+    spans = profiling.device_spans(SimpleNamespace(events=lambda: events))
+    assert spans == [(4, 6, "gemm"), (7, 9, "Memcpy HtoD")]
 
 
 def test_nsight_needs_a_gpu(tmp_path):

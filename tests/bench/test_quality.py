@@ -61,18 +61,18 @@ def test_the_first_steps_are_stood_for_by_those_after_them(monkeypatch: pytest.M
     assert [found.train(5), len(taken), found.train(5), len(taken)] == [2.5, 5, 2.5, 10]
 
 
-def test_samples_are_measured_against_real_images_and_these_against_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_measured_against_real_images(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = trainer(monkeypatch, 1.0)
     found.shape = Shape(4, (16, 16), 1, latent_dim=8, width=4)
     found.generator, _ = found.shape.reference_networks()
-    found.real, found.other_real = torch.zeros(6, 1, 16, 16), torch.ones(5, 1, 16, 16)
+    found.real, found.least = torch.zeros(6, 1, 16, 16), 0.5
     modes: list[bool] = []
     found.generator.register_forward_hook(lambda network, *_: modes.append(network.training))
     compared: list[tuple[torch.Tensor, torch.Tensor]] = []
     monkeypatch.setattr(quality_module, "distance", lambda a, b: compared.append((a, b)) or float(len(compared)))
-    assert found.distances() == (1.0, 2.0)
-    (real, drawn), (again, others) = compared
-    assert real is again is found.real and others is found.other_real and drawn.shape == (6, 1, 16, 16)
+    assert found.distances() == (1.0, 0.5)
+    ((real, drawn),) = compared
+    assert real is found.real and drawn.shape == (6, 1, 16, 16)
     assert modes == [False] and found.generator.training
 
 

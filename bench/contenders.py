@@ -142,7 +142,11 @@ class Skilled:
 def fast_step(
     shape: Shape, source: Tensor, index: Tensor, precision: str, executor: str, flip: bool = False
 ) -> tuple[TrainStep, Callable[[], None]]:
-    """This project's step over `source[index]`, and what runs it once."""
+    """This project's step over `source[index]`, and what runs it once; executor as in NAMES.
+
+    Raises:
+        UserError: it is to be compiled and cannot be.
+    """
     torch.manual_seed(shape.seed)
     generator = build_generator("dcgan", shape.image_size, shape.channels, shape.latent_dim, shape.width)
     discriminator = build_discriminator("dcgan", shape.image_size, shape.channels, shape.width)

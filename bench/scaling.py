@@ -88,13 +88,13 @@ def worker(batch_size: int, image_size: int, out: Path) -> None:
     run = make_executor(step, compile=on_gpu, cuda_graph="on" if on_gpu else "off").run
     for _ in range(WARM_UP if on_gpu else 1):
         run()
-    world.share(None)  # together
+    world.broadcast_object(None)  # so that all begin together
     synchronize(device)
     start = time.perf_counter()
     for _ in range(STEPS if on_gpu else 3):
         run()
     synchronize(device)
-    world.share(None)
+    world.broadcast_object(None)
     if world.rank == 0:
         images = (STEPS if on_gpu else 3) * batch_size * world.size
         out.write_text(json.dumps(images / (time.perf_counter() - start)))

@@ -16,10 +16,10 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
@@ -31,6 +31,8 @@ from fastdcgan.image_size import stages
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
 COMMANDS = ["data"]
+RunArgument = Annotated[Positional[Path], arg(metavar="RUN")]
+DataArgument = Annotated[Positional[str], arg(metavar="DATA")]
 
 
 def command(
@@ -63,7 +65,7 @@ def train(config: OmitArgPrefixes[TrainConfig]) -> None:
 
 
 def sample(
-    run: Positional[Path],
+    run: RunArgument,
     out: Path = Path("samples.png"),
     count: int = 64,
     seed: int = 0,
@@ -87,8 +89,8 @@ def sample(
 
 
 def invert(
-    run: Positional[Path],
-    images: Positional[tuple[Path, ...]],
+    run: RunArgument,
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")],
     out: Path = Path("inverted"),
     fit: bool = False,
     restarts: int = 8,
@@ -123,8 +125,8 @@ def invert(
 
 
 def inpaint(
-    run: Positional[Path],
-    images: Positional[tuple[Path, ...]],
+    run: RunArgument,
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")],
     mask: Path | None = None,
     box: str | None = None,
     random_fraction: float | None = None,
@@ -169,7 +171,7 @@ def inpaint(
 
 
 def interpolate(
-    run: Positional[Path],
+    run: RunArgument,
     seeds: str = "0,1,2,3",
     steps: int = 32,
     out: Path = Path("walk.gif"),
@@ -192,7 +194,7 @@ def interpolate(
 
 
 def arithmetic(
-    run: Positional[Path],
+    run: RunArgument,
     plus: UseAppendAction[tuple[str, ...]] = (),
     minus: UseAppendAction[tuple[str, ...]] = (),
     out: Path = Path("arithmetic.png"),
@@ -217,8 +219,8 @@ def arithmetic(
 
 
 def denoise(
-    run: Positional[Path],
-    images: Positional[tuple[Path, ...]],
+    run: RunArgument,
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")],
     sigma: float = 0.1,
     add_noise: bool = False,
     clean: tuple[Path, ...] = (),
@@ -337,7 +339,7 @@ def bench(
 
 
 def profile(
-    data: Positional[str] = "fake",
+    data: Annotated[Positional[str], arg(metavar="[DATA]")] = "fake",
     image_size: str = "64",
     batch_size: int = 64,
     width: int = 64,
@@ -405,7 +407,7 @@ def checked_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def data_check(data: Positional[str], strict: bool = False) -> None:
+def data_check(data: DataArgument, strict: bool = False) -> None:
     """Decode every image of a folder, .zip, .tar or LMDB, and list those that cannot be used and why.
 
     Args:
@@ -418,7 +420,7 @@ def data_check(data: Positional[str], strict: bool = False) -> None:
 
 
 def data_pack(
-    data: Positional[str],
+    data: DataArgument,
     out: Path,
     image_size: str = "64",
     channels: Literal[1, 3, 4] | None = None,
@@ -446,8 +448,8 @@ def data_pack(
 
 
 def stylize(
-    run: Positional[Path],
-    photo: Positional[Path],
+    run: RunArgument,
+    photo: Annotated[Positional[Path], arg(metavar="PHOTO")],
     strength: float = 0.7,
     tiles: int = 8,
     out: Path = Path("stylized.png"),
@@ -470,7 +472,7 @@ def stylize(
 
 
 def probe(
-    run: Positional[Path],
+    run: RunArgument,
     data: str,
     test_data: str | None = None,
     images: int = 5000,
@@ -493,7 +495,7 @@ def probe(
 
 
 def evaluate(
-    run: Positional[Path],
+    run: RunArgument,
     data: str,
     images: int = 2000,
     features: Path | None = None,
@@ -533,7 +535,7 @@ def evaluate(
 
 
 def export(
-    run: Positional[Path],
+    run: RunArgument,
     format: Literal["safetensors", "onnx", "torchscript", "pth"] = "safetensors",
     out: Path = Path("exported"),
     evaluation: Path | None = None,
@@ -554,7 +556,7 @@ def export(
     run_export(run, format=format, out=out, evaluation=evaluation, ema=ema)
 
 
-def report(run: Positional[Path], out: Path | None = None) -> None:
+def report(run: RunArgument, out: Path | None = None) -> None:
     """Write a run's curves, samples, alarms and configuration as one HTML file.
 
     Args:
@@ -566,7 +568,9 @@ def report(run: Positional[Path], out: Path | None = None) -> None:
     run_report(run, out)
 
 
-def compare(runs: Positional[tuple[Path, ...]], out: Path = Path("compare.html")) -> None:
+def compare(
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")], out: Path = Path("compare.html")
+) -> None:
     """Lay the curves of several runs over one another, in one HTML file.
 
     Args:

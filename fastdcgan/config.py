@@ -8,9 +8,9 @@ import os
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from fastdcgan import image_size
 from fastdcgan.errors import UserError, check_at_least, check_seed
@@ -33,7 +33,7 @@ MOST_EPOCHS, MOST_RATE = 1e9, 1e6
 class TrainConfig:
     """Train a DCGAN. Without DATA: handwritten digits, about a minute on a laptop."""
 
-    data: Positional[str] = "digits"
+    data: Annotated[Positional[str], arg(metavar="[DATA]")] = "digits"
     """A name (digits, fake, mnist, fashion-mnist, cifar10, svhn, celeba) or a path: a folder of images (nested or
     flat), a .zip of images, WebDataset .tar shards, an LSUN LMDB, a packed .npy."""
 
@@ -211,7 +211,7 @@ class TrainConfig:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Widths of generator and discriminator."""
+        """Widths of generator and discriminator: channels of the layer beside the images."""
         gen = self.gen_width or self._preset[1]
         return gen, self.disc_width or gen
 

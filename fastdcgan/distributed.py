@@ -43,7 +43,7 @@ class World:
         """The seed of this process's own random numbers; the first process has the run's."""
         return seed + SEED_STEP * self.rank
 
-    def share(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The first process's value, for all."""
         if self.size == 1:
             return value
@@ -72,7 +72,7 @@ class World:
                 result = work()
             except UserError as error:
                 complaint = str(error)
-        complaint = self.share(complaint)
+        complaint = self.broadcast_object(complaint)
         if complaint is not None:
             raise UserError(complaint)
         return result
@@ -97,7 +97,7 @@ class World:
         everyones = self.gather(values)
         return {name: sum(each[name] for each in everyones) / self.size for name in values}
 
-    def spread(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give all processes the first one's tensors, in place."""
         if self.size > 1:
             for tensor in tensors:

@@ -73,7 +73,7 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C_in, 2h, 2w) -> (N, C_out, h, w)."""
-        if patches.pay(x, x.shape[-1] // 2):
+        if patches.are_faster(x, x.shape[-1] // 2):
             return patches.conv2d(x, self.weight)
         return super().forward(x)
 
@@ -83,7 +83,7 @@ class ConvTranspose(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, C_in, h, w) -> (N, C_out, 2h, 2w)."""
-        if patches.pay(x, x.shape[-1]):
+        if patches.are_faster(x, x.shape[-1]):
             return patches.conv_transpose2d(x, self.weight)
         return super().forward(x)
 

@@ -57,7 +57,7 @@ class Pace:
         now = time.perf_counter()
         if done > self.mark[0]:
             self.step_seconds = (now - self.mark[1]) / (done - self.mark[0])
-            self.listening = self.world.share(max(int(HEARD_WITHIN / self.step_seconds), 1))
+            self.listening = self.world.broadcast_object(max(int(HEARD_WITHIN / self.step_seconds), 1))
         self.mark = done, now
 
     @contextmanager
@@ -73,7 +73,7 @@ class Pace:
         seconds = time.perf_counter() - start
         self.trials[name] += 1
         if self.trials[name] == TRIALS:
-            self.every[name] = self.world.share(stretched(self.every[name], seconds, self.step_seconds))
+            self.every[name] = self.world.broadcast_object(stretched(self.every[name], seconds, self.step_seconds))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""A k4 s2 p1 convolution as one matrix product, for grids too small for a direct convolution on a CPU.
+"""A k4 s2 p1 convolution by im2col and one matrix product, for grids too small for a direct convolution on a CPU.
 
 On a 4x4 output grid a direct convolution on a CPU reaches about half the speed of a matrix product (its inner loop runs
 along rows of 4 pixels); copying the 4x4 patches out first costs a tenth of what that gains. In float32 that holds on
@@ -28,7 +28,7 @@ def _is_intel() -> bool:
 FAST_SGEMM = _is_intel()  # of the processor alone, never measured: the bits of a resumed run depend on it
 
 
-def pay(x: Tensor, columns: int) -> bool:
+def are_faster(x: Tensor, columns: int) -> bool:
     """Whether patches are faster than the direct convolution of x, on a smaller grid of so many columns."""
     return not x.is_cuda and columns <= WIDEST_GRID and (FAST_SGEMM or x.dtype != torch.float32)
 

@@ -287,7 +287,7 @@ class TrainStep:
     def synchronise(self) -> None:
         """Give all processes the first one's networks and optimizers; averaged gradients keep them the same."""
         networks = [value for values in self.learned_weights().values() for value in values.values()]
-        self.world.spread(networks + [value for name, value in self.state().items() if name not in ("rng", "sums")])
+        self.world.broadcast(networks + [value for name, value in self.state().items() if name not in ("rng", "sums")])
         self.refresh_copies()
 
     @torch.no_grad()

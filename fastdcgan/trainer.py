@@ -100,8 +100,13 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
 
 
 def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.device, at_end: ExitStack) -> Path:
-    """`train`, as one of the processes of `world`; `at_end` is told what must be undone however it ends."""
-    saved = world.share(world.first(lambda: saved_config(config)))
+    """`train`, as one of the processes of `world`; `at_end` is told what must be undone however it ends.
+
+    Raises:
+        UserError, Interrupted: as `train`.
+    """
+    # What to train.
+    saved = world.broadcast_object(world.first(lambda: saved_config(config)))
     if saved is not None:
         config = config.resumed(saved, asked)
         warn_of_changes(config, saved)
@@ -135,8 +140,10 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         sync_batch_norm(generator)
         sync_batch_norm(discriminator)
 
-    resumed = world.share(world.first(lambda: load_newest(config.run_dir) if saved and config.run_dir else None))
-    known = complete(config.run_dir) if saved and config.run_dir else []
+    # Where it goes on: `done` steps of `total` lie behind it.
+    before = config.run_dir if saved is not None else None
+    resumed = world.broadcast_object(world.first(lambda: load_newest(before) if before else None))
+    known = complete(before) if before else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     step = TrainStep(
         generator,
@@ -171,7 +178,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     step.synchronise()
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
-    folder = world.share(choose_folder(config, data.name))
+    # Who writes, and where.
+    folder = world.broadcast_object(choose_folder(config, data.name))
     config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
     facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}, known))
@@ -198,6 +206,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     if device.type == "cpu" and config.precision == "auto" and native_bf16():
         say("hint: this processor multiplies bfloat16 itself: --precision bf16 is faster, most for large images")
 
+    # The loop.
     pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
     with stop_signals() as stop, training_progress(done, total) as show:
         stopping, begun = False, done
@@ -235,7 +244,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                 with watch.writing():
                     run.keep_intervals(pace.every)
             if logs or samples:
-                raised = world.share(raised)
+                raised = world.broadcast_object(raised)
             if raised and config.on_divergence != "warn":
                 saver.wait()
                 if config.on_divergence == "stop" or rollbacks == ROLLBACKS:
@@ -291,7 +300,7 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
         UserError: there is no such checkpoint.
     """
     sound = min(alarm.sound for alarm in raised)
-    found = world.share(world.first(lambda: load_sound(run, sound)))
+    found = world.broadcast_object(world.first(lambda: load_sound(run, sound)))
     if found is None:
         end(run, raised[0])
     done = restore(step, found, world)

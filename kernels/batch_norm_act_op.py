@@ -153,6 +153,7 @@ def _(x, dy, weight, bias, mean, inverse, training, negative_slope):
 def launch_forward(
     x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan: kernels.Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and mean and inverse deviation (groups, C), which the backward pass needs."""
     x = as_rows(x)
     if training:
         partial = launch_statistics(x, groups, weight.dtype, plan)
@@ -166,6 +167,7 @@ def launch_forward(
 def launch_backward(
     x, dy, dx, weight, bias, mean, inverse, training, negative_slope, plan: kernels.Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, in the tensor of that name, dweight and dbias (C,)."""
     partial = launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan)
     return launch_gradient(x, dy, dx, weight, bias, mean, inverse, partial, training, negative_slope, plan)
 

@@ -12,6 +12,7 @@ from fastdcgan.kernels import batch_norm_act_op as op
 
 
 def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of each group's channels in this process: (groups, C) each, of `dtype`."""
     plan = op.plan_for(x, groups)
     partial_mean, partial_m2 = op.launch_statistics(x, groups, dtype, plan)
     rows, share = x.numel() // (x.shape[1] * groups), plan.turns * plan.block_rows
@@ -25,6 +26,7 @@ def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def normalize(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, negative_slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, of x's shape and dtype, mean and inverse deviation (groups, C); `mean` and `var` are of all processes."""
     groups, channels = mean.shape
     rows = x.numel() // (channels * groups)
     nobodys_mean, nobodys_var = mean.new_zeros((2, channels)).unbind(0)  # the run's own have moved already
@@ -55,6 +57,7 @@ def gradient(
     mean_dzx: Tensor,
     negative_slope: float,
 ) -> Tensor:
+    """dx, of x's shape and dtype; `mean_dz` and `mean_dzx`, (groups, C), are over the rows of all processes."""
     groups, channels = mean.shape
     rows = x.numel() // (channels * groups)
     joint = (mean_dz * rows)[:, None].contiguous(), (mean_dzx * rows)[:, None].contiguous()

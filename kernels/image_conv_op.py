@@ -104,7 +104,8 @@ def _(fine, fine_out, coarse, coarse_out, slope):
     return empty_weight(fine, coarse.shape[1])
 
 
-# One launch each, on its tensors' device, for tensors of any layout.
+# One launch each, on its tensors' device, for tensors of any layout: `fine` (N, C, 2h, 2w), `coarse` (N, K, h, w), and
+# `weight` (K, C, 4, 4). Where the output of an activation is given, what comes in is its gradient.
 
 
 def launch_down(fine, out, weight, slope: float) -> Tensor:

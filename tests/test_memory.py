@@ -48,7 +48,7 @@ def held(monkeypatch: pytest.MonkeyPatch, fault: Callable[[TrainStep], None] | N
     """The second step's bytes: in use as each network's Adam starts and at the end, beyond those before; its peak."""
     for module in (batch_norm_act, image_conv):
         monkeypatch.setitem(module.__globals__, "use_triton", lambda *_: True)
-    monkeypatch.setattr(patches, "pay", lambda *_: False)
+    monkeypatch.setattr(patches, "are_faster", lambda *_: False)
     found: list[int] = []
     monkeypatch.setattr(optimizer, "adam_step", lambda *_, **__: found.append(live.now()))
     generator = models.build_generator("dcgan", (SIZE, SIZE), 3, LATENT, WIDTH)

@@ -10,11 +10,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdcgan.alarms import Alarm
 from fastdcgan.files import replace_file
+from fastdcgan.pixels import to_uint8
 
 GRID = 64  # pictures in a grid
 
@@ -80,11 +80,6 @@ def save_grid(images: Tensor, path: Path) -> Tensor:
     to_pil_image(grid).save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
     return grid
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """-1..1 to 0..255, rounded."""
-    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def _line(values: dict[str, Any]) -> str:

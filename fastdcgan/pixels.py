@@ -1,11 +1,13 @@
-"""What the values in a picture's file mean, where a format leaves that open: for training and the commands alike."""
+"""What the values of pixels mean: in a file whose format leaves that open, and in tensors."""
 
 from __future__ import annotations
 
 import warnings
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 # Of pictures that are large, which is no fault, or whose EXIF block is cut short, about which nobody can do anything.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -25,3 +27,13 @@ def in_8_bits(picture: Image.Image) -> Image.Image:
     if not picture.mode.startswith("I"):
         return picture
     return Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 -1..1; floats, which are in -1..1 already, to float32."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floats in -1..1 to uint8 0..255, rounded; what lies beyond is cut off."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)

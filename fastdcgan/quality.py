@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdcgan.apps.distances import sliced_wasserstein
+from fastdcgan.pixels import to_floats
 
 COMPARED = 256  # pictures in the sliced Wasserstein distance; a quarter of them in the diversity
 CHUNK = 64  # pictures drawn at once
@@ -20,7 +21,7 @@ class Quality:
     """
 
     def __init__(self, real: Tensor, latent_dim: int, seed: int, device: torch.device) -> None:
-        self.real = (real[:COMPARED].permute(0, 3, 1, 2).float() / 127.5 - 1).to(device)
+        self.real = to_floats(real[:COMPARED].permute(0, 3, 1, 2)).to(device)
         random = torch.Generator().manual_seed(seed)
         self.latents = torch.randn(len(self.real), latent_dim, generator=random).to(device)
         self.apart, self.nearest = (max(value, 1e-12) for value in distances_apart(self.real[:CHUNK]))

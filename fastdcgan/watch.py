@@ -13,6 +13,7 @@ from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
 from fastdcgan.monitor import GRID, Monitor
+from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
 
@@ -38,7 +39,7 @@ class Watch:
         self.status, self.silent = "", False
         self._begin(done)
         with self.writing():
-            self.monitor.picture("real", real[:GRID].permute(0, 3, 1, 2) / 127.5 - 1, done)
+            self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
 
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done, self.told)

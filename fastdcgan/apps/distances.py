@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdcgan.pixels import to_floats
+
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, for five scales
 SMALLEST = 16  # pixels a side of the coarsest level of a pyramid
 PATCH = 7
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
-
-
-def unit_range(images: Tensor) -> Tensor:
-    """uint8 0..255, or floats in -1..1 -> float32 in -1..1."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images.float()
 
 
 def sliced_wasserstein(
@@ -39,7 +36,7 @@ def sliced_wasserstein(
     count = min(len(a), len(b))
     random = torch.Generator().manual_seed(seed)
     distances = {}
-    pyramids = (laplacian_pyramid(unit_range(images[:count])) for images in (a, b))
+    pyramids = (laplacian_pyramid(to_floats(images[:count])) for images in (a, b))
     for level_a, level_b in zip(*pyramids, strict=True):
         described = [_descriptors(level, patches, random) for level in (level_a, level_b)]
         total = 0.0
@@ -75,7 +72,7 @@ def ms_ssim_diversity(images: Tensor, *, pairs: int = 1000, seed: int = 0) -> fl
     first = torch.randint(len(images), (pairs,), generator=random)
     second = (first + torch.randint(1, len(images), (pairs,), generator=random)) % len(images)
     values = [
-        ms_ssim(unit_range(images[i]), unit_range(images[j]))
+        ms_ssim(to_floats(images[i]), to_floats(images[j]))
         for i, j in zip(first.split(256), second.split(256), strict=True)
     ]
     return torch.cat(values).mean().item()

@@ -24,7 +24,7 @@ from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say, spinner
 from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator
-from fastdcgan.monitor import to_uint8
+from fastdcgan.pixels import to_uint8
 
 ROWS, COLUMNS = 5, 6  # of the two sets of pictures beside each other
 FEWEST = 32

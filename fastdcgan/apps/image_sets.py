@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdcgan.data import Dataset, open_dataset
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
+from fastdcgan.pixels import to_floats
 from fastdcgan.runs import describe_device
 from fastdcgan.versions import versions
 
@@ -31,7 +32,7 @@ def open_images(data: str, network: AnyDiscriminator | AnyGenerator) -> Dataset:
 def batches(data: Dataset, indices: list[int]) -> Iterator[Tensor]:
     """The images with these numbers, in order, as (n, C, H, W) in -1..1."""
     for first in range(0, len(indices), BATCH):
-        yield data.take(indices[first : first + BATCH]).permute(0, 3, 1, 2) / 127.5 - 1
+        yield to_floats(data.take(indices[first : first + BATCH]).permute(0, 3, 1, 2))
 
 
 def shuffled(count: int, seed: int) -> list[int]:

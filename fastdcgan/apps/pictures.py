@@ -14,8 +14,7 @@ from torch import Tensor
 from fastdcgan.errors import UserError
 from fastdcgan.files import make_writable, replace_file
 from fastdcgan.models import AnyGenerator
-from fastdcgan.monitor import to_uint8
-from fastdcgan.pixels import in_8_bits, without_range
+from fastdcgan.pixels import in_8_bits, to_uint8, without_range
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}

@@ -16,7 +16,6 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.apps.distances import unit_range
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, shuffled
 from fastdcgan.apps.pictures import check_out, save
@@ -25,6 +24,7 @@ from fastdcgan.console import progress, say
 from fastdcgan.data import Dataset
 from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator
+from fastdcgan.pixels import to_floats
 
 POOLED = 4  # the grid every layer is max-pooled to
 HELD_OUT = 0.2  # of each class, where there is no test set
@@ -58,7 +58,7 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
         pixels = [read(*each, advance) for each in ((train, train_numbers), (test, test_numbers))]
     kinds: dict[str, Callable[[Tensor], Tensor]] = {
         "raw pixels": lambda x: x.flatten(1),
-        "untrained discriminator": pooled_features(untrained(discriminator, unit_range(pixels[0][:BATCH]))),
+        "untrained discriminator": pooled_features(untrained(discriminator, to_floats(pixels[0][:BATCH]))),
         "discriminator": pooled_features(discriminator),
     }
     results: dict[str, Any] = {}
@@ -147,7 +147,7 @@ def extract(
     """The features of images, uint8 (n, C, H, W), on the device: (n, d)."""
     parts = []
     for images in pixels.split(BATCH):
-        parts.append(describe(unit_range(images.to(device))))
+        parts.append(describe(to_floats(images.to(device))))
         advance(len(images))
     return torch.cat(parts)
 

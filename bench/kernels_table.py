@@ -39,7 +39,7 @@ BEYOND_L2 = 120e6  # bytes: twice the L2 cache of an H200
 TUNED: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 12,
     "triton.force_cooperative_reductions": True,
-}  # the fewest bytes Inductor reaches
+}  # the options with which Inductor moved the fewest bytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -231,7 +231,7 @@ class Runner:
 
     def count(self) -> tuple[int, int]:
         """`kernels` and `peak_memory_bytes` of `Row`. After the blocks: on a CPU the profiler leaves free memory in the
-        heap, which saves whoever runs then his page faults."""
+        heap, which spares the contenders measured after it their page faults."""
         assert self.run is not None
         if self.device.type == "cuda":
             return gpu_kernels(self.run), torch.cuda.max_memory_reserved(self.device) - self.reserved

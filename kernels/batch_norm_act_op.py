@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastdcgan.kernels import batch_norm_act_triton as kernels
 from fastdcgan.kernels.batch_norm_act import as_rows
+from fastdcgan.kernels.plan import Plan
 
 
 class BatchNormAct(torch.autograd.Function):
@@ -151,7 +152,7 @@ def _(x, dy, weight, bias, mean, inverse, training, negative_slope):
 
 
 def launch_forward(
-    x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan: kernels.Plan
+    x, weight, bias, running_mean, running_var, training, momentum, eps, negative_slope, groups, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and inverse deviation (groups, C), which the backward pass needs."""
     x = as_rows(x)
@@ -165,7 +166,7 @@ def launch_forward(
 
 
 def launch_backward(
-    x, dy, dx, weight, bias, mean, inverse, training, negative_slope, plan: kernels.Plan
+    x, dy, dx, weight, bias, mean, inverse, training, negative_slope, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, in the tensor of that name, dweight and dbias (C,)."""
     partial = launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan)
@@ -177,7 +178,7 @@ def launch_backward(
 # stands for all.
 
 
-def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
+def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: Plan) -> tuple[Tensor, Tensor]:
     """partial: means and sums of squared deviations."""
     rows, grid, cut = launch_cut(plan, x, groups, plan.splits, accumulator)
     mean = torch.empty((groups, plan.splits, x.shape[1]), dtype=accumulator, device=x.device)
@@ -188,7 +189,7 @@ def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: kernels.Pl
 
 
 def launch_normalize(
-    x, weight, bias, running_mean, running_var, partial, training, momentum, eps, negative_slope, plan: kernels.Plan
+    x, weight, bias, running_mean, running_var, partial, training, momentum, eps, negative_slope, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, splits, channels = partial[0].shape
     y, mean = torch.empty_like(x), weight.new_empty((groups, channels))
@@ -217,7 +218,7 @@ def launch_normalize(
     return y, mean, inverse
 
 
-def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: kernels.Plan) -> tuple[Tensor, Tensor]:
+def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: Plan) -> tuple[Tensor, Tensor]:
     """partial: sums of dz and of dz times the normalised x."""
     groups, channels = mean.shape
     dz = weight.new_empty((groups, plan.splits, channels))
@@ -229,7 +230,7 @@ def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: kernel
 
 
 def launch_gradient(
-    x, dy, dx, weight, bias, mean, inverse, partial, training, negative_slope, plan: kernels.Plan
+    x, dy, dx, weight, bias, mean, inverse, partial, training, negative_slope, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     groups, splits, _ = partial[0].shape
@@ -286,13 +287,13 @@ def differentiable_gradients(
     )
 
 
-def plan_for(x, groups: int) -> kernels.Plan:
+def plan_for(x, groups: int) -> Plan:
     """The plan for x (N, C, ...) in `groups` groups."""
     channels = x.shape[1]
     return kernels.plan(x.numel() // (channels * groups), channels, groups)
 
 
-def launch_cut(plan: kernels.Plan, x, groups: int, splits: int, accumulator: torch.dtype):
+def launch_cut(plan: Plan, x, groups: int, splits: int, accumulator: torch.dtype):
     """The rows of a group, the grid, and the constants of a launch that writes or reads `splits` partial results."""
     channels = x.shape[1]
     grid = (plan.splits, triton.cdiv(channels, plan.block_cols), groups)

@@ -17,20 +17,10 @@ from the same saved numbers, with the same explicit fused multiply-add, so its s
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-
-class Plan(NamedTuple):
-    """How a matrix is cut. The bits of the result depend on it, so it is a function of the shape alone."""
-
-    block_rows: int
-    block_cols: int
-    turns: int
-    splits: int
-
+from fastdcgan.kernels.plan import Plan, cut
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200, and few enough partials to read again
 STAGES = 3  # tiles on their way from memory at once
@@ -51,12 +41,6 @@ def plan(rows: int, channels: int, groups: int) -> Plan:
 def splits_for(programs: int, channels: int, groups: int, block_cols: int) -> int:
     """Of each group's rows, that make about so many programs."""
     return max(1, programs // (triton.cdiv(channels, block_cols) * groups))
-
-
-def cut(rows: int, block_rows: int, block_cols: int, splits: int) -> Plan:
-    """Up to so many splits, none of them without a row."""
-    turns = triton.cdiv(rows, block_rows * splits)
-    return Plan(block_rows, block_cols, turns, triton.cdiv(rows, block_rows * turns))
 
 
 @triton.jit

@@ -18,19 +18,10 @@ input, dz, out of dy and the output while they load. Sums are in float32.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 
-
-class Plan(NamedTuple):
-    """How the coarse matrix is cut. The bits of the result depend on it, so it is a function of the shape alone."""
-
-    block_rows: int
-    block_cols: int
-    turns: int
-    splits: int
+from fastdcgan.kernels.plan import Plan, cut
 
 
 def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | None = None) -> Plan:
@@ -38,9 +29,9 @@ def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | 
     `turns` tiles of one split's rows, or for as many as there are tiles."""
     # Values of 4 bytes in tiles as large would not fit shared memory, nor, without TF32, the registers.
     block_rows, block_cols = tallest if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
-    tiles = triton.cdiv(rows, block_rows)
-    turns = 1 if programs is None else triton.cdiv(tiles, max(1, programs // triton.cdiv(channels, block_cols)))
-    return Plan(block_rows, block_cols, turns, triton.cdiv(tiles, turns))
+    if programs is None:
+        return cut(rows, block_rows, block_cols, triton.cdiv(rows, block_rows))
+    return cut(rows, block_rows, block_cols, max(1, programs // triton.cdiv(channels, block_cols)))
 
 
 @triton.jit

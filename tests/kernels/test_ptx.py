@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastdcgan.kernels import batch_norm_act, batch_norm_act_op, image_conv_op, uint8_to_float, uint8_to_float_triton
-from fastdcgan.kernels.batch_norm_act_triton import Plan
+from fastdcgan.kernels.plan import Plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 ptx = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("ptx.py"))))  # tests are no package

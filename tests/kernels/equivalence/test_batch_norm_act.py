@@ -14,7 +14,8 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 
 from fastdcgan.kernels import batch_norm_act, batch_norm_act_op
-from fastdcgan.kernels.batch_norm_act_triton import Plan, plan
+from fastdcgan.kernels.batch_norm_act_triton import plan
+from fastdcgan.kernels.plan import Plan
 
 fused = functools.partial(batch_norm_act, backend="triton")
 

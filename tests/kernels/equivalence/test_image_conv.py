@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fastdcgan.kernels import image_conv, image_conv_op, image_conv_transpose
 from fastdcgan.kernels.backend import INTERPRETING
-from fastdcgan.kernels.image_conv_triton import Plan, plan
+from fastdcgan.kernels.image_conv_triton import plan
+from fastdcgan.kernels.plan import Plan
 
 # The interpreter's bfloat16 products are wrong.
 DTYPES = [torch.float32, torch.float16] if INTERPRETING else [torch.float32, torch.float16, torch.bfloat16]

@@ -123,7 +123,7 @@ def test_an_ablation_is_beside_the_same_executor_with_nothing_changed(monkeypatc
 
 def test_a_scaling_worker_counts_the_images_of_all(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, scaling)
-    world = SimpleNamespace(rank=0, size=3, share=lambda value: value, leave=lambda: None)
+    world = SimpleNamespace(rank=0, size=3, broadcast_object=lambda value: value, leave=lambda: None)
     monkeypatch.setattr(scaling, "join", lambda device: world)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     step = SimpleNamespace(synchronise=lambda: None)

@@ -36,13 +36,7 @@ from fastdcgan.step import TrainStep, make_executor
 from fastdcgan.watch import Watch
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
-PROCESS_WIDE = [
-    (heap, "keeps"),
-    (torch.backends.cuda.matmul, "allow_tf32"),
-    (torch.backends.cudnn, "allow_tf32"),
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "benchmark_limit"),
-]
+PROCESS_WIDE = [(heap, "keeps"), (torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "benchmark_limit")]
 ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
@@ -80,6 +74,8 @@ class Interrupted(Exception):
 
 def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     """Train as configured and return the run folder; under torchrun, together with the other processes.
+
+    Afterwards the process is as it was, except that TF32 stays as --precision has it (`torch.backends`).
 
     Args:
         asked: the fields of `config` that a resumed run takes from it, the others from its folder. Default: those that

@@ -74,7 +74,7 @@ class TrainConfig:
     epochs: float | None = None
     """The same in passes over the data; give one of the two."""
     arch: Literal["dcgan", "tutorial"] = "dcgan"
-    """tutorial: the small 28x28 pair many tutorials print."""
+    """tutorial: the small 28x28 pair many tutorials print, whose widths are its own."""
     latent_dim: int = 100
     """Length of the latent vector."""
     gen_width: int | None = None
@@ -192,8 +192,6 @@ class TrainConfig:
             raise UserError(f"--image-size: {error}") from None
         if self.arch == "tutorial" and (height, width) != (28, 28):
             raise UserError("--arch tutorial has 28x28 pixels only: leave --image-size out or give 28")
-        if self.arch == "tutorial" and (self.gen_width or self.disc_width):
-            raise UserError("--arch tutorial has widths of its own: leave --gen-width and --disc-width out")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -36,7 +36,6 @@ from fastdcgan.step import TrainStep, make_executor
 from fastdcgan.watch import Watch
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
-PROCESS_WIDE = [(heap, "keeps"), (torch.backends.cudnn, "benchmark"), (torch.backends.cudnn, "benchmark_limit")]
 ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
@@ -75,7 +74,8 @@ class Interrupted(Exception):
 def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     """Train as configured and return the run folder; under torchrun, together with the other processes.
 
-    Afterwards the process is as it was, except that TF32 stays as --precision has it (`torch.backends`).
+    Afterwards the process is as it was, but for what `torch.backends` says of TF32 and of cuDNN's search for
+    algorithms, which stay as the step set them.
 
     Args:
         asked: the fields of `config` that a resumed run takes from it, the others from its folder. Default: those that
@@ -88,8 +88,7 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
     device = choose_device(config.device)
     with ExitStack() as at_end:
-        for switches, name in PROCESS_WIDE:  # the step sets them; afterwards they are as the caller had them
-            at_end.callback(setattr, switches, name, getattr(switches, name))
+        at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
         world = join(device)
         at_end.callback(world.leave)
         return train_in(world, config, config.differs() if asked is None else asked, device, at_end)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -47,9 +47,11 @@ class Watch:
         self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history["metrics"] else done)
         # What the run has written up to here: a sign that lasts is not new because the run was stopped meanwhile.
         for figures in history["metrics"]:
-            self.alarms.look_at_metrics(int(figures["step"]), figures)
+            with suppress(KeyError):  # a line that somebody has changed
+                self.alarms.look_at_metrics(int(figures["step"]), figures)
         for figures in history["quality"]:
-            self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
+            with suppress(KeyError):
+                self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
         if self.config.on_divergence != "warn":
             self.alarms.raised.clear()  # the run was to end or to go back at what lasts, and still is
 

@@ -31,6 +31,7 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
+from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.monitor import Monitor, save_grid
 from fastdcgan.runs import RunFolder, choose_folder, load_run
@@ -88,20 +89,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(small(tmp_path_factory.mktemp("straight") / "run"))
 
 
-def test_what_holds_for_the_whole_process_is_as_the_caller_had_it(tmp_path: Path) -> None:
-    before = [getattr(switches, name) for switches, name in trainer.PROCESS_WIDE]
-    for asked in (True, False):
-        for switches, name in trainer.PROCESS_WIDE:
-            setattr(switches, name, 7 if name == "benchmark_limit" else asked)
-        had = [getattr(switches, name) for switches, name in trainer.PROCESS_WIDE]
-        train(small(tmp_path / f"run-{asked}", steps=1))
-        has = [getattr(switches, name) for switches, name in trainer.PROCESS_WIDE]
-        for (switches, name), value in zip(trainer.PROCESS_WIDE, before, strict=True):
-            setattr(switches, name, value)
-        assert has == had
-
-
 def test_run_folder(straight: Path) -> None:
+    assert not heap.keeps, "the process has its memory back as it was"
     names = {p.relative_to(straight).as_posix() for p in straight.rglob("*") if p.is_file()}
     assert {
         "config.json",

@@ -161,7 +161,12 @@ def classify(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
 
     Returns:
         accuracy and its 95% interval (Wilson 1927), the strength chosen, the number of features.
+
+    Raises:
+        UserError: features that are not finite.
     """
+    if not (train.isfinite().all() and test.isfinite().all()):
+        raise UserError("the features are not finite, so no classifier can be trained on them: take another checkpoint")
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
     for features in (train, test):
         features.sub_(mean).div_(deviation)

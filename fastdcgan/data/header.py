@@ -133,9 +133,9 @@ def _leads_to_pixels(data: bytes, size: tuple[int, int]) -> bool:
         if marker == 0xDA:
             return found and data[:2] == b"\xff\xd8"
         if 0xC0 <= marker <= 0xC2:
-            found = True
-            if data[at + 4 : at + 9] != frame or data[at + 9 : at + 10] not in (b"\x01", b"\x03"):
+            if found or data[at + 4 : at + 9] != frame or data[at + 9 : at + 10] not in (b"\x01", b"\x03"):
                 return False
+            found = True
         elif marker in NO_SEGMENT:
             return False
         at += 2 + (data[at + 2] << 8 | data[at + 3])

@@ -125,6 +125,12 @@ def test_features_that_go_together(kind):
     assert 0 <= found["accuracy"] <= 1
 
 
+def test_features_that_are_not_finite_are_explained():
+    for train, test in ((float("inf"), 0.0), (0.0, float("nan"))):
+        with pytest.raises(UserError, match="not finite"):
+            classify(torch.full((10, 4), train), torch.arange(10) % 2, torch.full((3, 4), test), torch.zeros(3).long())
+
+
 def test_one_class_alone_is_explained(run, tmp_path):
     """Of ten images drawn from ten thousand and one; and a part to choose on of one class is no reason to stop."""
     labels = torch.tensor([0] * 9 + [1])

@@ -53,6 +53,10 @@ def test_no_marker_of_a_jpeg_that_dalis_parser_refuses_is_plain(encoded: Callabl
         data[at + 1] = source[at + 1]
         at += 2 + int.from_bytes(source[at + 2 : at + 4])
     assert refused >= {0x00, 0xFF}
+    frame = source.index(b"\xff\xc2")
+    twice = source[:frame] + source[frame : frame + 19] + source[frame:]
+    assert parse(twice) != ""
+    assert not is_plain(twice, JPEG, (24, 30))
 
 
 def test_what_is_remembered_of_a_header_is_the_files_own(encoded: Callable[..., bytes]) -> None:

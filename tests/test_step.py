@@ -282,7 +282,7 @@ def test_where_nothing_can_be_compiled_the_step_runs_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = "from fastdcgan.step import why_not_compiled; print(why_not_compiled('cpu'))"
-    nowhere = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": ""}
+    nowhere = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CXX": "absent"}
     told = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | nowhere, capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -17,6 +17,7 @@ from fastdcgan.kernels.backend import INTERPRETING, TRITON_MISSING
 if INTERPRETING or TRITON_MISSING:
     pytest.skip("needs a process that compiles kernels", allow_module_level=True)
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -34,6 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 TARGETS = [80, 90, 100]
 CONSUMER = 99 * 1024  # bytes of shared memory that one program can have on a consumer GPU
+NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+# 168 registers let three programs of 4 warps share a multiprocessor; the plan counts on two, for which there is room
+# with Triton 3.6 and 3.7 too. Those move a single 16-bit value before the loop of `statistics`.
+REGISTERS, SINGLES = (168, 0) if NEWER else (208, 1)
 LAYERS = [  # shape, groups
     ((64, 512, 4, 4), 1),
     ((256, 128, 16, 16), 2),
@@ -80,10 +85,11 @@ def check(kernel, capability, tmp_path, wide_loads, wide_stores, registers=168, 
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", assembler.stderr)]
     assert spills and not any(spills), f"{name} spills: {assembler.stderr}"
     assert used <= registers, f"{name} uses {used} registers"
-    loads, stores = set(re.findall(r"ld\.global\S*", ptx)), set(re.findall(r"st\.global\S*", ptx))
+    loads, stores = re.findall(r"ld\.global\S*", ptx), re.findall(r"st\.global\S*", ptx)
     for moves, wide in ((loads, wide_loads), (stores, wide_stores)):
         assert not wide or any(move.endswith(".v4.b32") for move in moves), f"{name} moves {moves}"
-        assert single or not any(move.endswith(".b16") for move in moves), f"{name} moves single 16-bit values: {moves}"
+        singles = sum(move.endswith(".b16") for move in moves)
+        assert single or singles <= SINGLES, f"{name} moves single 16-bit values: {moves}"
 
 
 @pytest.mark.parametrize(
@@ -101,9 +107,8 @@ def test_batch_norm_act(compiled, tmp_path, capability, dtype, shape, groups):
     batch_norm_act_op.launch_backward(x, x, x, weight, bias, mean, inverse, True, 0.2, cut)
     assert [kernel.src.name for kernel in launches] == ["statistics", "normalize", "sums", "gradient"]
     for kernel in launches:
-        # 168 registers let three programs of 4 warps share a multiprocessor; the plan counts on two.
         writes = kernel.src.name in ("normalize", "gradient")
-        check(kernel, capability, tmp_path, wide_loads=True, wide_stores=writes, registers=168)
+        check(kernel, capability, tmp_path, wide_loads=True, wide_stores=writes, registers=REGISTERS)
         assert kernel.metadata.shared <= CONSUMER, f"{kernel.src.name} takes {kernel.metadata.shared} bytes"
 
 

@@ -35,10 +35,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 TARGETS = [80, 90, 100]
 CONSUMER = 99 * 1024  # bytes of shared memory that one program can have on a consumer GPU
-NEWER = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 # 168 registers let three programs of 4 warps share a multiprocessor; the plan counts on two, for which there is room
-# with Triton 3.6 and 3.7 too. Those move a single 16-bit value before the loop of `statistics`.
-REGISTERS, SINGLES = (168, 0) if NEWER else (208, 1)
+# with Triton 3.6 and 3.7 too. 3.6 moves a single 16-bit value before the loop of `statistics`.
+REGISTERS, SINGLES = 168 if TRITON >= (3, 8) else 208, 0 if TRITON >= (3, 7) else 1
 LAYERS = [  # shape, groups
     ((64, 512, 4, 4), 1),
     ((256, 128, 16, 16), 2),

@@ -21,8 +21,8 @@ from torch import Tensor
 from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.kernels import batch_norm_act_op as op
 from fastdcgan.kernels.batch_norm_act import COMPILED_IS_FASTER
-from fastdcgan.kernels.batch_norm_act_triton import plan, splits_for
-from fastdcgan.kernels.plan import Plan, cut
+from fastdcgan.kernels.batch_norm_act_triton import plan
+from fastdcgan.kernels.plan import Plan, cut, splits_for
 
 LAYERS = [f"{rows}x{channels}x1x1" for rows, channels in COMPILED_IS_FASTER]
 COLUMNS, TILES, PROGRAMS = (16, 32, 64, 128), (2048, 4096, 8192), (66, 132, 264, 528)

@@ -62,7 +62,6 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    content = describe(device, command_line("discriminator_memory")) | {"measured": "discriminator memory"}
     rows: list[dict[str, Any]] = []
     for precision in arguments.precisions:
         for batch in arguments.batches:
@@ -75,7 +74,8 @@ def main() -> None:
                 flush=True,
             )
             if arguments.json:
-                write_json(arguments.json, content | {"rows": rows})
+                about = describe(device, command_line("discriminator_memory")) | {"measured": "discriminator memory"}
+                write_json(arguments.json, about | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ class TrainStep:
         return dict(zip(("grad_norm_d", "grad_norm_g"), torch.stack(norms).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything beyond the networks that the next step depends on, by name: the tensors themselves, not copies."""
+        """What beyond the networks the next step depends on, by name: the tensors themselves, but of `rng` a copy."""
         state = {f"adam_g.{name}": value for name, value in self.adam_g.state().items()}
         state |= {f"adam_d.{name}": value for name, value in self.adam_d.state().items()}
         if self.spectral is not None:  # `weights` gives the discriminator as it computes: here are those it learns

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdcgan.kernels.plan import Plan, cut
+from fastdcgan.kernels.plan import Plan, cut, splits_for
 
 PROGRAMS = 264  # two for each multiprocessor of an H100 or H200, and few enough partials to read again
 STAGES = 3  # tiles on their way from memory at once
@@ -36,11 +36,6 @@ def plan(rows: int, channels: int, groups: int) -> Plan:
     while block_rows > 16 and block_rows // 2 * splits >= rows:  # small tensors: more programs before larger tiles
         block_rows //= 2
     return cut(rows, block_rows, block_cols, splits)
-
-
-def splits_for(programs: int, channels: int, groups: int, block_cols: int) -> int:
-    """Of each group's rows, that make about so many programs."""
-    return max(1, programs // (triton.cdiv(channels, block_cols) * groups))
 
 
 @triton.jit

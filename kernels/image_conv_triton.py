@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastdcgan.kernels.plan import Plan, cut
+from fastdcgan.kernels.plan import Plan, cut, splits_for
 
 
 def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | None = None) -> Plan:
@@ -31,7 +31,7 @@ def plan(rows: int, channels: int, itemsize: int, tallest: int, programs: int | 
     block_rows, block_cols = tallest if itemsize == 2 else 32, min(64, max(16, triton.next_power_of_2(channels)))
     if programs is None:
         return cut(rows, block_rows, block_cols, triton.cdiv(rows, block_rows))
-    return cut(rows, block_rows, block_cols, max(1, programs // triton.cdiv(channels, block_cols)))
+    return cut(rows, block_rows, block_cols, splits_for(programs, channels, 1, block_cols))
 
 
 @triton.jit

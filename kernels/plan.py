@@ -21,3 +21,8 @@ def cut(rows: int, block_rows: int, block_cols: int, splits: int) -> Plan:
     """Up to so many splits of so many rows, at least one each, none of them without a row."""
     turns = -(-rows // (block_rows * splits))
     return Plan(block_rows, block_cols, turns, -(-rows // (block_rows * turns)))
+
+
+def splits_for(programs: int, channels: int, groups: int, block_cols: int) -> int:
+    """Of each group's rows, that make about so many programs."""
+    return max(1, programs // (-(-channels // block_cols) * groups))

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
+from fastdcgan.contention import Contention
 from fastdcgan.monitor import GRID, Monitor
 from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
@@ -34,6 +35,7 @@ class Watch:
         random = torch.Generator().manual_seed(config.seed)
         self.latents = torch.randn(GRID, config.latent_dim, generator=random).to(device)
         self.quality = Quality(real, config.latent_dim, config.seed, device)
+        self.contention = Contention() if device.type == "cpu" else None
         alarms = run / "alarms.jsonl"
         self.told = alarms.read_text(errors="replace") if alarms.exists() else ""
         self.status, self.silent = "", False
@@ -69,6 +71,8 @@ class Watch:
         """
         with self.writing():
             self.monitor.log(figures)
+        if self.contention and self.contention.found():
+            say(f"note: {Contention.ADVICE}")
         self.status = (
             f"{figures['images_per_second']:,.0f} images/s  loss D {figures['loss_d']:.2f} G {figures['loss_g']:.2f}"
             f"  D(x) {figures['d_real']:.2f}  D(G(z)) {figures['d_fake']:.2f}"

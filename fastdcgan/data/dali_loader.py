@@ -8,6 +8,7 @@ lost. A file whose very structure is broken would end the process, so those neve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import nvidia.dali.types
 import torch
 from nvidia.dali.pipeline import Pipeline
 
+from fastdcgan.console import say
 from fastdcgan.data.header import JPEG, PNG, is_plain
 from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
@@ -30,6 +32,21 @@ Pictures = list[Any] | Pixels
 types: Any = nvidia.dali.types  # its names are made at run time, where type checkers do not see them
 BATCHES_AHEAD = 2
 GPU_DECODE_FROM_BYTES = 16_384  # a typical file this large is worth sending to the GPU's decoder
+
+
+@functools.cache
+def decodes_on(gpu: int) -> bool:
+    """Whether DALI, which may be for another CUDA than torch, can decode on this GPU: found out by trying, and said."""
+    try:
+        pipeline = Pipeline(batch_size=1, num_threads=1, device_id=gpu, prefetch_queue_depth=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            pipeline.set_outputs(fn.decoders.image(encoded, device="mixed"))
+        pipeline.build()
+    except RuntimeError as error:
+        say(f"DALI cannot decode on the GPU, so the CPU does: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
 
 
 @dataclass
@@ -55,7 +72,8 @@ class DaliLoader(Loader):
         if self.channels == 1:  # DALI's grey of a colour PNG is not Pillow's (that of a JPEG is the file's own)
             self.fast &= ~((self.census.kind == PNG) & self.census.colour)
         large = bool(np.median(self.census.encoded_bytes) >= GPU_DECODE_FROM_BYTES)
-        self.device = device if device.type == "cuda" and large else torch.device("cpu")
+        if device.type == "cuda" and large and decodes_on(device.index or 0):
+            self.device = device
         if self.device.type == "cuda":  # the GPU decodes large JPEGs whole faster than the CPU decodes them scaled
             self.fast |= (self.census.kind == JPEG) & self.moderate
             self._copy_stream = torch.cuda.Stream(self.device)

@@ -16,6 +16,7 @@ import torch
 
 from fastdcgan.data import Dataset
 from fastdcgan.data.array_dataset import ArrayDataset
+from fastdcgan.data.loader import Request
 from fastdcgan.data.order import permutation, random_places
 from fastdcgan.data.pillow_decode import decode
 from fastdcgan.errors import UserError
@@ -348,6 +349,37 @@ def test_large_files_are_decoded_by_the_gpu(
     assert [name for name, _ in on_gpu.skipped] == ["breaks.jpg"]
     for expected, images in zip(batches(opened(folder).stream(BATCH), 7), found, strict=True):
         assert (expected.int() - images.cpu().int()).abs().float().mean() < 6  # full against scaled decoding
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DALI finds the GPU")
+def test_where_dali_cannot_use_the_gpu_the_cpu_decodes(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As with a DALI for a newer CUDA than the driver's: torch has the GPU, DALI does not."""
+    dali_loader = pytest.importorskip("fastdcgan.data.dali_loader")
+    files = {f"{k}.jpg": encoded(k, size=(800, 600), quality=100, subsampling=0) for k in range(3)}
+    folder = make_folder(0, files)
+    data = opened(folder, loader="dali")
+    expected = data.take(range(3))
+    dali_loader.decodes_on.cache_clear()
+    loaders = [
+        dali_loader.DaliLoader(
+            data._source,  # type: ignore[attr-defined]
+            data._census,  # type: ignore[attr-defined]
+            device=torch.device("cuda", 0),
+            image_size=(16, 16),
+            channels=3,
+            threads=1,
+        )
+        for _ in range(2)
+    ]
+    assert capsys.readouterr().err.count("DALI cannot decode on the GPU, so the CPU does: ") == 1
+    (decoded,) = loaders[0].decode([Request(np.arange(3))])
+    assert decoded.images.device.type == "cpu" and not decoded.broken
+    assert torch.equal(decoded.images, expected)
 
 
 def test_ending_a_stream_waits_for_no_thread(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+
 import torch
 
+from fastdcgan.console import say
 from fastdcgan.errors import UserError
 
 
@@ -12,15 +16,40 @@ def native_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+say_once = functools.cache(say)
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """What keeps this process from computing on its GPU, found out by trying; None if nothing does.
+
+    PyTorch also finds GPUs that are too old for its kernels, or whose memory others have taken.
+    """
+    if not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU here"
+    # More processes than GPUs are `distributed.join`'s to refuse.
+    own = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
+    try:
+        torch.zeros(1, device=f"cuda:{own}").add_(1).item()
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
 def choose_device(wanted: str) -> torch.device:
-    """The device of --device.
+    """The device of --device; auto takes the CPU, and says so, where there is a GPU that cannot be used.
 
     Raises:
-        UserError: cuda asked for and not there.
+        UserError: cuda asked for and not to be had; or auto, by one of several processes, the others of which may have
+            sound GPUs.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no NVIDIA GPU here; use --device cpu, or check nvidia-smi")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    reason = None if wanted == "cpu" else why_no_gpu()
+    found = reason is not None and torch.cuda.is_available()
+    if reason is not None and (wanted == "cuda" or (found and os.environ.get("WORLD_SIZE", "1") != "1")):
+        raise UserError(f"--device {wanted}: {reason}; use --device cpu, or check nvidia-smi")
+    if found:
+        say_once(f"the GPU cannot be used, so the CPU computes: {reason}")
+    return torch.device("cpu" if wanted == "cpu" or reason is not None else "cuda")
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

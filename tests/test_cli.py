@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from fastdcgan import console
+from fastdcgan import console, processor
 from fastdcgan.cli import asked, main
 from fastdcgan.errors import UserError
 from fastdcgan.processor import choose_device, choose_precision
@@ -489,7 +489,7 @@ def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPa
     """On a machine with a GPU, first one that only emulates bfloat16."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     native = False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processor, "why_no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
     assert (choose_device("cpu"), choose_device("auto"), choose_device("cuda")) == (cpu, gpu, gpu)
     assert [choose_precision(*each) for each in (("auto", cpu), ("bf16", cpu), ("tf32", gpu))] == [
@@ -498,3 +498,46 @@ def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPa
     assert choose_precision("auto", gpu) == "fp32"
     native = True
     assert choose_precision("auto", gpu) == "bf16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that cannot be used")
+def test_a_gpu_that_cannot_be_used_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that is too old for PyTorch's kernels, which finds it all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processor.why_no_gpu.cache_clear()
+    processor.say_once.cache_clear()
+    try:
+        assert [choose_device("auto"), choose_device("auto"), choose_device("cpu")] == [torch.device("cpu")] * 3
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("the GPU cannot be used, so the CPU computes: ") and "driver" in said
+        with pytest.raises(UserError, match=r"--device cuda: .*driver.*; use --device cpu"):
+            choose_device("cuda")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="--device auto: "):  # the others may have theirs
+            choose_device("auto")
+        assert choose_device("cpu") == torch.device("cpu")
+    finally:
+        processor.why_no_gpu.cache_clear()
+
+
+def test_each_process_tries_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def zeros(size: int, device: str) -> torch.Tensor:
+        tried.append(device)
+        return torch.ones(size)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    try:
+        for rank in ("0", "1", "2"):
+            processor.why_no_gpu.cache_clear()
+            monkeypatch.setenv("LOCAL_RANK", rank)
+            assert choose_device("auto") == torch.device("cuda")
+    finally:
+        processor.why_no_gpu.cache_clear()
+    assert tried == ["cuda:0", "cuda:1", "cuda:1"]

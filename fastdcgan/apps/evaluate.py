@@ -25,6 +25,7 @@ from fastdcgan.console import progress, say, spinner
 from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_uint8
+from fastdcgan.processor import choose_device
 
 ROWS, COLUMNS = 5, 6  # of the two sets of pictures beside each other
 FEWEST = 32
@@ -175,7 +176,7 @@ def inception_scores(real: Tensor, sets: dict[str, Tensor], weights: Path | None
                     input2=reference,
                     input2_cache_name="real",
                     cache_root=folder,
-                    cuda=torch.cuda.is_available(),
+                    cuda=choose_device("auto").type == "cuda",
                     isc=True,
                     fid=True,
                     kid=True,

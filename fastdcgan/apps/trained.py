@@ -8,6 +8,7 @@ import torch
 
 from fastdcgan.errors import UserError
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
+from fastdcgan.processor import choose_device
 from fastdcgan.runs import Run, load_run
 
 
@@ -24,7 +25,7 @@ def open_run(path: Path, ema: bool = True) -> Run:
     exported = path / "generator.safetensors"
     if exported.is_file() and not (path / "state.json").exists():
         path = exported
-    run = load_run(path, "cuda" if torch.cuda.is_available() else "cpu", ema)
+    run = load_run(path, choose_device("auto"), ema)
     for network in (run.generator, run.discriminator):
         if network is not None:
             network.requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from fastdcgan import image_size
-from fastdcgan.errors import UserError, check_at_least, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seed, check_utf8
 from fastdcgan.names import NAMES
 
 # What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
@@ -150,8 +150,8 @@ class TrainConfig:
                 raise UserError(f"{flag(field.name)} {getattr(self, field.name)!r} is not possible: {field.type}")
         if not self.data:
             raise UserError("DATA is empty: name a dataset or give a path")
-        if "\\udc" in ascii(str(self.run_dir)):  # how Python shows bytes that are no text
-            raise UserError(f"--run-dir {str(self.run_dir)!r} is not possible: TensorBoard needs a name in UTF-8")
+        if self.run_dir:
+            check_utf8("--run-dir", self.run_dir)  # or TensorBoard cannot write there
         if self.run_dir and (
             "\0" in str(self.run_dir) or max(len(os.fsencode(part)) for part in self.run_dir.parts) > 255
         ):

@@ -1,5 +1,7 @@
 """The one exception that stands for a mistake a user can put right, and checks that many commands need."""
 
+from pathlib import Path
+
 LAST_SEED = 2**63 - 1
 
 
@@ -20,3 +22,9 @@ def check_seed(seed: int) -> None:
     """Raises UserError for one that PyTorch does not take."""
     if not 0 <= seed <= LAST_SEED:
         raise UserError(f"--seed {seed} is not possible: from 0 to {LAST_SEED}")
+
+
+def check_utf8(flag: str, path: Path) -> None:
+    """Raises UserError for a path with bytes that are no text, which libraries in C++ do not take."""
+    if "\\udc" in ascii(str(path)):  # how Python shows them
+        raise UserError(f"{flag} {str(path)!r} is not possible: it needs a name in UTF-8")

@@ -1,4 +1,4 @@
-"""Writing files."""
+"""Names of files, and writing files."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from typing import IO, Any
 def short(name: str) -> str:
     """A name that leaves room for more in the name of a file, which has 255 bytes."""
     return name.encode(errors="ignore")[:100].decode(errors="ignore")
+
+
+def printable(name: str) -> str:
+    """A file name that any terminal and any line of text can show: undecodable bytes become \\xNN, a line's end \\n."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def make_writable(folder: Path) -> None:

@@ -22,7 +22,8 @@ from fastdcgan import reference
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import say, spinner
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_utf8
+from fastdcgan.files import printable
 from fastdcgan.models import AnyGenerator, Generator
 from fastdcgan.monitor import save_grid
 from fastdcgan.runs import Run, load_run
@@ -61,6 +62,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     plain = plain_generator(found.generator)
     if not out.name:
         raise UserError(f"--out {out} has no name of its own: give that of a new folder")
+    check_utf8("--out", out)  # or ONNX's and TorchScript's libraries cannot write there
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -76,7 +78,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
                 write_onnx(any_batch(plain), unfinished / FILES["onnx"])
         save_grid(generate(found.generator, latents(range(36), found.generator.latent_dim)), unfinished / "samples.png")
         (unfinished / "config.json").write_text(json.dumps(describe(found), indent=1) + "\n")
-        (unfinished / "README.md").write_text(model_card(found, format, numbers))
+        (unfinished / "README.md").write_text(model_card(found, format, numbers), encoding="utf-8")
         if out.exists():
             out.rmdir()
         unfinished.replace(out)
@@ -193,7 +195,7 @@ def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]] | Non
     ]
     if run.config is not None and run.step is not None:
         rows += [
-            ("trained on", "/".join(Path(run.config.data).parts[-2:])),
+            ("trained on", printable("/".join(Path(run.config.data).parts[-2:])).replace("|", "\\|")),
             ("steps", f"{run.step:,} of {run.config.batch_size} images"),
         ]
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -17,8 +17,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse
-from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, EncodedSource, is_hidden, printable
+from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, EncodedSource, is_hidden
 from fastdcgan.errors import UserError
+from fastdcgan.files import printable
 
 
 class ArchiveFile:

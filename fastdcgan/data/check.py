@@ -10,8 +10,9 @@ from fastdcgan.console import progress
 from fastdcgan.data import NAMES, open_source, room
 from fastdcgan.data.header import UNUSABLE, Glimpse, examine
 from fastdcgan.data.pillow_decode import UnusableImage, traits
-from fastdcgan.data.source import TAIL_BYTES, EncodedSource, printable, why_unreadable
+from fastdcgan.data.source import TAIL_BYTES, EncodedSource, why_unreadable
 from fastdcgan.errors import UserError
+from fastdcgan.files import printable
 
 FILES_AT_ONCE = 32
 

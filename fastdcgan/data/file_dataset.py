@@ -21,11 +21,11 @@ from fastdcgan.data.feed import DecodeFeed, Feed, StoreFeed, Usable, select, sou
 from fastdcgan.data.loader import Loader, Pixels, Request
 from fastdcgan.data.order import Ids, Order, Position, random_places
 from fastdcgan.data.prefault import prefaulted
-from fastdcgan.data.source import EncodedSource, printable
+from fastdcgan.data.source import EncodedSource
 from fastdcgan.data.store import DiskStore, Shape, Store
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
-from fastdcgan.files import short
+from fastdcgan.files import printable, short
 
 PICTURES = 1  # raise it when the same file would decode to other pixels: kept images are then made anew
 

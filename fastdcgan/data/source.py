@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse, has_image_magic
 from fastdcgan.errors import UserError
+from fastdcgan.files import printable
 
 HEAD_BYTES = 65536  # most files are read whole by this; a frame header behind longer metadata costs a second read
 TAIL_BYTES = 64
@@ -55,12 +56,6 @@ class EncodedSource(ABC):
         number = {name: label for label, name in enumerate(class_names)}
         label_of = {folder: number[name] for folder, name in class_of.items()}
         return [label_of[folder] for folder in folders], class_names
-
-
-def printable(name: str) -> str:
-    """A file name that any terminal and any line of text can show: undecodable bytes become \\xNN, a line's end \\n."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def why_unreadable(error: OSError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -64,6 +65,25 @@ def test_pth_loads_in_the_pytorch_example(run, tmp_path, expected):
     with torch.no_grad():
         images = example.eval()(latents(range(7), 100).view(7, 100, 1, 1))
     assert (images - expected).abs().max() < 1e-5
+
+
+def test_the_card_holds_any_name(run, tmp_path):
+    """Of the folder that was trained on: bytes that are no text, and the sign between a table's cells."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["config"]["data"] = "/home/bilder|\udcff/\u732b"
+    (copy / "config.json").write_text(json.dumps(config))
+    export(copy, format="safetensors", out=tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_bytes().decode("utf-8")
+    assert "| trained on | bilder\\|\\xff/\u732b |" in card.splitlines()
+
+
+@pytest.mark.parametrize("format", ["safetensors", "onnx", "torchscript", "pth"])
+def test_a_name_that_is_no_text_is_refused(run, tmp_path, format):
+    with pytest.raises(UserError, match=r"--out '.*model\\udcff' is not possible: it needs a name in UTF-8"):
+        export(run, format=format, out=tmp_path / "model\udcff")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torchscript_agrees(run, tmp_path, expected):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 
+import joblib
 import torch
 
 from fastdcgan.console import say
@@ -39,6 +40,9 @@ def why_no_gpu() -> str | None:
 def choose_device(wanted: str) -> torch.device:
     """The device of --device; auto takes the CPU, and says so, where there is a GPU that cannot be used.
 
+    With the CPU, torch is held to the cores of this process. By itself it has a thread for each of the machine's, also
+    in a container that may use a few of them, and threads that wait take time from those that compute.
+
     Raises:
         UserError: cuda asked for and not to be had; or auto, by one of several processes, the others of which may have
             sound GPUs.
@@ -49,7 +53,11 @@ def choose_device(wanted: str) -> torch.device:
         raise UserError(f"--device {wanted}: {reason}; use --device cpu, or check nvidia-smi")
     if found:
         say_once(f"the GPU cannot be used, so the CPU computes: {reason}")
-    return torch.device("cpu" if wanted == "cpu" or reason is not None else "cuda")
+    if wanted != "cpu" and reason is None:
+        return torch.device("cuda")
+    if torch.get_num_threads() > joblib.cpu_count():
+        torch.set_num_threads(joblib.cpu_count())
+    return torch.device("cpu")
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

@@ -86,8 +86,9 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM; a checkpoint is saved and the way to go on has been said.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
-    device = choose_device(config.device)
     with ExitStack() as at_end:
+        at_end.callback(torch.set_num_threads, torch.get_num_threads())
+        device = choose_device(config.device)
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
         world = join(device)
         at_end.callback(world.leave)

@@ -22,8 +22,10 @@ from rich.console import Console
 
 from fastdcgan import console, processor
 from fastdcgan.cli import asked, main
+from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.processor import choose_device, choose_precision
+from fastdcgan.trainer import train
 
 
 @pytest.fixture(autouse=True)
@@ -521,6 +523,22 @@ def test_a_gpu_that_cannot_be_used_is_left_alone(
         assert choose_device("cpu") == torch.device("cpu")
     finally:
         processor.why_no_gpu.cache_clear()
+
+
+def test_torch_keeps_to_the_cores_of_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine's eight it may use three; and where it has been told to use fewer, it does."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(processor.joblib, "cpu_count", lambda: 3)
+    try:
+        for threads, kept in ((8, 3), (3, 3), (2, 2)):
+            torch.set_num_threads(threads)
+            choose_device("cpu")
+            assert torch.get_num_threads() == kept
+        torch.set_num_threads(8)
+        train(TrainConfig("fake", image_size="8", gen_width=4, batch_size=4, steps=1, device="cpu", run_dir=tmp_path))
+        assert torch.get_num_threads() == 8  # afterwards the process is as it was
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_each_process_tries_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

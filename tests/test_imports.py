@@ -109,7 +109,8 @@ def test_it_trains_where_neither_triton_nor_dali_nor_unix_is(tmp_path: Path) -> 
     script = (
         "import ctypes, os, signal, sys\n"
         "sys.modules['triton'] = None\n"
-        "import torch, torchvision.transforms.functional, torch.utils.tensorboard, PIL.Image, safetensors.torch\n"
+        "import joblib, torch, torchvision.transforms.functional, torch.utils.tensorboard\n"
+        "import PIL.Image, safetensors.torch\n"
         "for name in ('nvidia.dali', 'fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
         "for name in ('sched_getaffinity', 'posix_fallocate', 'getloadavg', 'sysconf', 'getuid'): delattr(os, name)\n"
         "for name in ('SIGHUP', 'SIGKILL', 'SIGUSR1', 'SIGALRM'): delattr(signal, name)\n"

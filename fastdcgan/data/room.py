@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import joblib
 import torch
 
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_")
 # Shares of what is free that --cache auto takes at most.
 DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 0.4, 0.5, 0.5
 
 
 def cores() -> int:
     """Processor cores for this process, shared among the ranks of one machine."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(available // ranks_here(), 1)
+    return max(joblib.cpu_count() // ranks_here(), 1)
 
 
 def ranks_here() -> int:
@@ -29,21 +32,35 @@ def free_device_bytes(device: torch.device) -> int:
 
 def free_host_bytes() -> int:
     """Memory that can be used without swapping, within a container's limit, for one rank."""
-    free = []
+    free = [*left_in_container("memory.max", "memory.current", ""), *left_in_container(*CGROUP_V1)]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            free.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except OSError:
-        pass
-    if not free:  # neither file exists outside Linux
+    except OSError:  # not Linux
         free.append(
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
         )
     return max(min(free), 0) // ranks_here()
+
+
+def left_in_container(limit: str, used: str, prefix: str) -> Iterator[int]:
+    """The bytes that a container's limit leaves; none where there is no limit.
+
+    What files it has read are cached in counts as used, but gives way.
+
+    Args:
+        limit, used: files below `CGROUPS`.
+        prefix: of memory.stat's entries.
+    """
+    try:
+        most, stat = (CGROUPS / limit).read_text().strip(), (CGROUPS / limit).with_name("memory.stat").read_text()
+        if most != "max":
+            entries = dict(line.split() for line in stat.splitlines())
+            cached = sum(int(entries[f"{prefix}{which}_file"]) for which in ("active", "inactive"))
+            yield int(most) - int((CGROUPS / used).read_text()) + cached
+    except OSError:
+        pass
 
 
 def free_disk_bytes(folder: Path) -> int:

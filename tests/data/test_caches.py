@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -368,23 +369,63 @@ def test_free_memory_is_a_sensible_number() -> None:
     assert 1 <= room.cores() <= (os.cpu_count() or 1)
 
 
-@pytest.mark.parametrize(("limit", "free"), [("max", 8 << 30), (str(5 << 30), 4 << 30)])
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("container", "free"),
+    [
+        pytest.param({}, 8 * GIB, id="none"),
+        pytest.param({"memory.max": "max"}, 8 * GIB, id="without a limit"),
+        pytest.param({"memory.max": 5 * GIB, "memory.current": GIB}, 4 * GIB, id="with a limit"),
+        pytest.param(  # half of what counts as used are files that were read, which give way
+            {"memory.max": 5 * GIB, "memory.current": 4 * GIB, "active_file": GIB, "inactive_file": GIB},
+            3 * GIB,
+            id="full of cached files",
+        ),
+        pytest.param(
+            {
+                "memory/memory.limit_in_bytes": 5 * GIB,
+                "memory/memory.usage_in_bytes": 4 * GIB,
+                "total_active_file": GIB,
+                "total_inactive_file": GIB,
+            },
+            3 * GIB,
+            id="version 1",
+        ),
+        pytest.param(
+            {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": GIB},
+            8 * GIB,
+            id="version 1 without a limit",
+        ),
+        pytest.param({"memory.max": GIB, "memory.current": 2 * GIB}, 0, id="above the limit"),
+    ],
+)
 def test_memory_is_what_the_container_leaves_and_shared_by_the_ranks(
-    limit: str, free: int, monkeypatch: pytest.MonkeyPatch
+    container: dict[str, int | str], free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = {
-        "/proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n",
-        "/sys/fs/cgroup/memory.max": f"{limit}\n",
-        "/sys/fs/cgroup/memory.current": f"{1 << 30}\n",
+    says = {"/proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n"}
+    says |= {f"/sys/fs/cgroup/{name}": f"{value}\n" for name, value in container.items() if "." in name}
+    entries = {"anon": 5, "shmem": 7, "file": 9} | {
+        f"{prefix}{which}_file": 0 for prefix in ("", "total_") for which in ("active", "inactive")
     }
-    monkeypatch.setattr(Path, "read_text", lambda path: says[str(path)])
+    entries |= {name: int(value) for name, value in container.items() if "." not in name}
+    for folder in ("", "memory/"):
+        says[f"/sys/fs/cgroup/{folder}memory.stat"] = "".join(f"{each} {value}\n" for each, value in entries.items())
+
+    def read(path: Path) -> str:
+        if str(path) not in says:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return says[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
     assert room.free_host_bytes() == free
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert room.free_host_bytes() == free // 4
 
 
 def test_cores_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 12)
     shares = []
     for ranks in (1, 4, 20):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,12 +169,9 @@ def open_source(data: str) -> EncodedSource:
 
 
 def default_cache_dir() -> Path:
-    """~/.cache/fastdcgan, or where XDG_CACHE_HOME says.
-
-    Raises:
-        UserError: the system knows of no home folder.
-    """
+    """~/.cache/fastdcgan, or where XDG_CACHE_HOME says; among the temporary files where a user has no home, as in some
+    containers."""
     folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if folder.startswith("~"):
-        raise UserError("there is no home folder to keep a cache in: give another with --cache-dir")
+        return Path(tempfile.gettempdir()) / f"fastdcgan-{os.getuid()}"
     return Path(folder) / "fastdcgan"

@@ -369,6 +369,17 @@ def test_free_memory_is_a_sensible_number() -> None:
     assert 1 <= room.cores() <= (os.cpu_count() or 1)
 
 
+def test_who_has_no_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs as a user of whom its system knows nothing."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache_dir() == tmp_path / "home" / ".cache" / "fastdcgan"
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert default_cache_dir() == tmp_path / "fastdcgan-12345"
+
+
 GIB = 1 << 30
 
 

@@ -64,10 +64,14 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     """The precision of --precision; auto is bf16 on a GPU that computes in it, fp32 elsewhere.
 
     Raises:
-        UserError: TF32 on a CPU, which has none.
+        UserError: TF32 on a CPU, which has none; bf16 on a GPU from before Ampere, for which cuDNN has no such
+            convolutions.
     """
     if wanted == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is of NVIDIA GPUs: use fp32, or bf16, on a CPU")
+    bf16_on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and device.type == "cuda" and not bf16_on_gpu:
+        raise UserError("--precision bf16 is of GPUs from Ampere on, and this one is older: use fp32")
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if bf16_on_gpu else "fp32"

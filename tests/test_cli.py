@@ -498,8 +498,10 @@ def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPa
         "fp32", "bf16", "tf32"
     ]  # fmt: skip
     assert choose_precision("auto", gpu) == "fp32"
+    with pytest.raises(UserError, match="--precision bf16 is of GPUs from Ampere on"):
+        choose_precision("bf16", gpu)
     native = True
-    assert choose_precision("auto", gpu) == "bf16"
+    assert (choose_precision("auto", gpu), choose_precision("bf16", gpu)) == ("bf16", "bf16")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that cannot be used")

@@ -54,8 +54,8 @@ class Contention:
 def is_shared(threads: int, before: Reading, now: Reading) -> bool:
     """Whether so many busy threads lost their cores to others between the readings."""
     processor = now.processor - before.processor
-    idle = processor < SHARE * threads * (now.wall - before.wall)
-    return idle and now.switches - before.switches > SWITCHES * processor
+    lost = processor < SHARE * threads * (now.wall - before.wall)
+    return lost and now.switches - before.switches > SWITCHES * processor
 
 
 def read() -> Reading | None:

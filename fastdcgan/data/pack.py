@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ def pack(
             try:
                 reserve(file, HEADER_BYTES + dataset.count * row_bytes)
             except OSError:
+                _let_go(file)
                 part.unlink()
                 journal.unlink()
                 raise
@@ -93,6 +95,7 @@ def pack(
             os.fsync(file.fileno())
             write_json(note_path(out), _note(dataset, done))
             journal.unlink()  # first: a journal without its part would vouch for rows that are not there
+            _let_go(file)
             os.replace(part, out)
     except OSError as error:
         need = in_words(HEADER_BYTES + dataset.count * row_bytes)
@@ -155,3 +158,9 @@ def _alone(part: Path, out: Path) -> Iterator[BinaryIO]:
         except BlockingIOError:
             raise UserError(f"another process is packing into {out}: wait for it, or choose another --out") from None
         yield file
+
+
+def _let_go(file: BinaryIO) -> None:
+    """Windows renames and deletes no file that is open. Elsewhere the lock lasts until the file has its name."""
+    if sys.platform == "win32":
+        file.close()

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +61,8 @@ class Store:
 class DiskStore(Store):
     """A .npy file that fills up while it is used, and is found again, full or not, by the next run.
 
-    Several processes may fill one file: each row has one right content, and `present`, too, is shared between them.
+    Several processes may fill one file: each row has one right content, and `present`, too, is shared between them. The
+    note beside it says whose images they are, and once they are all there, which could not be had.
     """
 
     def __init__(self, path: Path, shape: Shape, fingerprint: str) -> None:
@@ -70,48 +71,47 @@ class DiskStore(Store):
         Raises:
             OSError: no space, or not writable.
         """
-        self._path, self._part, self._rows = path, path.with_suffix(".part"), path.with_suffix(".rows")
-        self._note = path.with_suffix(".json")
+        self._path, self._rows, self._note = path, path.with_suffix(".rows"), path.with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            try:
-                array, present = self._open(shape, fingerprint)
-            except (ValueError, EOFError, KeyError, IndexError, TypeError):  # damaged
-                for file in (self._path, self._part, self._rows, self._note):
+            opened = None
+            with suppress(ValueError, EOFError, KeyError, IndexError, TypeError):  # damaged
+                opened = self._open(shape, fingerprint)
+            if opened is None:
+                for file in (self._path, self._rows, self._note):
                     file.unlink(missing_ok=True)
-                array, present = self._open(shape, fingerprint)
+                opened = self._open(shape, fingerprint)
+            array, present = opened
             super().__init__(_as_tensor(array), present)
-            self._mine = self._part.stat().st_ino if self._part.exists() else None
+            self._mine = self._path.stat().st_ino
 
     def _open(self, shape: Shape, fingerprint: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         note = read_json(self._note)
-        if note.get("fingerprint") != fingerprint:
-            self._path.unlink(missing_ok=True)
-        if self._path.exists():
+        if note.get("fingerprint") == fingerprint and "absent" in note and self._path.exists():
             present = np.ones(shape[0], dtype=bool)
             present[note["absent"]] = False
             return _load(self._path, shape, "c"), present
         # After a power failure rows may be missing that are noted as present: trust only what this boot wrote.
-        if note != (fresh := {"fingerprint": fingerprint, "boot": _boot_id()}):
+        fresh = {"fingerprint": fingerprint, "boot": _boot_id()}
+        if note != fresh or not (self._path.exists() and self._rows.exists()):
             self._rows.unlink(missing_ok=True)
-            self._part.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
             write_json(self._note, fresh)
-        for file, file_shape in ((self._part, shape), (self._rows, shape[:1])):
-            if not file.exists():
-                _make(file, file_shape)
-        return _load(self._part, shape, "r+"), _load(self._rows, shape[:1], "r+").view(bool)
+            _make(self._path, shape)
+            _make(self._rows, shape[:1])
+        return _load(self._path, shape, "r+"), _load(self._rows, shape[:1], "r+").view(bool)
 
     def finish(self) -> None:
         with _locked(self._path.with_suffix(".lock")):
+            note = read_json(self._note)
             # Another process may have finished it, or begun anew because the sources have changed.
-            if not self._part.exists() or self._part.stat().st_ino != self._mine:
+            if "absent" in note or not self._path.exists() or self._path.stat().st_ino != self._mine:
                 return
-            with open(self._part, "rb+") as file:
+            with open(self._path, "rb+") as file:
                 os.fsync(file.fileno())
-            absent = np.flatnonzero(~self.present).tolist()
-            write_json(self._note, read_json(self._note) | {"absent": absent})
-            os.replace(self._part, self._path)
-            self._rows.unlink(missing_ok=True)
+            write_json(self._note, note | {"absent": np.flatnonzero(~self.present).tolist()})
+            with suppress(PermissionError):  # Windows keeps a file that is mapped
+                self._rows.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -234,7 +234,8 @@ def test_the_tuned_example_takes_the_steps_of_the_plain_one(monkeypatch):
             assert torch.allclose(a, b, atol=1e-6), name
 
 
-def test_contenders_of_a_gpu():
+def test_contenders_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     gpu = torch.device("cuda")
     assert [(entry.name, entry.precision) for entry in contenders.entries(contenders.NAMES, "bf16", gpu)] == [
         ("example", "tf32"), ("example-fp32", "fp32"), ("skilled", "bf16"), ("skilled", "fp16"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 
-import joblib
 import torch
 
 from fastdcgan.console import say
+from fastdcgan.cores import allowed_cores
 from fastdcgan.errors import UserError
 
 
@@ -55,8 +55,8 @@ def choose_device(wanted: str) -> torch.device:
         say_once(f"the GPU cannot be used, so the CPU computes: {reason}")
     if wanted != "cpu" and reason is None:
         return torch.device("cuda")
-    if torch.get_num_threads() > joblib.cpu_count():
-        torch.set_num_threads(joblib.cpu_count())
+    if torch.get_num_threads() > allowed_cores():
+        torch.set_num_threads(allowed_cores())
     return torch.device("cpu")
 
 

@@ -530,7 +530,7 @@ def test_a_gpu_that_cannot_be_used_is_left_alone(
 def test_torch_keeps_to_the_cores_of_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the machine's eight it may use three; and where it has been told to use fewer, it does."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(processor.joblib, "cpu_count", lambda: 3)
+    monkeypatch.setattr(processor, "allowed_cores", lambda: 3)
     try:
         for threads, kept in ((8, 3), (3, 3), (2, 2)):
             torch.set_num_threads(threads)

@@ -7,10 +7,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import joblib
 import torch
 
-CGROUPS = Path("/sys/fs/cgroup")
+from fastdcgan.cores import CGROUPS, allowed_cores
+
 CGROUP_V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_")
 # Shares of what is free that --cache auto takes at most.
 DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 0.4, 0.5, 0.5
@@ -18,7 +18,7 @@ DEVICE_SHARE, HOST_SHARE, DISK_SHARE = 0.4, 0.5, 0.5
 
 def cores() -> int:
     """Processor cores for this process, shared among the ranks of one machine."""
-    return max(joblib.cpu_count() // ranks_here(), 1)
+    return max(allowed_cores() // ranks_here(), 1)
 
 
 def ranks_here() -> int:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -437,8 +436,32 @@ def test_memory_is_what_the_container_leaves_and_shared_by_the_ranks(
     assert room.free_host_bytes() == free // 4
 
 
+@pytest.mark.parametrize(
+    ("says", "cores"),
+    [
+        ({}, 12),
+        ({"cpu.max": "max 100000"}, 12),
+        ({"cpu.max": "400000 100000"}, 4),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "5000 100000"}, 1),
+        ({"cpu.max": "6400000 100000"}, 12),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 12),
+        ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_cores_are_those_of_the_container(
+    says: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastdcgan.cores.CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    for name, text in says.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert room.cores() == cores
+
+
 def test_cores_are_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joblib, "cpu_count", lambda: 12)
+    monkeypatch.setattr(room, "allowed_cores", lambda: 12)
     shares = []
     for ranks in (1, 4, 20):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))

@@ -11,8 +11,8 @@ import torch
 
 SECONDS = 2.0  # that a look goes back at least
 # Measured: alone 19 involuntary switches a second of processor time, beside one or two busy threads 150 to 260; and of
-# the time of two cores 99% and 50 to 65%. Both, as the run's own decoding threads alone bring more switches.
-SWITCHES, SHARE = 70, 0.85
+# the time of two cores 99% and 50 to 65%. Both, as the run's own decoding threads bring 160 to 450 (and use 89 to 98%).
+SWITCHES, SHARE = 70, 0.8
 
 
 @dataclass(frozen=True)

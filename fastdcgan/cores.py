@@ -14,9 +14,9 @@ def allowed_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
         try:
-            quota, period = " ".join((CGROUPS / file).read_text() for file in files).split()
-        except OSError:
+            quota, period = map(int, " ".join((CGROUPS / file).read_text() for file in files).split())
+        except (OSError, ValueError):  # no such file, or "max"
             continue
-        if quota not in ("max", "-1"):
-            cores = min(cores, math.ceil(int(quota) / int(period)))
+        if quota > 0 and period > 0:
+            cores = min(cores, math.ceil(quota / period))
     return cores

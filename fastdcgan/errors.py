@@ -26,5 +26,7 @@ def check_seed(seed: int) -> None:
 
 def check_utf8(flag: str, path: Path) -> None:
     """Raises UserError for a path with bytes that are no text, which libraries in C++ do not take."""
-    if "\\udc" in ascii(str(path)):  # how Python shows them
-        raise UserError(f"{flag} {str(path)!r} is not possible: it needs a name in UTF-8")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{flag} {str(path)!r} is not possible: it needs a name in UTF-8") from None

@@ -32,7 +32,7 @@ def why_no_gpu() -> str | None:
     own = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
     try:
         torch.zeros(1, device=f"cuda:{own}").add_(1).item()
-    except RuntimeError as error:
+    except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
         return str(error).strip().splitlines()[0]
     return None
 

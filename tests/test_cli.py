@@ -23,7 +23,7 @@ from rich.console import Console
 from fastdcgan import console, processor
 from fastdcgan.cli import asked, main
 from fastdcgan.config import TrainConfig
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, check_utf8
 from fastdcgan.processor import choose_device, choose_precision
 from fastdcgan.trainer import train
 
@@ -541,6 +541,26 @@ def test_torch_keeps_to_the_cores_of_its_container(tmp_path: Path, monkeypatch: 
         assert torch.get_num_threads() == 8  # afterwards the process is as it was
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_gpu_whose_driver_and_pytorch_disagree_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(size: int, device: str) -> torch.Tensor:
+        raise torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    processor.why_no_gpu.cache_clear()
+    try:
+        assert choose_device("auto") == torch.device("cpu")
+    finally:
+        processor.why_no_gpu.cache_clear()
+
+
+def test_a_backslash_is_text() -> None:
+    check_utf8("--out", Path(r"runs\udcff"))
+    with pytest.raises(UserError, match="--out"):
+        check_utf8("--out", Path("runs\udcff"))
 
 
 def test_each_process_tries_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

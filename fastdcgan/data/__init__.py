@@ -173,5 +173,5 @@ def default_cache_dir() -> Path:
     containers."""
     folder = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if folder.startswith("~"):
-        return Path(tempfile.gettempdir()) / f"fastdcgan-{os.getuid()}"
+        return Path(tempfile.gettempdir()) / f"fastdcgan-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     return Path(folder) / "fastdcgan"

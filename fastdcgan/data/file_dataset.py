@@ -22,7 +22,7 @@ from fastdcgan.data.loader import Loader, Pixels, Request
 from fastdcgan.data.order import Ids, Order, Position, random_places
 from fastdcgan.data.prefault import prefaulted
 from fastdcgan.data.source import EncodedSource
-from fastdcgan.data.store import DiskStore, Shape, Store
+from fastdcgan.data.store import DiskStore, Shape, Store, is_whole
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable, short
@@ -223,11 +223,12 @@ class FileDataset(Dataset):
         ahead, self._ahead = self._ahead, None
         size, mode, on_device = int(np.prod(self.shape, dtype=np.int64)), self._cache, self._device.type == "cuda"
         on_disk = self._cache_dir / "images" / f"{short(self.name)}-{self._key()}.npy"
-        if mode == "auto" and on_disk.exists():
+        if mode == "auto" and is_whole(on_disk, self._source.fingerprint()):
             with suppress(OSError):  # that may only be read, or without room to make it anew
                 kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
+                present = kept.present.copy()  # before the pixels: somebody may be filling it anew
                 fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
-                return Store(kept.array.to(self._device), kept.present.copy()) if fits else kept
+                return Store(kept.array.to(self._device), present) if fits else kept
         if ahead is not None and ahead.nbytes == size:
             return Store.empty(torch.from_numpy(ahead.reshape(self.shape)))
         del ahead  # before anyone asks what is free

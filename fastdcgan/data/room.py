@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -33,11 +34,11 @@ def free_device_bytes(device: torch.device) -> int:
 def free_host_bytes() -> int:
     """Memory that can be used without swapping, within a container's limit, for one rank."""
     free = [*left_in_container("memory.max", "memory.current", ""), *left_in_container(*CGROUP_V1)]
-    try:
+    with suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
-    except OSError:  # not Linux
+    if not free:  # not Linux
         free.append(
             os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
         )
@@ -47,20 +48,21 @@ def free_host_bytes() -> int:
 def left_in_container(limit: str, used: str, prefix: str) -> Iterator[int]:
     """The bytes that a container's limit leaves; none where there is no limit.
 
-    What files it has read are cached in counts as used, but gives way.
+    What is cached of files that were read counts as used, but gives way.
 
     Args:
         limit, used: files below `CGROUPS`.
         prefix: of memory.stat's entries.
     """
     try:
-        most, stat = (CGROUPS / limit).read_text().strip(), (CGROUPS / limit).with_name("memory.stat").read_text()
-        if most != "max":
-            entries = dict(line.split() for line in stat.splitlines())
-            cached = sum(int(entries[f"{prefix}{which}_file"]) for which in ("active", "inactive"))
-            yield int(most) - int((CGROUPS / used).read_text()) + cached
-    except OSError:
-        pass
+        most, taken = (int((CGROUPS / file).read_text()) for file in (limit, used))
+    except (OSError, ValueError):  # no such file, or "max"
+        return
+    entries: dict[str, str] = {}
+    with suppress(OSError):
+        lines = (CGROUPS / limit).with_name("memory.stat").read_text().splitlines()
+        entries = dict(line.split(maxsplit=1) for line in lines)
+    yield most - taken + sum(int(entries.get(f"{prefix}{which}_file", 0)) for which in ("active", "inactive"))
 
 
 def free_disk_bytes(folder: Path) -> int:

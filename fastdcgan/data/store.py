@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -75,7 +77,7 @@ class DiskStore(Store):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             opened = None
-            with suppress(ValueError, EOFError, KeyError, IndexError, TypeError):  # damaged
+            with suppress(ValueError, IndexError, TypeError):  # damaged
                 opened = self._open(shape, fingerprint)
             if opened is None:
                 for file in (self._path, self._rows, self._note):
@@ -87,7 +89,7 @@ class DiskStore(Store):
 
     def _open(self, shape: Shape, fingerprint: str) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         note = read_json(self._note)
-        if note.get("fingerprint") == fingerprint and "absent" in note and self._path.exists():
+        if is_whole(self._path, fingerprint):
             present = np.ones(shape[0], dtype=bool)
             present[note["absent"]] = False
             return _load(self._path, shape, "c"), present
@@ -102,7 +104,8 @@ class DiskStore(Store):
         return _load(self._path, shape, "r+"), _load(self._rows, shape[:1], "r+").view(bool)
 
     def finish(self) -> None:
-        with _locked(self._path.with_suffix(".lock")):
+        # A disk that is full, or a folder that is gone: the next run decodes once more.
+        with suppress(OSError), _locked(self._path.with_suffix(".lock")):
             note = read_json(self._note)
             # Another process may have finished it, or begun anew because the sources have changed.
             if "absent" in note or not self._path.exists() or self._path.stat().st_ino != self._mine:
@@ -110,8 +113,13 @@ class DiskStore(Store):
             with open(self._path, "rb+") as file:
                 os.fsync(file.fileno())
             write_json(self._note, note | {"absent": np.flatnonzero(~self.present).tolist()})
-            with suppress(PermissionError):  # Windows keeps a file that is mapped
-                self._rows.unlink(missing_ok=True)
+            self._rows.unlink(missing_ok=True)  # which Windows refuses, where it is mapped
+
+
+def is_whole(path: Path, fingerprint: str) -> bool:
+    """Whether all images of these sources are in a `DiskStore`'s file."""
+    note = read_json(path.with_suffix(".json"))
+    return path.exists() and note.get("fingerprint") == fingerprint and "absent" in note
 
 
 @contextmanager
@@ -139,19 +147,27 @@ def _make(path: Path, shape: tuple[int, ...]) -> None:
     temporary = path.with_name(path.name + ".new")
     try:
         with open(temporary, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            reserve(file, file.tell() + int(np.prod(shape, dtype=np.int64)))
+            file.write(_header(shape))
+            reserve(file, file.tell() + math.prod(shape))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _load(path: Path, shape: tuple[int, ...], mode: Literal["c", "r+"]) -> NDArray[np.uint8]:
-    """A .npy as a memory map. Raises ValueError or EOFError where it is damaged."""
-    array: NDArray[np.uint8] = np.load(path, mmap_mode="r")  # "r+" would lengthen a file that is cut short
-    if array.shape != shape or array.dtype != np.uint8:
-        raise ValueError(f"{path} holds something else")
-    return np.load(path, mmap_mode=mode)
+    """A .npy as a memory map. Raises ValueError where it is not as `_make` makes it."""
+    header = _header(shape)
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header or path.stat().st_size != len(header) + math.prod(shape):
+            raise ValueError(f"{path} is damaged, or holds something else")
+    return np.memmap(path, np.uint8, mode, len(header), shape)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """That of a .npy with uint8 of this shape."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def _boot_id() -> str:

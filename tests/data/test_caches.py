@@ -17,7 +17,7 @@ import torch
 from fastdcgan.data import Dataset, default_cache_dir, room
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.order import Order
-from fastdcgan.data.store import DiskStore
+from fastdcgan.data.store import DiskStore, is_whole
 from fastdcgan.errors import UserError
 
 Batches = Callable[..., list[torch.Tensor]]
@@ -241,6 +241,69 @@ def test_a_damaged_file_is_made_anew(damage: str, finished: bool, tmp_path: Path
     assert not DiskStore(path, shape, "print").array.any()
 
 
+def test_without_its_rows_an_unfinished_file_is_made_anew(tmp_path: Path) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    DiskStore(path, shape, "print").write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
+    path.with_suffix(".rows").unlink()
+    store = DiskStore(path, shape, "print")
+    assert not store.present.any() and not store.array.any()
+
+
+def test_a_damaged_header_is_noticed_in_each_of_its_bytes(tmp_path: Path) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    for byte in range(128):
+        store = DiskStore(path, shape, "print")
+        store.write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
+        content = bytearray(path.read_bytes())
+        content[byte] ^= 0x15
+        path.write_bytes(content)
+        assert not DiskStore(path, shape, "print").present.any(), byte
+
+
+def test_what_was_absent_stays_so_for_who_finds_it_later(tmp_path: Path) -> None:
+    """A finished file is not written any more: what its reader decodes beside it, it alone has."""
+    shape, path = (4, 2, 2, 1), tmp_path / "set.npy"
+    first = DiskStore(path, shape, "print")
+    first.write(np.arange(3), torch.ones((3, 2, 2, 1), dtype=torch.uint8))
+    first.finish()
+    second = DiskStore(path, shape, "print")
+    second.write(np.array([3]), torch.ones((1, 2, 2, 1), dtype=torch.uint8))
+    second.finish()
+    assert DiskStore(path, shape, "print").present.tolist() == [True, True, True, False]
+
+
+def test_a_full_disk_at_the_end_costs_the_kept_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    kept = DiskStore(path, shape, "print")
+    kept.write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
+
+    def full(self: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        kept.finish()
+    assert not is_whole(path, "print") and kept.present.all()
+    kept.finish()
+    assert is_whole(path, "print")
+
+
+def test_auto_waits_for_no_file_that_another_run_is_filling(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], batches: Batches
+) -> None:
+    folder = make_folder(COUNT)
+    other = opened(folder, cache="disk").stream(4)
+    assert ".rows" in kept_files()
+    data = opened(folder)
+    batches(data.stream(4), 1)
+    assert not isinstance(data._store, DiskStore)  # type: ignore[attr-defined]
+    batches(other, COUNT // 4 + 1)
+    assert ".rows" not in kept_files()
+    data = opened(folder)
+    batches(data.stream(4), 1)
+    assert isinstance(data._store, DiskStore)  # type: ignore[attr-defined]
+
+
 LIMITED = """
 import resource, sys, torch
 from pathlib import Path
@@ -411,19 +474,28 @@ GIB = 1 << 30
             id="version 1 without a limit",
         ),
         pytest.param({"memory.max": GIB, "memory.current": 2 * GIB}, 0, id="above the limit"),
+        pytest.param(
+            {"memory.max": 5 * GIB, "memory.current": GIB, "memory.stat": "anon 5"}, 4 * GIB, id="with other entries"
+        ),
+        pytest.param(
+            {"memory.max": 5 * GIB, "memory.current": GIB, "memory.stat": None}, 4 * GIB, id="with no entries"
+        ),
+        pytest.param({"memory.max": "", "memory.current": ""}, 8 * GIB, id="empty files"),
     ],
 )
 def test_memory_is_what_the_container_leaves_and_shared_by_the_ranks(
-    container: dict[str, int | str], free: int, monkeypatch: pytest.MonkeyPatch
+    container: dict[str, int | str | None], free: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     says = {"/proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n"}
-    says |= {f"/sys/fs/cgroup/{name}": f"{value}\n" for name, value in container.items() if "." in name}
     entries = {"anon": 5, "shmem": 7, "file": 9} | {
         f"{prefix}{which}_file": 0 for prefix in ("", "total_") for which in ("active", "inactive")
     }
-    entries |= {name: int(value) for name, value in container.items() if "." not in name}
+    entries |= {name: int(value or 0) for name, value in container.items() if "." not in name}
     for folder in ("", "memory/"):
         says[f"/sys/fs/cgroup/{folder}memory.stat"] = "".join(f"{each} {value}\n" for each, value in entries.items())
+    says |= {f"/sys/fs/cgroup/{name}": f"{value}\n" for name, value in container.items() if "." in name}
+    if container.get("memory.stat", "") is None:
+        del says["/sys/fs/cgroup/memory.stat"]
 
     def read(path: Path) -> str:
         if str(path) not in says:
@@ -445,6 +517,9 @@ def test_memory_is_what_the_container_leaves_and_shared_by_the_ranks(
         ({"cpu.max": "150000 100000"}, 2),
         ({"cpu.max": "5000 100000"}, 1),
         ({"cpu.max": "6400000 100000"}, 12),
+        ({"cpu.max": "0 100000"}, 12),
+        ({"cpu.max": "100000 0"}, 12),
+        ({"cpu.max": ""}, 12),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 12),
         ({"cpu/cpu.cfs_quota_us": "250000", "cpu/cpu.cfs_period_us": "100000"}, 3),
     ],

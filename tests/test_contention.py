@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdcgan import contention
+from fastdcgan import contention, watch
 from fastdcgan.config import TrainConfig
 from fastdcgan.contention import Contention, Reading, is_shared
 from fastdcgan.trainer import train
@@ -92,3 +92,13 @@ def test_a_run_says_it_once(
     monkeypatch.setattr(contention, "read", read)
     train(TrainConfig(image_size="16", gen_width=4, batch_size=4, steps=8, log_every=1, run_dir=tmp_path / "run"))
     assert capsys.readouterr().err.count("OMP_WAIT_POLICY=passive") == 1
+
+
+def test_who_computes_on_a_gpu_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "Quality", lambda *_: None)
+    (tmp_path / "samples").mkdir()
+    real = torch.zeros(64, 16, 16, 1, dtype=torch.uint8)
+    looks = [watch.Watch(tmp_path, TrainConfig(), real, torch.device(kind), 0) for kind in ("cpu", "meta")]
+    assert [each.contention is None for each in looks] == [False, True]
+    for each in looks:
+        each.close()

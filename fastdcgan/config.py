@@ -152,10 +152,8 @@ class TrainConfig:
             raise UserError("DATA is empty: name a dataset or give a path")
         if self.run_dir:
             check_utf8("--run-dir", self.run_dir)  # or TensorBoard cannot write there
-        if self.run_dir and (
-            "\0" in str(self.run_dir) or max(len(os.fsencode(part)) for part in self.run_dir.parts) > 255
-        ):
-            raise UserError("--run-dir is not possible: no folder can have such a name")
+            if "\0" in str(self.run_dir) or max(len(os.fsencode(part)) for part in self.run_dir.parts) > 255:
+                raise UserError("--run-dir is not possible: no folder can have such a name")
         counts = ["steps", "latent_dim", "gen_width", "disc_width", "log_every", "sample_every", "checkpoint_every"]
         for name in [*counts, "keep", "r1_every"]:
             if getattr(self, name) is not None:

@@ -47,16 +47,18 @@ def choose_device(wanted: str) -> torch.device:
         UserError: cuda asked for and not to be had; or auto, by one of several processes, the others of which may have
             sound GPUs.
     """
-    reason = None if wanted == "cpu" else why_no_gpu()
-    found = reason is not None and torch.cuda.is_available()
-    if reason is not None and (wanted == "cuda" or (found and os.environ.get("WORLD_SIZE", "1") != "1")):
-        raise UserError(f"--device {wanted}: {reason}; use --device cpu, or check nvidia-smi")
-    if found:
-        say_once(f"the GPU cannot be used, so the CPU computes: {reason}")
-    if wanted != "cpu" and reason is None:
-        return torch.device("cuda")
-    if torch.get_num_threads() > allowed_cores():
-        torch.set_num_threads(allowed_cores())
+    if wanted != "cpu":
+        reason = why_no_gpu()
+        if reason is None:
+            return torch.device("cuda")
+        found, alone = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
+        if wanted == "cuda" or (found and not alone):
+            raise UserError(f"--device {wanted}: {reason}; use --device cpu, or check nvidia-smi")
+        if found:
+            say_once(f"the GPU cannot be used, so the CPU computes: {reason}")
+    allowed = allowed_cores()
+    if torch.get_num_threads() > allowed:
+        torch.set_num_threads(allowed)
     return torch.device("cpu")
 
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -504,27 +505,31 @@ def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPa
     assert (choose_precision("auto", gpu), choose_precision("bf16", gpu)) == ("bf16", "bf16")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that cannot be used")
-def test_a_gpu_that_cannot_be_used_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As one that is too old for PyTorch's kernels, which finds it all the same."""
+@pytest.fixture
+def two_gpus_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """PyTorch finds two GPUs, and nobody has tried them yet."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     processor.why_no_gpu.cache_clear()
+    yield
+    processor.why_no_gpu.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that cannot be used")
+def test_a_gpu_that_cannot_be_used_is_left_alone(
+    two_gpus_found: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that is too old for PyTorch's kernels, which finds it all the same."""
     processor.say_once.cache_clear()
-    try:
-        assert [choose_device("auto"), choose_device("auto"), choose_device("cpu")] == [torch.device("cpu")] * 3
-        (said,) = capsys.readouterr().err.splitlines()
-        assert said.startswith("the GPU cannot be used, so the CPU computes: ") and "driver" in said
-        with pytest.raises(UserError, match=r"--device cuda: .*driver.*; use --device cpu"):
-            choose_device("cuda")
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UserError, match="--device auto: "):  # the others may have theirs
-            choose_device("auto")
-        assert choose_device("cpu") == torch.device("cpu")
-    finally:
-        processor.why_no_gpu.cache_clear()
+    assert [choose_device("auto"), choose_device("auto"), choose_device("cpu")] == [torch.device("cpu")] * 3
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("the GPU cannot be used, so the CPU computes: ") and "driver" in said
+    with pytest.raises(UserError, match=r"--device cuda: .*driver.*; use --device cpu"):
+        choose_device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device auto: "):  # the others may have theirs
+        choose_device("auto")
+    assert choose_device("cpu") == torch.device("cpu")
 
 
 def test_torch_keeps_to_the_cores_of_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,18 +548,14 @@ def test_torch_keeps_to_the_cores_of_its_container(tmp_path: Path, monkeypatch: 
         torch.set_num_threads(before)
 
 
-def test_a_gpu_whose_driver_and_pytorch_disagree_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_whose_driver_and_pytorch_disagree_is_left_alone(
+    two_gpus_found: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def zeros(size: int, device: str) -> torch.Tensor:
         raise torch.cuda.DeferredCudaCallError("CUDA call failed lazily at initialization")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "zeros", zeros)
-    processor.why_no_gpu.cache_clear()
-    try:
-        assert choose_device("auto") == torch.device("cpu")
-    finally:
-        processor.why_no_gpu.cache_clear()
+    assert choose_device("auto") == torch.device("cpu")
 
 
 def test_a_backslash_is_text() -> None:
@@ -563,21 +564,16 @@ def test_a_backslash_is_text() -> None:
         check_utf8("--out", Path("runs\udcff"))
 
 
-def test_each_process_tries_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_tries_its_own_gpu(two_gpus_found: None, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
 
     def zeros(size: int, device: str) -> torch.Tensor:
         tried.append(device)
         return torch.ones(size)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "zeros", zeros)
-    try:
-        for rank in ("0", "1", "2"):
-            processor.why_no_gpu.cache_clear()
-            monkeypatch.setenv("LOCAL_RANK", rank)
-            assert choose_device("auto") == torch.device("cuda")
-    finally:
+    for rank in ("0", "1", "2"):
         processor.why_no_gpu.cache_clear()
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert choose_device("auto") == torch.device("cuda")
     assert tried == ["cuda:0", "cuda:1", "cuda:1"]

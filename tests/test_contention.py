@@ -35,9 +35,9 @@ def test_what_is_taken_for_shared(processor: float, switches: int, shared: bool)
 
 @pytest.fixture
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[Reading | None]:
-    """What `read` gives, one after the other, and the last one from then on; two threads, none told to sleep."""
+    """What `read` gives, one thing; two threads, none told to sleep."""
     given: list[Reading | None] = [START]
-    monkeypatch.setattr(contention, "read", lambda: given.pop(0) if len(given) > 1 else given[0])
+    monkeypatch.setattr(contention, "read", lambda: given[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     return given

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import sys
 import time
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from fastdcgan.console import progress, say
@@ -20,11 +18,11 @@ from fastdcgan.data import open_dataset
 from fastdcgan.data.dataset import Dataset
 from fastdcgan.data.packed import note_path
 from fastdcgan.data.room import in_words
-from fastdcgan.data.store import read_json, reserve, write_json
+from fastdcgan.data.store import npy_header, read_json, reserve, write_json
 from fastdcgan.errors import UserError
 from fastdcgan.files import lock
 
-HEADER_BYTES = 128
+HEADER_BYTES = 128  # of `npy_header`, whatever the count, which is put right at the end
 SAVE_EVERY = 1.0  # seconds between notes of how far it has come
 
 
@@ -90,7 +88,9 @@ def pack(
             count = dataset.count - len(done["broken"])
             file.truncate(HEADER_BYTES + count * row_bytes)
             file.seek(0)
-            file.write(_header((count, *image_size, dataset.channels)))
+            header = npy_header((count, *image_size, dataset.channels))
+            assert len(header) == HEADER_BYTES
+            file.write(header)
             file.flush()
             os.fsync(file.fileno())
             write_json(note_path(out), _note(dataset, done))
@@ -137,14 +137,6 @@ def _note(dataset: Dataset, done: dict[str, Any]) -> dict[str, Any]:
         "class_names": dataset.class_names,
         "skipped": done["skipped"],
     }
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The beginning of a .npy file, always HEADER_BYTES long, so that the count can be put right at the end."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    assert header.tell() == HEADER_BYTES
-    return header.getvalue()
 
 
 @contextmanager

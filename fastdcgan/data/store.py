@@ -147,7 +147,7 @@ def _make(path: Path, shape: tuple[int, ...]) -> None:
     temporary = path.with_name(path.name + ".new")
     try:
         with open(temporary, "wb") as file:
-            file.write(_header(shape))
+            file.write(npy_header(shape))
             reserve(file, file.tell() + math.prod(shape))
         os.replace(temporary, path)
     finally:
@@ -156,15 +156,15 @@ def _make(path: Path, shape: tuple[int, ...]) -> None:
 
 def _load(path: Path, shape: tuple[int, ...], mode: Literal["c", "r+"]) -> NDArray[np.uint8]:
     """A .npy as a memory map. Raises ValueError where it is not as `_make` makes it."""
-    header = _header(shape)
+    header = npy_header(shape)
     with open(path, "rb") as file:
         if file.read(len(header)) != header or path.stat().st_size != len(header) + math.prod(shape):
             raise ValueError(f"{path} is damaged, or holds something else")
     return np.memmap(path, np.uint8, mode, len(header), shape)
 
 
-def _header(shape: tuple[int, ...]) -> bytes:
-    """That of a .npy with uint8 of this shape."""
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """The beginning of a .npy file with uint8 of this shape."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     return header.getvalue()

@@ -447,62 +447,40 @@ def test_who_has_no_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatc
 GIB = 1 << 30
 
 
+V1_LIMIT, V1_USED, V1_STAT = (f"memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat"))
+NOTHING_CACHED = "anon 5\nfile 9\nactive_file 0\ninactive_file 0\ntotal_active_file 0\ntotal_inactive_file 0"
+HALF_CACHED = f"anon 5\nfile 9\nactive_file {GIB}\ninactive_file {GIB}"
+HALF_CACHED_V1 = f"active_file 0\ninactive_file 0\ntotal_active_file {GIB}\ntotal_inactive_file {GIB}"
+LIMIT, USED, STAT = "memory.max", "memory.current", "memory.stat"
+
+
 @pytest.mark.parametrize(
     ("container", "free"),
     [
         pytest.param({}, 8 * GIB, id="none"),
-        pytest.param({"memory.max": "max"}, 8 * GIB, id="without a limit"),
-        pytest.param({"memory.max": 5 * GIB, "memory.current": GIB}, 4 * GIB, id="with a limit"),
-        pytest.param(  # half of what counts as used are files that were read, which give way
-            {"memory.max": 5 * GIB, "memory.current": 4 * GIB, "active_file": GIB, "inactive_file": GIB},
-            3 * GIB,
-            id="full of cached files",
-        ),
+        pytest.param({LIMIT: "max"}, 8 * GIB, id="without a limit"),
+        pytest.param({LIMIT: 5 * GIB, USED: GIB, STAT: NOTHING_CACHED}, 4 * GIB, id="with a limit"),
+        # Half of what counts as used are files that were read, which give way.
+        pytest.param({LIMIT: 5 * GIB, USED: 4 * GIB, STAT: HALF_CACHED}, 3 * GIB, id="full of cached files"),
+        pytest.param({V1_LIMIT: 5 * GIB, V1_USED: 4 * GIB, V1_STAT: HALF_CACHED_V1}, 3 * GIB, id="version 1"),
         pytest.param(
-            {
-                "memory/memory.limit_in_bytes": 5 * GIB,
-                "memory/memory.usage_in_bytes": 4 * GIB,
-                "total_active_file": GIB,
-                "total_inactive_file": GIB,
-            },
-            3 * GIB,
-            id="version 1",
+            {V1_LIMIT: 2**63 - 4096, V1_USED: GIB, V1_STAT: NOTHING_CACHED}, 8 * GIB, id="version 1 without a limit"
         ),
-        pytest.param(
-            {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": GIB},
-            8 * GIB,
-            id="version 1 without a limit",
-        ),
-        pytest.param({"memory.max": GIB, "memory.current": 2 * GIB}, 0, id="above the limit"),
-        pytest.param(
-            {"memory.max": 5 * GIB, "memory.current": GIB, "memory.stat": "anon 5"}, 4 * GIB, id="with other entries"
-        ),
-        pytest.param(
-            {"memory.max": 5 * GIB, "memory.current": GIB, "memory.stat": None}, 4 * GIB, id="with no entries"
-        ),
-        pytest.param({"memory.max": "", "memory.current": ""}, 8 * GIB, id="empty files"),
+        pytest.param({LIMIT: GIB, USED: 2 * GIB, STAT: NOTHING_CACHED}, 0, id="above the limit"),
+        pytest.param({LIMIT: 5 * GIB, USED: GIB, STAT: "anon 5"}, 4 * GIB, id="with other entries"),
+        pytest.param({LIMIT: 5 * GIB, USED: GIB}, 4 * GIB, id="with no entries"),
+        pytest.param({LIMIT: "", USED: ""}, 8 * GIB, id="empty files"),
     ],
 )
 def test_memory_is_what_the_container_leaves_and_shared_by_the_ranks(
-    container: dict[str, int | str | None], free: int, monkeypatch: pytest.MonkeyPatch
+    container: dict[str, int | str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = {"/proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n"}
-    entries = {"anon": 5, "shmem": 7, "file": 9} | {
-        f"{prefix}{which}_file": 0 for prefix in ("", "total_") for which in ("active", "inactive")
-    }
-    entries |= {name: int(value or 0) for name, value in container.items() if "." not in name}
-    for folder in ("", "memory/"):
-        says[f"/sys/fs/cgroup/{folder}memory.stat"] = "".join(f"{each} {value}\n" for each, value in entries.items())
-    says |= {f"/sys/fs/cgroup/{name}": f"{value}\n" for name, value in container.items() if "." in name}
-    if container.get("memory.stat", "") is None:
-        del says["/sys/fs/cgroup/memory.stat"]
-
-    def read(path: Path) -> str:
-        if str(path) not in says:
-            raise FileNotFoundError(2, "No such file or directory", str(path))
-        return says[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read)
+    (tmp_path / "memory").mkdir()
+    for name, text in container.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(room, "CGROUPS", tmp_path)
+    meminfo, read_text = f"MemTotal: {16 << 20} kB\nMemAvailable: {8 << 20} kB\n", Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: meminfo if str(path) == "/proc/meminfo" else read_text(path))
     assert room.free_host_bytes() == free
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert room.free_host_bytes() == free // 4

@@ -6,6 +6,7 @@ input and writing each output once; their sum is the floor. What counts as the e
   generator's update none for the discriminator's weights;
 - a convolution multiplies every weight with every pixel of the smaller grid, padding among them, as torch's FLOP
   counter has it and matrix products compute it (at 64x64 a tenth or more of all multiplications are with padding);
+- where `fastdcgan/winograd.py` takes it, only the 25 of 64 multiplications that are left count, and no transforms;
 - BatchNorm with its activation is one kernel each way that reads its input twice, once for the statistics: forward
   reads x, x, writes y; backward reads x, dy, x, dy, writes dx;
 - the activations that follow a convolution directly, and the losses, cost nothing beyond that convolution;
@@ -15,6 +16,7 @@ So it is a floor for this set of kernels. Statistics computed inside the convolu
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastdcgan import reference
+from fastdcgan import reference, winograd
 
 BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}  # of an activation or a weight as the step computes with it
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,35 +54,44 @@ class Rates:
 
 
 def step_passes(
-    batch_size: int, image_size: tuple[int, int], channels: int, latent_dim: int, width: int, precision: str
+    batch_size: int,
+    image_size: tuple[int, int],
+    channels: int,
+    latent_dim: int,
+    width: int,
+    precision: str,
+    by_winograd: bool = False,
 ) -> list[Pass]:
-    """All passes of one exact step of both networks."""
+    """All passes of one exact step of both networks; `by_winograd`: every convolution that fits it."""
     with torch.device("meta"):
         generator = reference.Generator(image_size, channels, latent_dim, width)
         discriminator = reference.Discriminator(image_size, channels, width)
         noise = torch.empty(batch_size, latent_dim, 1, 1)
         images = torch.empty(batch_size, channels, *image_size)
     size, pixels = BYTES[precision], images.numel()
+    both = torch.cat((images, images))
     rows = [Pass("D update", "real images", "forward", 0, pixels * (1 + size))]  # uint8 in, floating point out
-    rows += _forward("G", "D update", generator.main, noise, size)
-    rows += _forward("D", "D update", discriminator.main, torch.cat((images, images)), size)
-    rows += _backward("D", "D update", discriminator.main, torch.cat((images, images)), size, weights=True)
+    forward = functools.partial(_forward, size=size, by_winograd=by_winograd)
+    backward = functools.partial(_backward, size=size, by_winograd=by_winograd)
+    rows += forward("G", "D update", generator.main, noise)
+    rows += forward("D", "D update", discriminator.main, both)
+    rows += backward("D", "D update", discriminator.main, both, weights=True)
     rows += _adam("D", "D update", discriminator, size)
-    rows += _forward("D", "G update", discriminator.main, images, size)
-    rows += _backward("D", "G update", discriminator.main, images, size, weights=False, images=True)
-    rows += _backward("G", "G update", generator.main, noise, size, weights=True)
+    rows += forward("D", "G update", discriminator.main, images)
+    rows += backward("D", "G update", discriminator.main, images, weights=False, images=True)
+    rows += backward("G", "G update", generator.main, noise, weights=True)
     rows += _adam("G", "G update", generator, size)
     return rows
 
 
-def _forward(network: str, phase: str, layers: nn.Sequential, x: Tensor, size: int) -> list[Pass]:
+def _forward(network: str, phase: str, layers: nn.Sequential, x: Tensor, *, size: int, by_winograd: bool) -> list[Pass]:
     rows = []
     for i, layer in enumerate(layers.children()):
         y: Tensor = layer(x)
         name = f"{network} {i} {type(layer).__name__}"
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             moved = x.numel() + layer.weight.numel() + y.numel()
-            rows.append(Pass(phase, name, "forward", _flops(layer, x, y), moved * size))
+            rows.append(Pass(phase, name, "forward", _flops(layer, x, y, by_winograd), moved * size))
         elif isinstance(layer, nn.BatchNorm2d):
             rows.append(Pass(phase, name, "forward", 0, 3 * x.numel() * size))
         x = y
@@ -88,7 +99,15 @@ def _forward(network: str, phase: str, layers: nn.Sequential, x: Tensor, size: i
 
 
 def _backward(
-    network: str, phase: str, layers: nn.Sequential, x: Tensor, size: int, weights: bool, images: bool = False
+    network: str,
+    phase: str,
+    layers: nn.Sequential,
+    x: Tensor,
+    *,
+    weights: bool,
+    images: bool = False,
+    size: int,
+    by_winograd: bool,
 ) -> list[Pass]:
     """Last layer first. The first layer's input gradient only with `images`."""
     rows: list[Pass] = []
@@ -96,7 +115,8 @@ def _backward(
         y: Tensor = layer(x)
         name = f"{network} {i} {type(layer).__name__}"
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            flops, moved = _flops(layer, x, y), (x.numel() + layer.weight.numel() + y.numel()) * size
+            flops = _flops(layer, x, y, by_winograd)
+            moved = (x.numel() + layer.weight.numel() + y.numel()) * size
             if weights:
                 rows.append(Pass(phase, name, "weight gradient", flops, moved))
             if i > 0 or images:
@@ -113,11 +133,15 @@ def _adam(network: str, phase: str, module: nn.Module, size: int) -> list[Pass]:
     return [Pass(phase, f"{network} Adam", "update", 0, count * (6 * 4 + size + low_precision_copy))]
 
 
-def _flops(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, y: Tensor) -> int:
+def _flops(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, y: Tensor, by_winograd: bool) -> int:
     """Of a convolution, the same in all three directions: every weight meets every pixel of the smaller grid
     (at the border partly as padding, which is counted too)."""
-    pixels = y.shape[0] * min(x.shape[2] * x.shape[3], y.shape[2] * y.shape[3])
-    return 2 * pixels * layer.weight.numel()
+    small, large = sorted((x, y), key=lambda images: images.shape[2] * images.shape[3])
+    grid = small.shape[2], small.shape[3]
+    flops = 2 * len(x) * grid[0] * grid[1] * layer.weight.numel()
+    if by_winograd and layer.stride == (2, 2) and winograd.fits(len(x), grid, large.shape[1]):
+        flops = flops * 25 // 64
+    return flops
 
 
 def floor_seconds(passes: list[Pass], rates: Rates) -> float:

@@ -45,5 +45,5 @@ def test_step(benchmark, images_per_second, rates, shape: Shape, entry: Entry):
     heap.keeps = False  # left by another contender; the other switches of the process each sets for itself
     run, _ = on_random_images(entry, shape, DEVICE)
     rate = images_per_second(run, shape.batch_size)
-    floor = shape.batch_size / floor_seconds(passes(shape, entry.precision), rates(entry.precision))
+    floor = shape.batch_size / floor_seconds(passes(shape, entry.precision, DEVICE), rates(entry.precision))
     benchmark.extra_info["of_floor"] = round(rate / floor, 3)

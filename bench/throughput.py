@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastdcgan import winograd
 from fastdcgan.bench import contenders, roofline
 from fastdcgan.bench.contenders import Entry, Shape
 from fastdcgan.bench.contestant import Contestant, Failed
@@ -123,7 +124,7 @@ def bench(
         for shape in [dataclasses.replace(shape, batch_size=each) for each in batch_sizes]:
             if per_layer:
                 for each in sorted(rates):
-                    layers = roofline.layer_table(passes(shape, each), rates[each])
+                    layers = roofline.layer_table(passes(shape, each, device), rates[each])
                     print(f"\n{each}, batch {shape.batch_size}:\n{layers}")
             rows += bench_shape(shape, list(zip(chosen, contestants, strict=True)), rates, repetitions, device)
             content = describe(device, command) | {
@@ -189,7 +190,7 @@ def bench_shape(
     baseline = next((row for row, _ in running if row.contender == "example"), running[0][0] if running else None)
     for row, _ in running:
         assert baseline is not None
-        summarize(row, baseline, shape, rates[row.precision])
+        summarize(row, baseline, shape, rates[row.precision], device)
         if device.type == "cpu":  # elsewhere waiting for the device is work too
             row.cpu_ratio = median_ratio(row.cpu_rounds, baseline.cpu_rounds)
     return rows
@@ -268,11 +269,11 @@ def cpu_calls_and_memory(run: Callable[[], None]) -> tuple[int, int]:
     return sum(not (e.cpu_parent and e.cpu_parent.name.startswith("aten::")) for e in operators), peak
 
 
-def summarize(row: Row, baseline: Row, shape: Shape, rates: Rates) -> None:
+def summarize(row: Row, baseline: Row, shape: Shape, rates: Rates, device: torch.device) -> None:
     """Medians of the row's rounds, and how far they are from the baseline and from the floor."""
     row.images_per_second, row.spread = median_and_spread(row.rounds)
     row.ratio = median_ratio(row.rounds, baseline.rounds)
-    work = passes(shape, row.precision)
+    work = passes(shape, row.precision, device)
     row.useful_flops = sum(each.flops for each in work) / shape.batch_size * row.images_per_second
     row.floor = shape.batch_size / roofline.floor_seconds(work, rates)
 
@@ -281,9 +282,10 @@ def median_ratio(mine: list[float], theirs: list[float]) -> float:
     return median([a / b for a, b in zip(mine, theirs, strict=True)])
 
 
-def passes(shape: Shape, precision: str) -> list[roofline.Pass]:
+def passes(shape: Shape, precision: str, device: torch.device) -> list[roofline.Pass]:
+    by_winograd = winograd.PAYS_HERE and device.type == "cpu" and precision == "fp32"
     return roofline.step_passes(
-        shape.batch_size, shape.image_size, shape.channels, shape.latent_dim, shape.width, precision
+        shape.batch_size, shape.image_size, shape.channels, shape.latent_dim, shape.width, precision, by_winograd
     )
 
 

@@ -1,7 +1,7 @@
 """One GAN update on static buffers, and the ways to run it: eager, compiled, or as one CUDA graph.
 
 `TrainStep.update` is the whole update. It computes what `reference.reference_step` computes, with less work:
-- on a GPU real and fake images go through the discriminator as one batch, with BatchNorm statistics for each half;
+- real and fake images go through the discriminator as one batch, with BatchNorm statistics for each half;
 - the generator's update computes no weight gradients of the discriminator.
 Other losses are in `objectives`, penalties and augmentation in `stabilisers`.
 
@@ -71,7 +71,6 @@ class TrainStep:
             as in TensorFlow's ExponentialMovingAverage with `num_updates`.
         seed: of all that is drawn: noise, flips, augmentation and the like; each process of `world` has its own.
         world: the processes that train these networks together (see `synchronise`).
-        merge_halves: real and fake as one batch; by default where it is faster, on a GPU.
         r1: weight of `r1_penalty`, added every `r1_every` updates with `r1_every` times the weight (Karras et al. 2020,
             section 3.1).
         spectral_norm, diffaugment: as in `SpectralNorm` and `diff_augment`.
@@ -97,7 +96,6 @@ class TrainStep:
         betas: tuple[float, float] = (0.5, 0.999),
         ema_decay: float = 0.999,
         seed: int = 0,
-        merge_halves: bool | None = None,
         label_smoothing: float = 0.0,
         r1: float = 0.0,
         r1_every: int = 16,
@@ -111,7 +109,6 @@ class TrainStep:
         heap.keeps = device.type == "cpu"
         self.generator, self.discriminator = generator.train(), discriminator.train()
         self.source, self.index = source, index
-        self.merge_halves = device.type == "cuda" if merge_halves is None else merge_halves
         self.objective = make_objective(loss, label_smoothing)
         self.average = copy.deepcopy(generator).eval().requires_grad_(False)
         self.ema_decay = ema_decay
@@ -191,10 +188,7 @@ class TrainStep:
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """What D minimises, a () tensor, at images (B, C, H, W) each; and D(x) and D(G(z)), as in METRICS, (2,)."""
         real, fake = self.views.see(real, REAL), self.views.see(fake, FAKE)
-        if self.merge_halves:
-            logits_real, logits_fake = self.discriminate(torch.cat((real, fake)), groups=2).chunk(2)
-        else:
-            logits_real, logits_fake = self.discriminate(real), self.discriminate(fake)
+        logits_real, logits_fake = self.discriminate(torch.cat((real, fake)), groups=2).chunk(2)
         loss = self.objective.discriminator(logits_real, logits_fake)
         outputs = [self.objective.output(logits).mean() for logits in (logits_real, logits_fake)]
         return loss, torch.stack(outputs).detach()

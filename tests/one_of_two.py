@@ -23,7 +23,7 @@ if joint["sync"]:
 batch = joint["noise"].shape[1] // 2
 mine = slice(rank * batch, (rank + 1) * batch)
 source = torch.zeros(batch, 16, 16, 3, dtype=torch.uint8)
-options = {"merge_halves": joint["merge"], "spectral_norm": joint["spectral"]}
+options = {"spectral_norm": joint["spectral"]}
 step = TrainStep(generator, discriminator, source, torch.arange(batch), world=world, **options)
 if rank == 0:
     step.load_weights(joint["weights"])

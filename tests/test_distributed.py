@@ -28,11 +28,9 @@ STEPS, BATCH = 10, 8  # of all processes together
 FLAGS = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 8 --log-every 3 --sample-every 6 --device cpu"
 
 
-@pytest.mark.parametrize(
-    ("sync", "compile", "merge"), [(True, False, False), (True, False, True), (True, True, True), (False, False, True)]
-)
-def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, sync: bool, compile: bool, merge: bool) -> None:
-    joint, found = trained_together(tmp_path, sync=sync, compile=compile, merge=merge, spectral=False)
+@pytest.mark.parametrize(("sync", "compile"), [(True, False), (True, True), (False, False)])
+def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, sync: bool, compile: bool) -> None:
+    joint, found = trained_together(tmp_path, sync=sync, compile=compile, spectral=False)
     slow = reference.Generator(16, 3, 10, 8).double(), reference.Discriminator(16, 3, 8).double()
     for network, kind in zip(slow, ("generator", "discriminator"), strict=True):
         network.load_state_dict(joint["weights"][kind])
@@ -54,7 +52,7 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, sync: bool, 
 
 
 def test_two_processes_divide_by_the_same_singular_values(tmp_path: Path) -> None:
-    _, found = trained_together(tmp_path, sync=True, compile=False, merge=False, spectral=True)
+    _, found = trained_together(tmp_path, sync=True, compile=False, spectral=True)
     assert all(torch.equal(value, found[1]["discriminator"][name]) for name, value in found[0]["discriminator"].items())
 
 

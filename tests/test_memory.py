@@ -54,7 +54,7 @@ def held(monkeypatch: pytest.MonkeyPatch, fault: Callable[[TrainStep], None] | N
     generator = models.build_generator("dcgan", (SIZE, SIZE), 3, LATENT, WIDTH)
     discriminator = models.build_discriminator("dcgan", (SIZE, SIZE), 3, WIDTH)
     source, index = torch.zeros(BATCH, SIZE, SIZE, 3, dtype=torch.uint8), torch.zeros(BATCH, dtype=torch.int64)
-    step = TrainStep(generator, discriminator, source, index, precision="bf16", merge_halves=True)
+    step = TrainStep(generator, discriminator, source, index, precision="bf16")
     if fault is not None:
         fault(step)
     live = LiveBytes()

@@ -136,15 +136,14 @@ def augmented(image: Tensor, draws: Tensor) -> Tensor:
     return moved * mask
 
 
-@pytest.mark.parametrize("merge", [True, False], ids=["merged", "apart"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_updates_are_those_of_the_papers(options: dict[str, Any], merge: bool) -> None:
+def test_updates_are_those_of_the_papers(options: dict[str, Any]) -> None:
     torch.manual_seed(1)
     generator, discriminator = models.Generator(SIZE, 3, 8, 4).double(), models.Discriminator(SIZE, 3, 4).double()
     source = torch.randint(0, 256, (20, SIZE, SIZE, 3), dtype=torch.uint8)
     index = torch.arange(BATCH)
     rates = dict(zip(("lr_g", "lr_d"), RATES, strict=True))
-    step = TrainStep(generator, discriminator, source, index, merge_halves=merge, **rates, **options)
+    step = TrainStep(generator, discriminator, source, index, **rates, **options)
     textbook = Textbook(step, options)
     for number in range(STEPS):
         index.copy_(torch.randint(0, 20, (BATCH,)))

@@ -391,12 +391,9 @@ def test_resumed_to_the_same_bits(options: dict[str, object], precision: str) ->
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-@pytest.mark.parametrize(
-    ("merge", "options"),
-    [(True, EACH["all"]), (False, {**EACH["spectral"], **EACH["diffaugment"], "label_smoothing": 0.1})],
-)
-def test_compiled_agrees_with_eager(merge: bool, options: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
-    steps = [make_step(torch.float64, merge_halves=merge, **options) for _ in range(2)]
+@pytest.mark.parametrize("options", [EACH["all"], {**EACH["spectral"], **EACH["diffaugment"], "label_smoothing": 0.1}])
+def test_compiled_agrees_with_eager(options: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
+    steps = [make_step(torch.float64, **options) for _ in range(2)]
     executors = [make_executor(s, compile=s is steps[1], cuda_graph="auto") for s in steps]
     for i in range(3):
         for step, executor in zip(steps, executors, strict=True):

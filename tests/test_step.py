@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdcgan import models, reference
+from fastdcgan import models, reference, winograd
 from fastdcgan.bench.contenders import Shape, fast_step
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
@@ -92,9 +92,8 @@ def make_twins(size: int = 32, channels: int = 3, dtype: torch.dtype = torch.flo
 
 @pytest.mark.parametrize("size", [28, 32, 48, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("merge", [False, True])
-def test_five_steps_in_float64(size: int, channels: int, merge: bool) -> None:
-    twins = make_twins(size, channels, torch.float64, merge_halves=merge)
+def test_five_steps_in_float64(size: int, channels: int) -> None:
+    twins = make_twins(size, channels, torch.float64)
     expected = twins.run(5)
     for name, distance in twins.distances().items():
         assert distance < 1e-11, f"{name}: {distance:.1e}"  # rounding of 5 steps; a fault is above 1e-4
@@ -103,10 +102,19 @@ def test_five_steps_in_float64(size: int, channels: int, merge: bool) -> None:
         assert value == pytest.approx(sum(m[name] for m in expected) / 5, rel=1e-5), name  # summed in float32
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.fixture(params=["direct convolutions", "Winograd's"])
+def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two for every grid that is possible with it, whatever the processor, dtype and number of channels."""
+    possible = request.param == "Winograd's"
+    monkeypatch.setattr(
+        winograd, "is_faster", lambda x, grid, channels: possible and all(side in winograd.GRIDS for side in grid)
+    )
+
+
+@pytest.mark.usefixtures("convolutions")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_twenty_steps_in_float64(merge: bool, compiled: bool) -> None:
-    twins = make_twins(dtype=torch.float64, merge_halves=merge)
+def test_twenty_steps_in_float64(compiled: bool) -> None:
+    twins = make_twins(dtype=torch.float64)
     if compiled:
         twins.step.compile()
     twins.run(20)
@@ -158,6 +166,7 @@ def test_five_steps_in_float32(size: int, channels: int) -> None:
     assert_no_further_than_the_reference_drifts(twins, size, channels, 5)
 
 
+@pytest.mark.usefixtures("convolutions")
 def test_twenty_compiled_steps_in_float32() -> None:
     twins = make_twins()
     twins.step.compile()
@@ -167,7 +176,7 @@ def test_twenty_compiled_steps_in_float32() -> None:
 
 @pytest.mark.parametrize("fault", ["half the loss of the fakes", "BatchNorm over both halves", "a scaled latent"])
 def test_a_planted_fault_is_far_outside_the_tolerances(fault: str) -> None:
-    twins = make_twins(dtype=torch.float64, merge_halves=True)
+    twins = make_twins(dtype=torch.float64)
     step = twins.step
     if fault.startswith("half"):
         whole = step.objective
@@ -186,7 +195,7 @@ def test_a_planted_fault_is_far_outside_the_tolerances(fault: str) -> None:
 
 
 def ungrouped(step: TrainStep) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The merged discriminator loss without groups: one set of statistics for real and fake."""
+    """The discriminator's loss without groups: one set of statistics for real and fake."""
 
     def loss(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         logits_real, logits_fake = step.discriminator(torch.cat((real, fake))).chunk(2)

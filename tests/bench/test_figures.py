@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdcgan import patches
+from fastdcgan import patches, winograd
 from fastdcgan.bench import (
     ablations,
     contenders,
@@ -97,28 +97,37 @@ class Clock:
         self.cpu += cpu_seconds
 
 
-def test_an_ablation_is_beside_the_same_executor_with_nothing_changed(monkeypatch):
-    """Compiled takes 2 s, eager 4; direct convolutions 1 s more, matrix products 3 more, and twice that of processor
-    time; one batch of real and fake half as long."""
-    monkeypatch.setattr(patches, "FAST_SGEMM", False)
-    clock, usual = Clock(monkeypatch, ablations), (patches.WIDEST_GRID, patches.FAST_SGEMM)
+def test_an_ablation_is_beside_direct_convolutions_of_the_same_executor(monkeypatch):
+    """Eager takes 4 s, compiled 2, and twice that of processor time; with matrix products 1 s more, with Winograd's
+    half as long."""
+
+    def settings():
+        return patches.WIDEST_GRID, patches.FAST_SGEMM, winograd.PAYS_HERE
+
+    clock, usual = Clock(monkeypatch, ablations), settings()
 
     def fast_step(shape, source, index, precision, executor):
-        step = SimpleNamespace(merge_halves=False)
+        prepared = settings()
 
         def run():
-            seconds = {"fast-eager": 4.0, "fast-compiled": 2.0}[executor]
-            seconds += 1.0 * (patches.WIDEST_GRID == 0) + 3.0 * (patches.FAST_SGEMM is True)
-            clock.pass_by(*(seconds / (1 + step.merge_halves) * times for times in (1, 2)))
+            assert settings() == prepared
+            seconds = {"fast-eager": 4.0, "fast-compiled": 2.0}[executor] + 1.0 * (patches.WIDEST_GRID > 0)
+            assert patches.FAST_SGEMM is (patches.WIDEST_GRID > 0)
+            clock.pass_by(*(seconds / (1 + winograd.PAYS_HERE) * times for times in (1, 2)))
 
-        return step, run
+        return None, run
 
     monkeypatch.setattr(ablations, "fast_step", fast_step)
     rows = ablations.ablate(Shape(4, (16, 16)), repetitions=2)
-    assert [row.time_to_whole for row in rows] == [1, 5 / 4, 7 / 4, 1 / 2, 1, 3 / 2, 5 / 2]
-    assert all(row.cpu_time_to_whole == row.time_to_whole for row in rows)
+    assert [row.variant for row in rows[:3]] == [
+        "eager, direct convolutions",
+        "eager, matrix products on small grids",
+        "eager, Winograd's",
+    ]
+    assert [row.time_to_direct for row in rows] == [1, 5 / 4, 1 / 2, 1, 3 / 2, 1 / 2]
+    assert all(row.cpu_time_to_direct == row.time_to_direct for row in rows)
     assert [row.cpu_seconds for row in rows[:2]] == [[8.0, 8.0], [10.0, 10.0]]
-    assert usual == (patches.WIDEST_GRID, patches.FAST_SGEMM)
+    assert usual == settings()
 
 
 def test_a_scaling_worker_counts_the_images_of_all(monkeypatch, tmp_path):

@@ -65,6 +65,24 @@ def test_bytes_added_up_by_hand(precision, expected):
     assert (sum(row.bytes for row in passes), sum(row.flops for row in passes)) == (expected, 145_575_903_232)
 
 
+def test_winograds_convolutions_multiply_25_times_where_direct_ones_do_64():
+    """At 64x64, width 64: the three between feature maps of each network, where the batch has 32 tiles."""
+    for batch in (16, 32):  # the smallest grid has a tile an image, of which the discriminator sees two at a time
+        direct, less = (step_passes(batch, (64, 64), 3, 100, 64, "fp32", by_winograd=each) for each in (False, True))
+        fewer = {(a.phase, a.layer) for a, b in zip(direct, less, strict=True) if a != b}
+        ours = {f"D {i} Conv2d" for i in (2, 5, 8)}, {f"G {i} ConvTranspose2d" for i in (3, 6, 9)}
+        expected = {("D update", layer) for layer in ours[0] | ours[1]} | {("G update", x) for x in ours[0] | ours[1]}
+        if batch == 16:
+            expected -= {
+                ("G update", "D 8 Conv2d"),
+                ("D update", "G 3 ConvTranspose2d"),
+                ("G update", "G 3 ConvTranspose2d"),
+            }
+        assert fewer == expected
+        for a, b in zip(direct, less, strict=True):
+            assert b.bytes == a.bytes and (b.flops == a.flops or b.flops * 64 == a.flops * 25)
+
+
 def test_rates_are_measured_and_the_table_adds_up(monkeypatch):
     rates = measure_rates(torch.device("cpu"), "fp32")
     assert rates.matrix > 1e9 and rates.copy > 1e8

@@ -36,13 +36,11 @@ WAITING = {  # operators whose result the host needs before it can go on
 }
 
 
-def small_step(flip: bool = True, merge_halves: bool | None = None) -> TrainStep:
+def small_step(flip: bool = True) -> TrainStep:
     generator = build_generator("dcgan", SIZE, CHANNELS, LATENT, WIDTH)
     discriminator = build_discriminator("dcgan", SIZE, CHANNELS, WIDTH)
     source = torch.randint(0, 256, (2 * BATCH, *SIZE, CHANNELS), dtype=torch.uint8)
-    return TrainStep(
-        generator, discriminator, source, torch.arange(BATCH), flip=flip, merge_halves=merge_halves, seed=1
-    )
+    return TrainStep(generator, discriminator, source, torch.arange(BATCH), flip=flip, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +116,8 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("merge_halves", [False, True])
-def test_the_step_never_waits_for_the_device(merge_halves):
-    step = small_step(merge_halves=merge_halves)
+def test_the_step_never_waits_for_the_device():
+    step = small_step()
     with Operators() as called:
         step.update()
     assert called.names & WAITING == set()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdcgan import winograd
 from fastdcgan.bench import contenders, end_to_end, overhead, throughput
 from fastdcgan.bench.contenders import Entry, Shape, entries
 from fastdcgan.bench.contestant import Contestant, Failed, in_one_line
@@ -255,8 +256,8 @@ def test_a_block_counts_the_images_of_its_steps(monkeypatch):
 def test_a_row_is_the_median_of_its_rounds_beside_floor_and_baseline():
     shape, rates = Shape(64), Rates(matrix=1e12, copy=1e11)
     baseline, row = (Row("", "fp32", 64, rounds=rounds) for rounds in ([100.0, 200.0, 400.0], [300.0, 200.0, 1000.0]))
-    throughput.summarize(row, baseline, shape, rates)
-    work = throughput.passes(shape, "fp32")
+    throughput.summarize(row, baseline, shape, rates, CPU)
+    work = throughput.passes(shape, "fp32", CPU)
     assert (row.images_per_second, row.ratio) == (300, 2.5)
     assert row.useful_flops == sum(each.flops for each in work) / 64 * 300
     assert row.floor == 64 / sum(max(each.flops / 1e12, each.bytes / 1e11) for each in work)
@@ -327,7 +328,16 @@ def test_the_fastest_of_ours_is_followed_and_every_precision_has_its_rates(monke
 
 
 def test_the_floor_is_of_the_shape_that_is_trained():
-    assert throughput.passes(Shape(8, (32, 48), 1, 20, 16), "bf16") == step_passes(8, (32, 48), 1, 20, 16, "bf16")
+    assert throughput.passes(Shape(8, (32, 48), 1, 20, 16), "bf16", CPU) == step_passes(8, (32, 48), 1, 20, 16, "bf16")
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_the_floor_is_of_the_convolutions_that_are_computed(pays, monkeypatch):
+    monkeypatch.setattr(winograd, "PAYS_HERE", pays)
+    shape = (32, (64, 64), 3, 100, 64)
+    for precision, device, fewer in (("fp32", "cpu", pays), ("bf16", "cpu", False), ("fp32", "cuda", False)):
+        found = throughput.passes(Shape(*shape), precision, torch.device(device))
+        assert found == step_passes(*shape, precision, by_winograd=fewer), (precision, device)
 
 
 def test_our_executors_are_what_their_names_say(monkeypatch):

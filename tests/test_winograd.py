@@ -1,0 +1,169 @@
+"""Winograd's convolutions against torch's: values, gradients of both orders, layouts, and where they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from fastdcgan import models, winograd
+
+Convolution = Callable[[Tensor, Tensor], Tensor]
+PAIRS: list[tuple[Convolution, Convolution, int]] = [  # ours, torch's, and how much larger its input is than the grid
+    (winograd.conv2d, lambda x, w: F.conv2d(x, w, stride=2, padding=1), 2),
+    (winograd.conv_transpose2d, lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1), 1),
+]
+both = pytest.mark.parametrize(("ours", "torchs", "scale"), PAIRS, ids=["conv2d", "conv_transpose2d"])
+
+
+def operands(scale: int, grid: tuple[int, int], n: int, c: int, k: int, dtype: torch.dtype) -> list[Tensor]:
+    x = torch.randn(n, c if scale == 2 else k, *(scale * side for side in grid), dtype=dtype)
+    weight = torch.randn(k, c, 4, 4, dtype=dtype)
+    return [t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, weight)]
+
+
+def with_gradients(convolution: Convolution, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    y = convolution(x, weight)
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, dtype=torch.float64, generator=generator).to(y)
+    return y, *torch.autograd.grad(y, (x, weight), dy.contiguous(memory_format=torch.channels_last))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@both
+@pytest.mark.parametrize("grid", [(4, 4), (8, 12), (16, 4)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_in_float64_they_are_torchs(
+    ours: Convolution, torchs: Convolution, scale: int, grid: tuple[int, int], memory_format: torch.memory_format
+) -> None:
+    x, weight = (
+        t.detach().contiguous(memory_format=memory_format).requires_grad_()
+        for t in operands(scale, grid, 3, 5, 7, torch.float64)
+    )
+    for a, b in zip(with_gradients(ours, x, weight), with_gradients(torchs, x, weight), strict=True):
+        assert a.shape == b.shape and a.is_contiguous(memory_format=torch.channels_last)
+        assert distance(a, b) < 1e-14  # some 10 roundings; a wrong number in a matrix is above 1e-2
+
+
+@both
+def test_in_float32_rounding_stays_within_what_is_stated(ours: Convolution, torchs: Convolution, scale: int) -> None:
+    x, weight = operands(scale, (8, 8), 32, 64, 128, torch.float32)
+    exact = with_gradients(torchs, x.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
+    for a, b in zip(with_gradients(ours, x, weight), exact, strict=True):
+        assert distance(a.double(), b) < 3e-6
+
+
+@pytest.mark.parametrize("matrix", ["B", "G_2D", "A_T_2D"])
+def test_a_wrong_number_in_a_matrix_is_far_outside(matrix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = winograd.ROWS[8] if matrix == "B" else getattr(winograd, matrix)
+    wrong = right.clone()
+    row, column = right.nonzero()[len(right)].tolist()
+    wrong[row, column] *= 1.5
+    if matrix == "B":
+        monkeypatch.setitem(winograd.ROWS, 8, wrong)
+    else:
+        monkeypatch.setattr(winograd, matrix, wrong)
+    for ours, torchs, scale in PAIRS:
+        x, weight = operands(scale, (8, 8), 3, 5, 7, torch.float64)
+        assert distance(ours(x, weight), torchs(x, weight)) > 1e-2
+
+
+@both
+def test_they_differentiate_twice(ours: Convolution, torchs: Convolution, scale: int) -> None:
+    given = operands(scale, (4, 4), 1, 2, 3, torch.float64)
+    assert torch.autograd.gradcheck(ours, given, fast_mode=True)
+    assert torch.autograd.gradgradcheck(ours, given, fast_mode=True)
+
+
+def test_the_operators_are_what_the_compiler_is_told() -> None:
+    n, c, k, h, w = 2, 3, 5, 8, 4
+    shapes = {"pixels": (n, c, 2 * h, 2 * w), "kernel": (k, c, 4, 4), "grid": (4, 25, k)}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        y = winograd.transform(x, name, False, h, w).detach().requires_grad_()
+        for given, transposed in ((x, False), (y, True)):
+            torch.library.opcheck(winograd.transform, (given, name, transposed, h, w))
+        # Of a linear map and its transpose: <y, T x> = <T' y, x>.
+        left = (winograd.transform(x, name, False, h, w) * y).sum()
+        right = (winograd.transform(y, name, True, h, w) * x).sum()
+        torch.testing.assert_close(left, right)
+    rows, weight = (torch.randn(m, 25, 4 * c, dtype=torch.float64, requires_grad=True) for m in (4, k))
+    torch.library.opcheck(winograd.products, (rows, weight))
+
+
+@both
+def test_compiled_they_are_the_same(ours: Convolution, torchs: Convolution, scale: int) -> None:
+    given = operands(scale, (4, 8), 2, 5, 7, torch.float64)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False)
+    for a, b in zip(with_gradients(compiled, *given), with_gradients(torchs, *given), strict=True):
+        assert distance(a, b) < 1e-14
+        assert a.is_contiguous(memory_format=torch.channels_last)
+
+
+def taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Take it on this processor too, whichever it is; returns the grids, as they come."""
+    monkeypatch.setattr(winograd, "PAYS_HERE", True)
+    grids: list[tuple[int, int]] = []
+    for name, scale in (("conv2d", 2), ("conv_transpose2d", 1)):
+        operation = getattr(winograd, name)
+
+        def noted(x: Tensor, weight: Tensor, operation: Convolution = operation, scale: int = scale) -> Tensor:
+            grids.append((x.shape[2] // scale, x.shape[3] // scale))
+            return operation(x, weight)
+
+        monkeypatch.setattr(winograd, name, noted)
+    return grids
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "batch", "expected"),
+    [
+        ((64, 64), 64, 32, [(4, 4), (8, 8), (16, 16)]),
+        (
+            (64, 64),
+            64,
+            31,
+            [(8, 8), (16, 16)],
+        ),  # the smallest grid has one tile an image: too few for its weights' transform
+        ((32, 32), 32, 32, [(4, 4)]),  # of the larger grid's channels there must be 64
+        ((128, 128), 64, 32, [(4, 4), (8, 8), (16, 16)]),  # and not 32
+        ((64, 96), 64, 32, [(8, 12)]),  # not 4x6, not 16x24
+        ((56, 56), 64, 32, []),  # 7, 14, 28
+    ],
+    ids=str,
+)
+def test_layers_take_them_where_they_are_faster(
+    size: tuple[int, int], width: int, batch: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = taken_where_it_fits(monkeypatch)
+    generator, discriminator = models.Generator(size, 3, 10, width), models.Discriminator(size, 3, width)
+    with torch.no_grad():
+        images = generator(torch.randn(batch, 10))
+        assert grids == expected
+        grids.clear()
+        discriminator(images)
+        assert grids == expected[::-1]
+        grids.clear()
+        monkeypatch.setattr(winograd, "PAYS_HERE", False)
+        generator(torch.randn(batch, 10))
+        assert grids == []
+
+
+def test_no_mask_of_an_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled discriminator keeps each activation's output that such a convolution takes, and no mask."""
+    grids = taken_where_it_fits(monkeypatch)
+    discriminator = models.Discriminator(64, 3, 64)
+    compiled = torch.compile(lambda images: discriminator(images, groups=2), fullgraph=True, dynamic=False)
+    kept: list[Tensor] = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        compiled(torch.randn(32, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+    assert grids == [(16, 16), (8, 8), (4, 4)]
+    masks = [tuple(tensor.shape) for tensor in kept if tensor.dtype == torch.bool]
+    assert masks == [(32, 512, 4, 4)]  # of the last activation, which a matrix product follows

@@ -34,9 +34,9 @@ G = torch.tensor([[1, 0], [1, 1], [1, -1], [1, 2], [0, 1]], dtype=torch.float64)
 A_T = torch.tensor([[1, 1, 1, 1, 0], [0, 1, -1, 2, 0], [0, 1, 1, 4, 0], [0, 1, -1, 8, 1]], dtype=torch.float64)
 G_2D, A_T_2D = torch.kron(G, G), torch.kron(A_T, A_T)  # (25, 4) and (16, 25): for both dimensions at once
 
-# With AVX2 and no wider vectors memory is fast enough for the transforms, and matrix products run at the rate of direct
-# convolutions. Of the processor alone, never measured: the bits of a resumed run depend on it.
-PAYS_HERE = torch.backends.cpu.get_cpu_capability() == "AVX2"
+# With AVX2 and no wider vectors memory is fast enough for the transforms, and MKL's matrix products run at the rate of
+# direct convolutions. Of the processor alone, never measured: the bits of a resumed run depend on it.
+PAYS_HERE = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
 GRIDS = (4, 8, 12, 16)  # sides of the smaller one; from 32 on ROWS, which are mostly zeros, take what the products save
 FEWEST_CHANNELS = 64
 FEWEST_TILES = 32  # of the batch: with fewer, transforming the weights takes longer than the products save

@@ -147,9 +147,10 @@ def format_drift(size: int, channels: int, steps: int) -> dict[str, float]:
     return moments
 
 
-# An activation within rounding of its kink falls on either side: that moves a gradient by up to 4e-3, and in 20 steps
-# of Adam the weights by less. It happens about once in 20 steps of these networks, to the reference's own drift or not.
-KINK = 5e-3
+# An activation within rounding of its kink falls on either side: that moves a gradient by up to 4e-3. It happens about
+# once in 20 steps of these networks, to the reference's own drift or not. Over eight seeds it had then moved the weights
+# by up to 2e-3 and D's running statistics by up to 7e-3 in the reference's drift, 9e-3 in the fast step.
+KINK = 2e-2
 
 
 def assert_no_further_than_the_reference_drifts(twins: Twins, size: int, channels: int, steps: int) -> None:

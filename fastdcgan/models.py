@@ -5,7 +5,8 @@ Substitutions, layer by layer, on channels-last tensors:
 - the convolutions between images and feature maps, one at an end of each network, become one operation with the
   activation after them: `image_conv` and `image_conv_transpose`;
 - the generator's projection from a 1x1 grid, and the discriminator's last convolution onto one, become matrix products;
-- on a CPU, where that is faster, so do convolutions between the smallest grids, and those between others are Winograd's.
+- on a CPU, where that is faster, so do convolutions between the smallest grids;
+- on a CPU, where that is faster, convolutions are Winograd's.
 Weights lie in channels-last order, so that these products need no copy of them.
 """
 

@@ -148,8 +148,8 @@ def format_drift(size: int, channels: int, steps: int) -> dict[str, float]:
 
 
 # An activation within rounding of its kink falls on either side: that moves a gradient by up to 4e-3. It happens about
-# once in 20 steps of these networks, to the reference's own drift or not. Over eight seeds it had then moved the weights
-# by up to 2e-3 and D's running statistics by up to 7e-3 in the reference's drift, 9e-3 in the fast step.
+# once in 20 steps of these networks, to the reference's own drift or not. Over eight seeds it moved the weights by up
+# to 2e-3, and D's running statistics by up to 7e-3 in the reference's drift and 9e-3 in the fast step.
 KINK = 2e-2
 
 

@@ -85,7 +85,9 @@ class Row:
     images_per_second: float = 0.0  # median over the rounds
     spread: float = 0.0  # half the distance between the quartiles
     ratio: float | None = None  # to `example`, where it did not run to the first; median over rounds of that in each
-    useful_flops: float = 0.0  # FLOP/s: those of the exact step, whatever else the contender computes
+    useful_flops: float = (
+        0.0  # FLOP/s: those of the exact step with direct convolutions, whatever the contender computes
+    )
     floor: float = 0.0  # images/s at the floor, in this row's precision
     peak_memory_bytes: int = 0  # GPU: taken from the device. CPU: allocated inside one step beyond what it began with
     kernels: int = 0  # GPU: kernels a step. CPU: operator calls that do work; a compiled kernel counts as one
@@ -124,7 +126,7 @@ def bench(
         for shape in [dataclasses.replace(shape, batch_size=each) for each in batch_sizes]:
             if per_layer:
                 for each in sorted(rates):
-                    layers = roofline.layer_table(passes(shape, each, device), rates[each])
+                    layers = roofline.layer_table(least_passes(shape, each, device), rates[each])
                     print(f"\n{each}, batch {shape.batch_size}:\n{layers}")
             rows += bench_shape(shape, list(zip(chosen, contestants, strict=True)), rates, repetitions, device)
             content = describe(device, command) | {
@@ -273,20 +275,24 @@ def summarize(row: Row, baseline: Row, shape: Shape, rates: Rates, device: torch
     """Medians of the row's rounds, and how far they are from the baseline and from the floor."""
     row.images_per_second, row.spread = median_and_spread(row.rounds)
     row.ratio = median_ratio(row.rounds, baseline.rounds)
-    work = passes(shape, row.precision, device)
-    row.useful_flops = sum(each.flops for each in work) / shape.batch_size * row.images_per_second
-    row.floor = shape.batch_size / roofline.floor_seconds(work, rates)
+    work = sum(each.flops for each in passes(shape, row.precision))
+    row.useful_flops = work / shape.batch_size * row.images_per_second
+    row.floor = shape.batch_size / roofline.floor_seconds(least_passes(shape, row.precision, device), rates)
 
 
 def median_ratio(mine: list[float], theirs: list[float]) -> float:
     return median([a / b for a, b in zip(mine, theirs, strict=True)])
 
 
-def passes(shape: Shape, precision: str, device: torch.device) -> list[roofline.Pass]:
-    by_winograd = winograd.PAYS_HERE and device.type == "cpu" and precision == "fp32"
+def passes(shape: Shape, precision: str, by_winograd: bool = False) -> list[roofline.Pass]:
     return roofline.step_passes(
         shape.batch_size, shape.image_size, shape.channels, shape.latent_dim, shape.width, precision, by_winograd
     )
+
+
+def least_passes(shape: Shape, precision: str, device: torch.device) -> list[roofline.Pass]:
+    """What the floor is made of on this device."""
+    return passes(shape, precision, winograd.PAYS_HERE and device.type == "cpu" and precision == "fp32")
 
 
 def table(rows: list[Row], kind: str) -> str:

@@ -6,7 +6,7 @@ Substitutions, layer by layer, on channels-last tensors:
   activation after them: `image_conv` and `image_conv_transpose`;
 - the generator's projection from a 1x1 grid, and the discriminator's last convolution onto one, become matrix products;
 - on a CPU, where that is faster, so do convolutions between the smallest grids;
-- on a CPU, where that is faster, convolutions are Winograd's.
+- on a CPU, where that is faster, convolutions in training mode are Winograd's.
 Weights lie in channels-last order, so that these products need no copy of them.
 """
 
@@ -75,7 +75,7 @@ class Conv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, C_in, 2h, 2w) -> (N, C_out, h, w)."""
         height, width = x.shape[-2:]
-        if winograd.is_faster(x, (height // 2, width // 2), self.in_channels):
+        if self.training and winograd.is_faster(x, (height // 2, width // 2), self.in_channels):
             return winograd.conv2d(x, self.weight)
         if patches.are_faster(x, width // 2):
             return patches.conv2d(x, self.weight)
@@ -88,7 +88,7 @@ class ConvTranspose(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, C_in, h, w) -> (N, C_out, 2h, 2w)."""
         height, width = x.shape[-2:]
-        if winograd.is_faster(x, (height, width), self.out_channels):
+        if self.training and winograd.is_faster(x, (height, width), self.out_channels):
             return winograd.conv_transpose2d(x, self.weight)
         if patches.are_faster(x, width):
             return patches.conv_transpose2d(x, self.weight)

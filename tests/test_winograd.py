@@ -151,9 +151,23 @@ def test_layers_take_them_where_they_are_faster(
         discriminator(images)
         assert grids == expected[::-1]
         grids.clear()
+        with torch.autocast("cpu"):  # products would be in bfloat16
+            discriminator.main[2](torch.randn(batch, width, size[0] // 2, size[1] // 2))
+        generator.eval()(torch.randn(batch, 10))
         monkeypatch.setattr(winograd, "PAYS_HERE", False)
-        generator(torch.randn(batch, 10))
+        generator.train()(torch.randn(batch, 10))
         assert grids == []
+
+
+def test_a_generator_in_evaluation_mode_has_derivatives_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operators have none in forward mode, and torch says nothing of it."""
+    monkeypatch.setattr(winograd, "PAYS_HERE", True)
+    generator = models.Generator(32, 3, 10, 64).eval()
+    z = torch.randn(32, 10)
+    _, along = torch.func.jvp(generator, (z,), (z,))
+    torch.testing.assert_close(along, (generator(z * 1.001) - generator(z * 0.999)) / 0.002, rtol=0.01, atol=1e-4)
+    assert along.norm() > 0.1
+    torch.func.grad(lambda z: generator(z).square().sum())(z)
 
 
 def test_no_mask_of_an_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

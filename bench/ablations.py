@@ -1,4 +1,4 @@
-"""What each way to convolve brings the CPU step: the step with all its convolutions that way, in turns with the usual.
+"""What each way to convolve brings the CPU step: all its convolutions that way, in turns with direct ones.
 
 python -m fastdcgan.bench.ablations OUT.json [BATCH_SIZE [REPETITIONS]]
 """

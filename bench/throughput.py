@@ -85,9 +85,7 @@ class Row:
     images_per_second: float = 0.0  # median over the rounds
     spread: float = 0.0  # half the distance between the quartiles
     ratio: float | None = None  # to `example`, where it did not run to the first; median over rounds of that in each
-    useful_flops: float = (
-        0.0  # FLOP/s: those of the exact step with direct convolutions, whatever the contender computes
-    )
+    useful_flops: float = 0.0  # FLOP/s: of the exact step, convolved directly, whatever the contender computes
     floor: float = 0.0  # images/s at the floor, in this row's precision
     peak_memory_bytes: int = 0  # GPU: taken from the device. CPU: allocated inside one step beyond what it began with
     kernels: int = 0  # GPU: kernels a step. CPU: operator calls that do work; a compiled kernel counts as one
@@ -292,7 +290,7 @@ def passes(shape: Shape, precision: str, by_winograd: bool = False) -> list[roof
 
 def least_passes(shape: Shape, precision: str, device: torch.device) -> list[roofline.Pass]:
     """What the floor is made of on this device."""
-    return passes(shape, precision, winograd.PAYS_HERE and device.type == "cpu" and precision == "fp32")
+    return passes(shape, precision, winograd.pays(device, roofline.DTYPES[precision]))
 
 
 def table(rows: list[Row], kind: str) -> str:

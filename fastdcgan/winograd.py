@@ -56,8 +56,12 @@ ROWS = {side: _rows(side) for side in GRIDS}
 
 def is_faster(x: Tensor, grid: tuple[int, int], channels: int) -> bool:
     """Whether this is faster than the direct convolution of x; `grid` and `channels` as in `fits`."""
-    computes_in_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return PAYS_HERE and x.device.type == "cpu" and computes_in_float32 and fits(len(x), grid, channels)
+    return pays(x.device, x.dtype) and not torch.is_autocast_enabled("cpu") and fits(len(x), grid, channels)
+
+
+def pays(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are shapes for which this is faster."""
+    return PAYS_HERE and device.type == "cpu" and dtype == torch.float32
 
 
 def fits(batch_size: int, grid: tuple[int, int], channels: int) -> bool:

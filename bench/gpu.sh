@@ -14,7 +14,7 @@ BUDGET=${BUDGET:-570}
 PYTHON=${PYTHON:-$(command -v python3 || echo python)}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-export OUT PYTHONPATH=. PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/fastdcgan-inductor}
+export OUT PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/fastdcgan-inductor}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/fastdcgan-triton}
 work=$(mktemp -d)
 export work
@@ -101,14 +101,7 @@ PYTHON_END
     wait
 fi
 
-section "step 64 pixels" 115 "$PYTHON" -c "$(steps step-64 64 7 "128 1024 64" "example example-fp32 fast-compiled fast-captured")"
-# The graph's memory in one segment that grows: as much as is in use at a time, and not the gaps between segments.
-section "step 64 pixels, expandable segments" 60 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
-    "$PYTHON" -c "$(steps step-64-expandable 64 5 "128 1024" "fast-captured" PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True)"
-# And with the cuBLAS workspace that torch takes on other GPUs than Hopper's, 8 MiB in place of 32.
-section "step 64 pixels, small workspace" 40 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8 \
-    "$PYTHON" -c "$(steps step-64-small 64 5 "128" "fast-captured" \
-    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8")"
+section "step 64 pixels" 190 "$PYTHON" -c "$(steps step-64 64 7 "128 1024" "example example-fp32 skilled fast-captured")"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
 import os, shutil, traceback
 from pathlib import Path
@@ -153,7 +146,6 @@ else
 fi
 section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 1024 128 64 --json "$OUT/kernels.json"
 section "discriminator memory" 60 "$PYTHON" -m fastdcgan.bench.discriminator_memory --json "$OUT/discriminator-memory.json"
-section "tuned example" 150 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
 section cuts 150 "$PYTHON" -m fastdcgan.bench.batch_norm_cuts --json "$OUT/cuts.json"
 section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
     --json "$OUT/kernels-groups-2.json"

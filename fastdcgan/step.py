@@ -30,6 +30,7 @@ from torch.func import functional_call
 
 from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
+from fastdcgan.gpu_memory import take_no_more_than_needed
 from fastdcgan.heap import heap
 from fastdcgan.kernels import uint8_to_float
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
@@ -56,8 +57,8 @@ METRICS = ("loss_d", "loss_g", "d_real", "d_fake")
 class TrainStep:
     """Both networks, both optimizers, the generator's moving average and every buffer one update touches.
 
-    Making one sets switches of the whole process: cuDNN's search for algorithms, TF32 (`set_precision`), and on a CPU
-    what becomes of freed memory (`heap`).
+    Making one sets switches of the whole process: cuDNN's search for algorithms, TF32 (`set_precision`), on a GPU how
+    memory is taken (`gpu_memory`), and on a CPU what becomes of freed memory (`heap`).
 
     Args:
         generator, discriminator: freshly built or loaded, float32 (or float64), on the device; with precision "bf16"
@@ -107,6 +108,8 @@ class TrainStep:
     ) -> None:
         device = source.device
         heap.keeps = device.type == "cpu"
+        if device.type == "cuda":
+            take_no_more_than_needed()
         self.generator, self.discriminator = generator.train(), discriminator.train()
         self.source, self.index = source, index
         self.objective = make_objective(loss, label_smoothing)

@@ -1,7 +1,8 @@
 """The fast networks: the reference's parameters, names and mathematics, in fewer and wider operations.
 
 Substitutions, layer by layer, on channels-last tensors:
-- BatchNorm and the activation after it become one `batch_norm_act`, with statistics per group of the batch;
+- BatchNorm and the activation after it become one `batch_norm_act`, with statistics per group of the batch, and the
+  generator's last one joins the layer after it, so that what is between them need not be kept;
 - the convolutions between images and feature maps, one at an end of each network, become one operation with the
   activation after them: `image_conv` and `image_conv_transpose`;
 - the generator's projection from a 1x1 grid, and the discriminator's last convolution onto one, become matrix products;
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch import channels_last as CHANNELS_LAST
 
 from fastdcgan import patches, reference, winograd
-from fastdcgan.kernels import batch_norm_act, image_conv, image_conv_transpose
+from fastdcgan.kernels import (
+    batch_norm_act,
+    batch_norm_image_conv_transpose,
+    image_conv,
+    image_conv_transpose,
+)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -110,6 +116,23 @@ class ImageConvTranspose(nn.ConvTranspose2d):
         """x (N, C_in, h, w) -> (N, channels, 2h, 2w) in -1..1."""
         return image_conv_transpose(x, self.weight)
 
+    def after(self, norm: BatchNormAct2d, x: Tensor) -> Tensor:
+        """The same of norm(x), in training mode without keeping that."""
+        if not norm.training or norm.sync:
+            return self(norm(x))
+        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        return batch_norm_image_conv_transpose(
+            x,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            self.weight,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            negative_slope=norm.negative_slope,
+        )
+
 
 class Generator(reference.Generator):
     __doc__ = reference.Generator.__doc__
@@ -126,7 +149,12 @@ class Generator(reference.Generator):
 
     def forward(self, latent: Tensor) -> Tensor:
         count_batches(self.main, 1)
-        return super().forward(latent)
+        x = latent.view(len(latent), self.latent_dim, 1, 1)
+        *layers, norm, _, conv, _ = self.main
+        for layer in layers:
+            x = layer(x)
+        assert isinstance(norm, BatchNormAct2d) and isinstance(conv, ImageConvTranspose)
+        return conv.after(norm, x)
 
 
 class Discriminator(reference.Discriminator):

@@ -5,7 +5,15 @@ if __name__ != "fastdcgan.kernels":
 
 from fastdcgan.kernels.adam_step import adam_step
 from fastdcgan.kernels.batch_norm_act import batch_norm_act
+from fastdcgan.kernels.batch_norm_image_conv import batch_norm_image_conv_transpose
 from fastdcgan.kernels.image_conv import image_conv, image_conv_transpose
 from fastdcgan.kernels.uint8_to_float import uint8_to_float
 
-__all__ = ["adam_step", "batch_norm_act", "image_conv", "image_conv_transpose", "uint8_to_float"]
+__all__ = [
+    "adam_step",
+    "batch_norm_act",
+    "batch_norm_image_conv_transpose",
+    "image_conv",
+    "image_conv_transpose",
+    "uint8_to_float",
+]

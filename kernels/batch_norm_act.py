@@ -67,7 +67,7 @@ def batch_norm_act(
     are combined with the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
     1983.
     """
-    _check(x, (weight, bias, running_mean, running_var), training, groups, eps, negative_slope)
+    check(x, (weight, bias, running_mean, running_var), training, groups, eps, negative_slope)
     if sync and training:
         from fastdcgan.kernels.batch_norm_act_sync import SyncBatchNormAct
 
@@ -76,9 +76,7 @@ def batch_norm_act(
             as_rows(x), weight, bias, running_mean, running_var, momentum, eps, negative_slope, groups, triton
         )
         return synced
-    if use_triton("batch_norm_act", x, backend) and not (
-        backend == "auto" and _left_to_the_compiler(x, training, groups)
-    ):
+    if runs_triton(x, training, groups, backend):
         from fastdcgan.kernels.batch_norm_act_op import BatchNormAct
 
         y: Tensor = BatchNormAct.apply(
@@ -118,6 +116,12 @@ def as_rows(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
 
 
+def runs_triton(x: Tensor, training: bool, groups: int, backend: Backend) -> bool:
+    """Whether `batch_norm_act` runs its Triton kernels on x, without `sync`."""
+    left = backend == "auto" and _left_to_the_compiler(x, training, groups)
+    return use_triton("batch_norm_act", x, backend) and not left
+
+
 def _left_to_the_compiler(x: Tensor, training: bool, groups: int) -> bool:
     """Whether torch.compile is at work, on a layer for which its kernels were measured faster than the Triton ones."""
     if not torch.compiler.is_compiling() or not training or groups > 1 or x.dtype != torch.bfloat16:
@@ -131,7 +135,7 @@ def _left_to_the_compiler(x: Tensor, training: bool, groups: int) -> bool:
     return False
 
 
-def _check(
+def check(
     x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, eps: float, negative_slope: float
 ) -> None:
     if training and not eps > 0:

@@ -48,18 +48,32 @@ class BatchNormAct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         x, weight, bias, mean, inverse = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
-            gradients = differentiable_gradients(
-                x, dy, weight, bias, mean, inverse, ctx.training, ctx.eps, ctx.negative_slope
-            )
-        elif torch.compiler.is_compiling():
-            # In dy's place, which is one tensor less in memory: Inductor makes the copy only where dy has another use.
-            # (Without asking for one, autograd would hand out what is written over as dy in its other places too.)
-            dx = as_rows(dy).clone()
-            gradients = dx, *backward_in_place(x, dx, weight, bias, mean, inverse, ctx.training, ctx.negative_slope)
-        else:
-            gradients = backward(x, dy, weight, bias, mean, inverse, ctx.training, ctx.negative_slope)
-        return *gradients, None, None, None, None, None, None, None
+        found = gradients(dy, x, weight, bias, mean, inverse, ctx.training, ctx.eps, ctx.negative_slope)
+        return *found, None, None, None, None, None, None, None
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    training: bool,
+    eps: float,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias, for the backward method of a Function."""
+    if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
+        return differentiable_gradients(x, dy, weight, bias, mean, inverse, training, eps, negative_slope)
+    if torch.compiler.is_compiling():
+        # In dy's place, which is one tensor less in memory: Inductor makes the copy only where dy has another use.
+        # (Without asking for one, autograd would hand out what is written over as dy in its other places too.)
+        dx = as_rows(dy).clone()
+        dweight, dbias = backward_in_place(x, dx, weight, bias, mean, inverse, training, negative_slope)
+        return dx, dweight, dbias
+    found: tuple[Tensor, Tensor, Tensor] = backward(x, dy, weight, bias, mean, inverse, training, negative_slope)
+    return found
 
 
 @torch.library.custom_op("fastdcgan::batch_norm_act_forward", mutates_args=("running_mean", "running_var"))

@@ -39,9 +39,15 @@ def plan(rows: int, channels: int, groups: int) -> Plan:
 
 
 @triton.jit
-def _act_input(x, mean, inverse, weight, bias):
+def act_input(x, mean, inverse, weight, bias):
     """The activation's input z: one expression, so that every kernel sees the same sign."""
     return tl.fma(x - mean, tl.broadcast_to(inverse * weight, x.shape), tl.broadcast_to(bias, x.shape))
+
+
+@triton.jit
+def act(z, SLOPE: tl.constexpr):
+    """ReLU written so that NaN stays NaN and minus infinity becomes 0."""
+    return tl.where(z <= 0.0, 0.0, z) if SLOPE == 0.0 else tl.where(z > 0.0, z, z * SLOPE)
 
 
 @triton.jit
@@ -185,10 +191,8 @@ def normalize(
         mask = (row < rows - start - (TURNS - 1 - done) * BLOCK_ROWS)[:, None] & in_c[None, :]
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-        z = _act_input(x, mean[None, :], inverse[None, :], weight[None, :], bias[None, :])
-        # ReLU written so that NaN stays NaN and minus infinity becomes 0.
-        y = tl.where(z <= 0.0, 0.0, z) if SLOPE == 0.0 else tl.where(z > 0.0, z, z * SLOPE)
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
+        z = act_input(x, mean[None, :], inverse[None, :], weight[None, :], bias[None, :])
+        tl.store(y_ptr + offsets, act(z, SLOPE).to(y_ptr.dtype.element_ty), mask=mask)
         x_ptr -= BLOCK_ROWS * C
         y_ptr -= BLOCK_ROWS * C
 
@@ -231,7 +235,7 @@ def sums(
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-        z = _act_input(x, mean, inverse, weight, bias)
+        z = act_input(x, mean, inverse, weight, bias)
         dz = tl.where(z > 0.0, dy, dy * SLOPE)  # 0 outside the mask, where dy is 0
         sum_dz += dz
         sum_dzx += dz * ((x - mean) * inverse)
@@ -315,7 +319,7 @@ def gradient(
         offsets = row[:, None] * C + cols[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
         dx = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(ACCUMULATOR)
-        z = _act_input(x, mean, inverse, weight, bias)
+        z = act_input(x, mean, inverse, weight, bias)
         dx = tl.where(z > 0.0, dx, dx * SLOPE)
         if TRAINING:  # the statistics depend on x too
             dx -= mean_dz + (x - mean) * inverse * mean_dzx

@@ -38,10 +38,10 @@ def image_conv(images: Tensor, weight: Tensor, *, negative_slope: float, backend
     """
     if not negative_slope >= 0:
         raise ValueError(f"image_conv: negative_slope is 0 or more, not {negative_slope}")
-    _check("image_conv", "images", images, weight, weight.shape[1:2])
+    check("image_conv", "images", images, weight, weight.shape[1:2])
     if images.shape[2] % 2 or images.shape[3] % 2:
         raise ValueError(f"image_conv: images is (N, C, 2h, 2w), not {tuple(images.shape)}")
-    if _use_triton("image_conv", images, weight, backend):
+    if runs_triton("image_conv", images, weight, backend):
         from fastdcgan.kernels.image_conv_op import ImageConv
 
         y: Tensor = ImageConv.apply(as_rows(images), as_rows(weight), negative_slope)
@@ -66,8 +66,8 @@ def image_conv_transpose(x: Tensor, weight: Tensor, *, backend: Backend = "auto"
         ValueError: shapes, dtypes or devices that do not fit.
         RuntimeError: backend="triton" where Triton cannot run, or for what it is not for.
     """
-    _check("image_conv_transpose", "x", x, weight, weight.shape[0:1])
-    if _use_triton("image_conv_transpose", x, weight, backend):
+    check("image_conv_transpose", "x", x, weight, weight.shape[0:1])
+    if runs_triton("image_conv_transpose", x, weight, backend):
         from fastdcgan.kernels.image_conv_op import ImageConvTranspose
 
         y: Tensor = ImageConvTranspose.apply(as_rows(x), as_rows(weight))
@@ -86,7 +86,7 @@ def reference_transpose(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv_transpose2d(x, weight, stride=2, padding=1).to(x.dtype).tanh_()
 
 
-def _use_triton(operation: str, tensor: Tensor, weight: Tensor, backend: Backend) -> bool:
+def runs_triton(operation: str, tensor: Tensor, weight: Tensor, backend: Backend) -> bool:
     fits = weight.shape[1] <= MOST_CHANNELS and tensor.dtype != torch.float64
     if backend == "triton" and not fits:
         raise RuntimeError(
@@ -97,7 +97,7 @@ def _use_triton(operation: str, tensor: Tensor, weight: Tensor, backend: Backend
     return use_triton(operation, tensor, backend if measured or backend != "auto" else "reference")
 
 
-def _check(operation: str, name: str, tensor: Tensor, weight: Tensor, channels: torch.Size) -> None:
+def check(operation: str, name: str, tensor: Tensor, weight: Tensor, channels: torch.Size) -> None:
     if weight.dim() != 4 or weight.shape[2:] != (4, 4) or not weight.numel():
         raise ValueError(f"{operation}: weight is (K, C, 4, 4), not {tuple(weight.shape)}")
     if tensor.dim() != 4 or tensor.shape[1:2] != channels or not tensor.numel():

@@ -153,8 +153,9 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     return fine
 
 
-def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
-    """The partial sums (splits, K, taps) in float32."""
+def launch_outer(fine, fine_out, coarse, coarse_out, slope: float, norm: tuple[Tensor, ...] | None = None) -> Tensor:
+    """The partial sums (splits, K, taps) in float32. With `norm`, BatchNorm's mean, inverse deviation, weight and bias,
+    (K,) each, `coarse` is its input."""
     fine, coarse = as_rows(fine), as_rows(coarse)
     rows, grid, cut = launch_cut(coarse, OUTER_ROWS, OUTER_PROGRAMS)
     line = window(fine)
@@ -165,10 +166,12 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float) -> Tensor:
             fine if fine_out is None else as_rows(fine_out),
             coarse,
             coarse if coarse_out is None else as_rows(coarse_out),
+            *(norm or 4 * [partial]),
             partial,
             rows,
             TANH_GRADIENT=fine_out is not None,
             LEAKY_GRADIENT=coarse_out is not None,
+            NORMALIZE=norm is not None,
             SLOPE=slope,
             PRECISION=precision(fine),
             **cut,

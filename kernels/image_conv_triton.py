@@ -13,7 +13,8 @@ used. Each line is read as a window of WINDOW values, a power of two, from LEAD 
 one value makes the window start at an even place, so that two 16-bit values come with one load.
 
 An activation costs no pass: the forward kernels apply it before they store, and the others make the gradient of its
-input, dz, out of dy and the output while they load. Sums are in float32.
+input, dz, out of dy and the output while they load. Where BatchNorm comes first, `outer` loads its input and makes its
+output again. Sums are in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastdcgan.kernels.batch_norm_act_triton import act, act_input
 from fastdcgan.kernels.plan import Plan, cut, splits_for
 
 
@@ -45,6 +47,13 @@ def _leaky_gradient(dy, out, SLOPE: tl.constexpr):
 def _tanh_gradient(dy, out):
     wide = out.to(tl.float32)
     return (dy.to(tl.float32) * (1.0 - wide * wide)).to(dy.dtype)
+
+
+@triton.jit
+def _normalized(x, mean, inverse, weight, bias, SLOPE: tl.constexpr):
+    """LeakyReLU of BatchNorm, [BLOCK_ROWS, BLOCK_COLS]: the bits that `batch_norm_act` gave."""
+    z = act_input(x.to(tl.float32), mean[None, :], inverse[None, :], weight[None, :], bias[None, :])
+    return act(z, SLOPE).to(x.dtype)
 
 
 @triton.jit
@@ -191,8 +200,12 @@ def up(
 def outer(
     fine_ptr,  # [N, 2 * HEIGHT, 2 * WIDTH, C]; with TANH_GRADIENT the gradient of a tanh's output
     fine_out_ptr,  # [N, 2 * HEIGHT, 2 * WIDTH, C], that output; not read otherwise
-    coarse_ptr,  # [rows, K]; with LEAKY_GRADIENT the gradient of a LeakyReLU's output
-    coarse_out_ptr,  # [rows, K], that output; not read otherwise
+    coarse_ptr,  # [rows, K]; with LEAKY_GRADIENT the gradient of a LeakyReLU's output, with NORMALIZE BatchNorm's input
+    coarse_out_ptr,  # [rows, K], LeakyReLU's output; not read otherwise
+    mean_ptr,  # [K], and the next three; read with NORMALIZE alone
+    inverse_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     partial_ptr,  # [SPLITS, K, 4 * WINDOW]
     rows,  # N * HEIGHT * WIDTH
     HEIGHT: tl.constexpr,
@@ -203,6 +216,7 @@ def outer(
     WINDOW: tl.constexpr,
     TANH_GRADIENT: tl.constexpr,
     LEAKY_GRADIENT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     TURNS: tl.constexpr,
@@ -212,6 +226,11 @@ def outer(
     split, cols = tl.program_id(0), tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
     place = tl.arange(0, BLOCK_ROWS)
     total = tl.zeros([BLOCK_COLS, 4 * WINDOW], tl.float32)
+    if NORMALIZE:
+        mean = tl.load(mean_ptr + cols, mask=cols < K, other=0.0)
+        inverse = tl.load(inverse_ptr + cols, mask=cols < K, other=0.0)
+        norm_weight = tl.load(norm_weight_ptr + cols, mask=cols < K, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + cols, mask=cols < K, other=0.0)
     for turn in range(TURNS):
         first = (split * TURNS + turn) * BLOCK_ROWS
         mask = (place < rows - first)[:, None] & (cols < K)[None, :]
@@ -220,6 +239,8 @@ def outer(
         coarse = tl.load(coarse_ptr + start + offsets, mask=mask, other=0.0)
         if LEAKY_GRADIENT:
             coarse = _leaky_gradient(coarse, tl.load(coarse_out_ptr + start + offsets, mask=mask, other=0.0), SLOPE)
+        if NORMALIZE:
+            coarse = _normalized(coarse, mean, inverse, norm_weight, norm_bias, SLOPE)  # patches are 0 beyond the rows
         patches = _patches(
             fine_ptr, fine_out_ptr, first, rows, HEIGHT, WIDTH, C, LEAD, WINDOW, TANH_GRADIENT, BLOCK_ROWS
         )

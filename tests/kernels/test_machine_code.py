@@ -190,9 +190,11 @@ def test_image_conv(compiled, tmp_path, monkeypatch, capability, dtype, allow_tf
     image_conv_op.launch_up(maps, None, weight, 1.0, True)
     image_conv_op.launch_up(maps, maps, weight, 0.2, False)
     image_conv_op.launch_outer(images, images, maps, None, 1.0)
+    norm = tuple(torch.empty(64, device="meta") for _ in range(4))
+    image_conv_op.launch_outer(images, images, maps, None, 0.0, norm)
     partial = image_conv_op.launch_outer(images, None, maps, maps, 0.2)
     image_conv_op.launch_add_splits(partial, images)
-    assert [kernel.src.name for kernel in launches] == ["down"] * 2 + ["up"] * 2 + ["outer"] * 2 + ["add_splits"]
+    assert [kernel.src.name for kernel in launches] == ["down"] * 2 + ["up"] * 2 + ["outer"] * 3 + ["add_splits"]
     multiply = {80: ["mma.sync"], 90: ["mma.sync", "wgmma"], 100: ["tcgen05.mma"], 120: ["mma.sync"]}[capability]
     pair = "v2.b32" if dtype == torch.float32 else "global.b32"  # two values of an image at once
     for kernel in launches[:-1]:

@@ -107,7 +107,7 @@ def test_batch_norm_act(device, assert_close, shape, groups, dtype, cut):
     ids=str,
 )
 def test_image_conv(device, assert_close, monkeypatch, shape, features, programs, dtype):
-    """All six launches; of `outer` with one tile a program and with several."""
+    """All seven launches; of `outer` with one tile a program and with several."""
     monkeypatch.setattr(image_conv_op, "OUTER_PROGRAMS", programs)
     samples, channels, height, width = shape
     images, image_out = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype).tanh()
@@ -116,6 +116,9 @@ def test_image_conv(device, assert_close, monkeypatch, shape, features, programs
     d_images = (images.float() * (1 - image_out.float().square())).to(dtype).double()
     d_maps = torch.where(map_out > 0, maps.float(), 0.2 * maps.float()).to(dtype).double()
     w = weight.double()
+    norm = tuple(torch.rand(features) + 0.5 for _ in range(4))
+    mean, inverse, norm_weight, norm_bias = (each[:, None, None] for each in norm)
+    normalized = F.leaky_relu((maps.float() - mean) * (inverse * norm_weight) + norm_bias, 0.2)
 
     def conv(x):
         return F.conv2d(x, w, stride=2, padding=1)
@@ -141,6 +144,11 @@ def test_image_conv(device, assert_close, monkeypatch, shape, features, programs
             "transposed dw",
             op.launch_add_splits(op.launch_outer(images, image_out, maps, None, 1.0), images),
             outer(d_images, maps.double()),
+        ),
+        (
+            "transposed dw, after BatchNorm",
+            op.launch_add_splits(op.launch_outer(images, image_out, maps, None, 0.2, norm), images),
+            outer(d_images, normalized.to(dtype).double()),
         ),
     ):
         assert_close(name, found, expected)

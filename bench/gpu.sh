@@ -49,7 +49,7 @@ section() {
     echo "== $name: exit ${PIPESTATUS[0]} after $((SECONDS - start)) s" | tee -a "$OUT/log.txt"
 }
 
-# steps FILE SIDE REPETITIONS "BATCHES" "CONTENDERS" [SETTING]: bench of the step, as `fastdcgan bench` without its command line.
+# steps FILE SIDE REPETITIONS "BATCHES" "CONTENDERS": bench of the step, as `fastdcgan bench` without its command line.
 steps() {
     cat <<PYTHON_END
 import os
@@ -60,7 +60,7 @@ from fastdcgan.bench.throughput import bench
 bench(
     shape=Shape(image_size=($2, $2)), batch_sizes=tuple(map(int, "$4".split())), device=torch.device("cuda"),
     names=tuple("$5".split()), repetitions=$3, block_seconds=0.3, json=Path(os.environ["OUT"], "$1.json"),
-    command="${6:+$6 }fastdcgan bench --image-size $2 --batch-size $4 --only $5 --repetitions $3 --block-seconds 0.3",
+    command="fastdcgan bench --image-size $2 --batch-size $4 --only $5 --repetitions $3 --block-seconds 0.3",
 )
 PYTHON_END
 }
@@ -101,7 +101,7 @@ PYTHON_END
     wait
 fi
 
-section "step 64 pixels" 190 "$PYTHON" -c "$(steps step-64 64 7 "128 1024" "example example-fp32 skilled fast-captured")"
+section "step 64 pixels" 150 "$PYTHON" -c "$(steps step-64 64 7 "128 1024" "example example-fp32 fast-captured")"
 section profile 60 "$PYTHON" - <<'PYTHON_END'
 import os, shutil, traceback
 from pathlib import Path
@@ -146,6 +146,8 @@ else
 fi
 section kernels 90 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 1024 128 64 --json "$OUT/kernels.json"
 section "discriminator memory" 60 "$PYTHON" -m fastdcgan.bench.discriminator_memory --json "$OUT/discriminator-memory.json"
+# Trying all ways to convolve, one after the other, takes max-autotune minutes.
+section "tuned example" 280 "$PYTHON" -c "$(steps step-64-tuned 64 5 "128" "example skilled fast-captured")"
 section cuts 150 "$PYTHON" -m fastdcgan.bench.batch_norm_cuts --json "$OUT/cuts.json"
 section "kernels, two groups" 40 "$PYTHON" -m fastdcgan.bench.kernels_table --batches 256 2048 --image-sizes 64 --groups 2 \
     --json "$OUT/kernels-groups-2.json"

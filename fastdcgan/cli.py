@@ -283,8 +283,8 @@ def bench(
         width: channels of the first hidden layer, as --gen-width and --disc-width of train.
         precision: of the contenders other than the plain example.
         device: auto takes a GPU if there is one.
-        only: some of example, example-fp32, skilled, fast-eager, fast-compiled, fast-captured. Default: all that the
-            device can run.
+        only: some of example, example-fp32, skilled, skilled-fp16, fast-eager, fast-compiled, fast-captured.
+            Default: all that the device can run.
         repetitions: rounds in which the contenders take turns (default 7), or epochs with --data (default 3).
         block_seconds: that each contender runs in a round, at least one step.
         per_layer: print the least time of every layer and pass.

@@ -6,17 +6,18 @@ import os
 
 import torch
 
-# cuBLAS's workspace: eight blocks of 16 KiB, in place of 32 MiB on Hopper and 8 on other GPUs. The step's matrix products
-# are too small to use more.
-WORKSPACE = ":16:8"
+# Eight blocks of 16 KiB, where torch takes 32 MiB on Hopper and 8 on other GPUs: the step's matrix products are too
+# small to use more. cuBLASLt shares it, and would complain that it asked for more.
+WORKSPACE, WORKSPACE_LT = ":16:8", "128"
 
 
 def take_no_more_than_needed() -> None:
-    """Let segments of GPU memory grow, so that no gaps stay between them, and cuBLAS have a small workspace.
+    """Let segments of GPU memory grow, so that fewer gaps stay between tensors, and cuBLAS have a small workspace.
 
-    What the user has set in PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, and in CUBLAS_WORKSPACE_CONFIG, stays. A
-    workspace that cuBLAS has already stays too, and so do segments.
+    What the user has set stays: PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, and CUBLAS_WORKSPACE_CONFIG or
+    CUBLASLT_WORKSPACE_SIZE. So do segments, and a workspace, that there are already.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
+    if not {"CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"} & os.environ.keys():
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": WORKSPACE, "CUBLASLT_WORKSPACE_SIZE": WORKSPACE_LT}
     if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -11,7 +11,14 @@ from fastdcgan.kernels.backend import Backend, log_once, use_triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (rows, channels), a row being a pixel of a sample: the bfloat16 layers, in one group, for whose forward and backward
 # pass torch.compile's own kernels took less time on an H200 (bench/results/h200-batch-norm-all-layers.json).
-COMPILED_IS_FASTER = ((128 * 4 * 4, 256), (128 * 8 * 8, 128), (128 * 16 * 16, 64), (1024 * 16 * 16, 256))
+COMPILED_IS_FASTER = (
+    (64 * 4 * 4, 256),
+    (64 * 8 * 8, 128),
+    (64 * 16 * 16, 64),
+    (128 * 8 * 8, 128),
+    (128 * 16 * 16, 64),
+    (1024 * 16 * 16, 256),
+)
 
 
 def batch_norm_act(

@@ -40,9 +40,9 @@ def test_every_section_runs_its_command(tmp_path: Path) -> None:
 
 
 def test_sections_by_name_run_alone(tmp_path: Path) -> None:
-    ended, asked = run(tmp_path, "cuts", "step 64 pixels, small workspace")
+    ended, asked = run(tmp_path, "cuts", "tuned example")
     assert ended.returncode == 0, ended.stderr
-    assert re.findall(r"== (.+) \(at most", ended.stdout) == ["step 64 pixels, small workspace", "cuts"]
+    assert re.findall(r"== (.+) \(at most", ended.stdout) == ["tuned example", "cuts"]
     assert "batch_norm_cuts" in asked and "kernels_table" not in asked and "-m pytest" not in asked
 
 

@@ -135,9 +135,9 @@ def test_the_log_says_why_a_gpu_does_without_triton(caplog, monkeypatch):
 def test_the_layers_left_to_the_compiler_are_those_it_was_measured_faster_on():
     microseconds = {}
     for row in json.loads((RESULTS / "h200-batch-norm-all-layers.json").read_text())["rows"]:
-        assert (row["groups"], row["dtype"], row["timer"]) == (1, "bf16", "graph")
+        assert (row["groups"], row["dtype"]) == (1, "bf16")
         batch, channels, height, width = row["shape"]
-        if row["pass"] == "both":
+        if row["pass"] == "both" and row["timer"] == "graph":
             microseconds[batch * height * width, channels, row["variant"]] = row["ms"]
     layers = {(rows, channels) for rows, channels, _ in microseconds}
     faster = {layer for layer in layers if microseconds[*layer, "compiled"] < microseconds[*layer, "fused"]}

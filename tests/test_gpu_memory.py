@@ -1,0 +1,55 @@
+"""On a GPU a step takes no more memory than it needs; what the user has set stays."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from fastdcgan import models
+from fastdcgan.gpu_memory import take_no_more_than_needed
+from fastdcgan.step import TrainStep
+
+VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the allocator is told; none of the variables is set."""
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(os, "environ", {})
+    return told
+
+
+def test_segments_grow_and_the_workspace_is_small(settings: list[str]) -> None:
+    take_no_more_than_needed()
+    assert settings == ["expandable_segments:True"]
+    assert [os.environ.get(variable) for variable in VARIABLES] == [":16:8", "128", None, None]
+    take_no_more_than_needed()  # for the next step in this process
+    assert settings == ["expandable_segments:True"] * 2
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_what_the_user_has_set_stays(settings: list[str], variable: str) -> None:
+    os.environ[variable] = "as it is"
+    take_no_more_than_needed()
+    assert os.environ[variable] == "as it is"
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == (variable != "CUBLASLT_WORKSPACE_SIZE")
+    assert settings == ([] if variable.startswith("PYTORCH") else ["expandable_segments:True"])
+
+
+def test_torch_knows_the_setting() -> None:
+    with pytest.raises(Exception, match="expandable_segment"):
+        torch._C._accelerator_setAllocatorSettings("expandable_segment:True")  # no such one
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+
+
+@pytest.mark.gpu
+def test_a_step_has_such_segments() -> None:
+    generator, discriminator = models.Generator(32, 3, 10, 32).cuda(), models.Discriminator(32, 3, 32).cuda()
+    source = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).cuda()
+    step = TrainStep(generator, discriminator, source, torch.arange(16).cuda(), precision="bf16")
+    step.update()
+    assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import torch
 
@@ -11,13 +12,19 @@ import torch
 WORKSPACE, WORKSPACE_LT = ":16:8", "128"
 
 
-def take_no_more_than_needed() -> None:
+def take_no_more_than_needed(processes: int) -> None:
     """Let segments of GPU memory grow, so that fewer gaps stay between tensors, and cuBLAS have a small workspace.
 
     What the user has set stays: PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, and CUBLAS_WORKSPACE_CONFIG or
     CUBLASLT_WORKSPACE_SIZE. So do segments, and a workspace, that there are already.
+
+    Segments do not grow in a run of several processes, whose captured graphs exchange gradients: others have seen such
+    graphs hang with them (torchtitan issue 3306). Nor on Windows, which has none, or in its Linux, where drivers before
+    R615 fail with them on some GPUs (PyTorch issue 192330).
     """
     if not {"CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"} & os.environ.keys():
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": WORKSPACE, "CUBLASLT_WORKSPACE_SIZE": WORKSPACE_LT}
-    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+    theirs = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys()
+    linux = platform.system() == "Linux" and "microsoft" not in platform.release().lower()
+    if processes == 1 and linux and not theirs:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -109,7 +109,7 @@ class TrainStep:
         device = source.device
         heap.keeps = device.type == "cpu"
         if device.type == "cuda":
-            take_no_more_than_needed()
+            take_no_more_than_needed(world.size)
         self.generator, self.discriminator = generator.train(), discriminator.train()
         self.source, self.index = source, index
         self.objective = make_objective(loss, label_smoothing)

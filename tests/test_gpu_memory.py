@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import pytest
 import torch
@@ -20,24 +21,39 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
     monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
     return told
 
 
 def test_segments_grow_and_the_workspace_is_small(settings: list[str]) -> None:
-    take_no_more_than_needed()
+    take_no_more_than_needed(1)
     assert settings == ["expandable_segments:True"]
     assert [os.environ.get(variable) for variable in VARIABLES] == [":16:8", "128", None, None]
-    take_no_more_than_needed()  # for the next step in this process
+    take_no_more_than_needed(1)  # for the next step in this process
     assert settings == ["expandable_segments:True"] * 2
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
 def test_what_the_user_has_set_stays(settings: list[str], variable: str) -> None:
     os.environ[variable] = "as it is"
-    take_no_more_than_needed()
+    take_no_more_than_needed(1)
     assert os.environ[variable] == "as it is"
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == (variable != "CUBLASLT_WORKSPACE_SIZE")
     assert settings == ([] if variable.startswith("PYTORCH") else ["expandable_segments:True"])
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "processes"),
+    [("Windows", "11", 1), ("Linux", "6.6.87.2-microsoft-standard-WSL2", 1), ("Linux", "6.8.0-generic", 2)],
+)
+def test_segments_do_not_grow_where_that_was_seen_to_fail(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, system: str, release: str, processes: int
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    take_no_more_than_needed(processes)
+    assert settings == [] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_torch_knows_the_setting() -> None:

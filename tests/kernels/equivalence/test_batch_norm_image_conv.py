@@ -99,7 +99,9 @@ def test_what_lies_between_is_not_kept(device, compiled):
         run_it = torch.compile(operation, fullgraph=True, backend=backend) if compiled else operation
         found = []
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: found.append(tensor) or tensor, lambda t: t):
-            run(run_it, tensors)
+            results = run(run_it, tensors)
+        for actual, expected in zip(results, run(operation, tensors), strict=True):
+            torch.testing.assert_close(actual, expected)
         return len({tensor.data_ptr() for tensor in found if tensor.numel() == tensors[0].numel()})
 
     assert kept(apart) == 2

@@ -41,8 +41,8 @@ BATCH_NORM_FAULTS = {
     "splits weigh the same": ("total += away * count", "total += away * ROWS_PER_SPLIT"),
     "a place's values not above its first one": (" x - own, 0.0)", " x, 0.0)"),
     "first channel not written": (
-        "y.to(y_ptr.dtype.element_ty), mask=mask",
-        "y.to(y_ptr.dtype.element_ty), mask=mask & (cols > 0)[None, :]",
+        "act(z, SLOPE).to(y_ptr.dtype.element_ty), mask=mask",
+        "act(z, SLOPE).to(y_ptr.dtype.element_ty), mask=mask & (cols > 0)[None, :]",
     ),
 }
 
@@ -72,6 +72,14 @@ IMAGE_CONV_FAULTS = {  # and whether it shows in the transposed convolution
     "a dropped split": (("split < SPLITS", "split < SPLITS - 1"), False),
     "the last turn only": (("patches, total, input", "patches, input"), False),
     "dw of the first rows only": (("tl.load(coarse_ptr + start", "tl.load(coarse_ptr + start * 0"), True),
+}
+
+NORMALIZED_FAULTS = {  # of `outer` after BatchNorm
+    "none": None,
+    "not normalised": ("if NORMALIZE:\n            coarse =", "if NORMALIZE:\n            unused ="),
+    "no slope": ("act(z, SLOPE)", "act(z, 1.0)"),
+    "first block's statistics": ("mean_ptr + cols", "mean_ptr + cols % BLOCK_COLS"),
+    "no bias": ("norm_bias_ptr + cols, mask=cols < K", "norm_bias_ptr + cols, mask=cols < 0"),
 }
 
 UINT8_FAULTS = {
@@ -158,6 +166,23 @@ def test_image_conv(planted, check_image_conv, name):
     operator.kernels.plan = plan
     operation = operator.ImageConvTranspose.apply if transposed else operator.ImageConv.apply
     expect(fault, lambda: check_image_conv(operation, transposed, (3, 3, 10, 14), 20))
+
+
+@pytest.mark.parametrize("name", NORMALIZED_FAULTS)
+def test_outer_after_batch_norm(planted, device, assert_close, monkeypatch, name):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    operator = planted("image_conv_triton", NORMALIZED_FAULTS[name], "image_conv_op")
+    operator.kernels.plan = lambda rows, *_: operator.kernels.Plan(16, 16, 2, -(-rows // 32))
+    fine, x = (
+        torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        for shape in ((3, 3, 10, 14), (3, 20, 5, 7))
+    )
+    norm = tuple(torch.rand(20, device=device) + 0.5 for _ in range(4))
+    found = operator.launch_add_splits(operator.launch_outer(fine, None, x, None, 0.2, norm), fine)
+    mean, inverse, weight, bias = (each.double()[:, None, None] for each in norm)
+    y = torch.nn.functional.leaky_relu((x.double() - mean) * inverse * weight + bias, 0.2)
+    expected = torch.nn.grad.conv2d_weight(fine.double(), (20, 3, 4, 4), y, stride=2, padding=1)
+    expect(NORMALIZED_FAULTS[name], lambda: assert_close("dw", found, expected, "sum"))
 
 
 @pytest.mark.parametrize("name", UINT8_FAULTS)

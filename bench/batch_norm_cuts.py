@@ -2,10 +2,11 @@
 
     python -m fastdcgan.bench.batch_norm_cuts [--layers 128x256x4x4 1024x256x16x16] --json cuts.json
 
-For another GPU than an H200, or layers that were not measured; by default those that the dispatcher leaves to
-torch.compile, which was faster there, each as so many samples of one pixel. Where a cut is faster, `plan` in
-`kernels/batch_norm_act_triton.py` is the place for it. Times are of both launches forward and of all four, median, many
-in one CUDA graph one after another. A cut changes the last bits of the statistics and nothing else.
+For another GPU than an H200, or layers that were not measured; by default two that are larger than L2 and furthest from
+a copy's bandwidth there, and those that the dispatcher leaves to torch.compile, which was faster, each as so many
+samples of one pixel. Where a cut is faster, `plan` in `kernels/batch_norm_act_triton.py` is the place for it. Times are
+of both launches forward and of all four, median, many in one CUDA graph one after another. A cut changes the last bits
+of the statistics and nothing else.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from fastdcgan.kernels.batch_norm_act import COMPILED_IS_FASTER
 from fastdcgan.kernels.batch_norm_act_triton import plan
 from fastdcgan.kernels.plan import Plan, cut, splits_for
 
-LAYERS = [f"{rows}x{channels}x1x1" for rows, channels in COMPILED_IS_FASTER]
-COLUMNS, TILES, PROGRAMS = (16, 32, 64, 128), (2048, 4096, 8192), (66, 132, 264, 528)
+LAYERS = ["1024x512x8x8", "1024x128x16x16"] + [f"{rows}x{channels}x1x1" for rows, channels in COMPILED_IS_FASTER]
+COLUMNS, TILES, PROGRAMS = (16, 32, 64, 128, 256), (2048, 4096, 8192), (66, 132, 264, 528)
 
 
 def candidates(rows: int, channels: int, groups: int) -> list[Plan]:

@@ -30,7 +30,7 @@ def batch_norm_image_conv_transpose(
 
     The tensor between the two, as large as x and the largest that a generator makes, is not kept for the backward pass
     where both run their Triton kernels: the kernel of weight's gradient makes it again while it loads x, with the same
-    bits and in no measurable time. Differentiable twice.
+    bits. Differentiable twice.
 
     Args:
         x: (N, K, h, w), as for both operations.

@@ -71,8 +71,6 @@ def entries(names: tuple[str, ...], precision: str, device: torch.device) -> lis
             chosen.append(Entry(name, "tf32" if on_gpu else "fp32"))
         elif name == "example-fp32":
             chosen += [Entry(name, "fp32")] if on_gpu else []
-        elif name == "skilled":
-            chosen += [Entry(name, each) for each in [precision, *further]]
         elif name == "skilled-fp16":
             chosen += [Entry("skilled", "fp16")] if on_gpu and precision == "bf16" else []
         elif name != "fast-captured" or on_gpu:

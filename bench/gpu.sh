@@ -71,18 +71,14 @@ section machine 20 bash -c "nvidia-smi; $PYTHON -c 'import torch, triton; print(
 
 # Tests and compilation at once. Every test's name and result goes to tests.txt as it ends, so a cut run still tells.
 if wanted tests; then
-    for batch in 128 1024 64; do
+    for batch in 128 1024; do
         timeout 100 "$PYTHON" - $batch > "$work/compile-$batch.txt" 2>&1 <<'PYTHON_END' &
 import sys, torch
-from fastdcgan.bench.contenders import Shape, fast_step, quiet
+from fastdcgan.bench.contenders import Entry, Shape, on_random_images, quiet
 quiet()
-device, shape = torch.device("cuda"), Shape(int(sys.argv[1]))
-for executor in ("fast-captured", "fast-compiled"):
-    torch._dynamo.reset()
-    index = torch.randint(0, 2048, (shape.batch_size,), device=device)
-    step, run = fast_step(shape, shape.random_images(2048, device), index, "bf16", executor)
-    for _ in range(5):
-        run()
+run, _ = on_random_images(Entry("fast-captured", "bf16"), Shape(int(sys.argv[1])), torch.device("cuda"))
+for _ in range(4):
+    run()
 PYTHON_END
     done
     for batch in 64 128 1024; do  # timed again below, alone

@@ -41,13 +41,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
         and the running statistics move as if the slices had come one after another."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.momentum is not None
         return batch_norm_act(
             x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
+            *self.tensors(),
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,
@@ -55,6 +52,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
             groups=groups,
             sync=self.sync,
         )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, bias, running mean and running variance, (C,) each."""
+        assert self.running_mean is not None and self.running_var is not None
+        return self.weight, self.bias, self.running_mean, self.running_var
 
 
 class Projection(nn.ConvTranspose2d):
@@ -120,13 +122,10 @@ class ImageConvTranspose(nn.ConvTranspose2d):
         """The same of norm(x), in training mode without keeping that."""
         if not norm.training or norm.sync:
             return self(norm(x))
-        assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+        assert norm.momentum is not None
         return batch_norm_image_conv_transpose(
             x,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
+            *norm.tensors(),
             self.weight,
             momentum=norm.momentum,
             eps=norm.eps,

@@ -97,15 +97,16 @@ def reference(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
     negative_slope: float,
     groups: int,
 ) -> Tensor:
-    """The same in torch's own operations, which torch.compile sees through and fuses."""
+    """The same in torch's own operations, which torch.compile sees through and fuses; in training mode running
+    statistics may be None, and then none move."""
 
     def norm(part: Tensor) -> Tensor:
         return F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
 
 from fastdcgan.kernels import batch_norm_act_op as norm_op
 from fastdcgan.kernels import image_conv_op as conv_op
+from fastdcgan.kernels.batch_norm_act import reference
 
 
 class BatchNormImageConvTranspose(torch.autograd.Function):
@@ -42,17 +41,13 @@ class BatchNormImageConvTranspose(torch.autograd.Function):
     def backward(ctx: Any, dimages: Tensor):
         x, norm_weight, norm_bias, mean, inverse, weight, images = ctx.saved_tensors
         eps, slope, needs_dw = ctx.eps, ctx.negative_slope, ctx.needs_input_grad[-1]
-        dw = None
         if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
-            dz = dimages * (1 - images * images)
-            dy = F.conv2d(dz, weight, stride=2, padding=1)
-            if needs_dw:
-                z = F.batch_norm(x, None, None, norm_weight, norm_bias, True, 0.0, eps)
-                dw = conv2d_weight(dz, weight.shape, F.leaky_relu(z, slope), stride=2, padding=1)
+            y = reference(x, norm_weight, norm_bias, None, None, True, 0.0, eps, slope, 1)
+            dy, dw = conv_op.differentiable_transposed_gradients(dimages, images, y, weight, True, needs_dw)
         else:
             dy = conv_op.down(dimages, images, weight, 1.0)
-            if needs_dw:
-                dw = outer_normalized(dimages, images, x, mean, inverse, norm_weight, norm_bias, slope)
+            norm = (mean, inverse, norm_weight, norm_bias)
+            dw = outer_normalized(dimages, images, x, *norm, slope) if needs_dw else None
         dx, dnorm_weight, dnorm_bias = norm_op.gradients(dy, x, norm_weight, norm_bias, mean, inverse, True, eps, slope)
         return dx, dnorm_weight, dnorm_bias, None, None, None, None, None, dw
 

@@ -62,13 +62,18 @@ class ImageConvTranspose(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: this gradient will itself be differentiated
-            dz = dy * (1 - y * y)
-            dx = F.conv2d(dz, weight, stride=2, padding=1) if needs_dx else None
-            dw = conv2d_weight(dz, weight.shape, x, stride=2, padding=1) if needs_dw else None
-        else:
-            dx = down(dy, y, weight, 1.0) if needs_dx else None
-            dw = outer(dy, y, x, None, 1.0) if needs_dw else None
+            return differentiable_transposed_gradients(dy, y, x, weight, needs_dx, needs_dw)
+        dx = down(dy, y, weight, 1.0) if needs_dx else None
+        dw = outer(dy, y, x, None, 1.0) if needs_dw else None
         return dx, dw
+
+
+def differentiable_transposed_gradients(dy, y, x, weight, needs_dx: bool, needs_dw: bool):
+    """dx and dw of `image_conv_transpose` from torch's own operations, so that they have gradients of their own."""
+    dz = dy * (1 - y * y)
+    dx = F.conv2d(dz, weight, stride=2, padding=1) if needs_dx else None
+    dw = conv2d_weight(dz, weight.shape, x, stride=2, padding=1) if needs_dw else None
+    return dx, dw
 
 
 @torch.library.custom_op("fastdcgan::image_conv_down", mutates_args=())

@@ -1,4 +1,4 @@
-"""On a GPU a step takes no more memory than it needs; what the user has set stays."""
+"""How a step on a GPU has torch take memory; what the user has set stays. That it does is in `test_step.py`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import platform
 import pytest
 import torch
 
-from fastdcgan import models
 from fastdcgan.gpu_memory import take_no_more_than_needed
-from fastdcgan.step import TrainStep
 
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -60,12 +58,3 @@ def test_torch_knows_the_setting() -> None:
     with pytest.raises(Exception, match="expandable_segment"):
         torch._C._accelerator_setAllocatorSettings("expandable_segment:True")  # no such one
     torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
-
-
-@pytest.mark.gpu
-def test_a_step_has_such_segments() -> None:
-    generator, discriminator = models.Generator(32, 3, 10, 32).cuda(), models.Discriminator(32, 3, 32).cuda()
-    source = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).cuda()
-    step = TrainStep(generator, discriminator, source, torch.arange(16).cuda(), precision="bf16")
-    step.update()
-    assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())

@@ -665,6 +665,12 @@ def test_one_cublas_workspace_is_enough() -> None:
 
 
 @pytest.mark.gpu
+def test_segments_of_gpu_memory_grow() -> None:
+    make_step_on_gpu().update()
+    assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+
+
+@pytest.mark.gpu
 def test_captured_agrees_with_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     steps = [make_step_on_gpu() for _ in range(2)]

@@ -19,7 +19,7 @@ def image_conv(images: Tensor, weight: Tensor, *, negative_slope: float, backend
     Differentiable twice. The Triton implementation saves images, weight and y, gives the same bits every time, computes
     no gradient that is not needed, and falls back to plain torch operations when a gradient is itself to be
     differentiated (`create_graph=True`). Its float32 products are TF32 where cuDNN's would be
-    (`torch.backends.cudnn.allow_tf32`); sums are in float32.
+    (`torch.backends.cudnn.conv.fp32_precision`); sums are in float32.
 
     Args:
         images: (N, C, 2h, 2w), not empty; float32, bfloat16, float16 or float64. The Triton implementation is for C up

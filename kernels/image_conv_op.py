@@ -229,8 +229,9 @@ def window(fine):
 
 
 def precision(tensor) -> str:
-    """Of the products: what cuDNN's convolutions would take."""
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """Of the products: what cuDNN's convolutions would take, whichever of torch's two switches says so."""
+    of_float32 = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # made when it is asked for
+    return "tf32" if tensor.dtype == torch.float32 and of_float32 == "tf32" else "ieee"
 
 
 # Made as (N, h, w, C) and viewed, so that the layout is right for one channel or one pixel too.

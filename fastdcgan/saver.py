@@ -70,11 +70,14 @@ def write(run: RunFolder, taken: Checkpoint) -> int | None:
         return None
     try:
         folder = checkpoint.save(run.path, done, taken, run.config.keep)
-        if distance is not None:
-            checkpoint.keep_best(run.path, folder, distance)
     except OSError as error:
         say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
         return done
+    try:
+        if distance is not None:
+            checkpoint.keep_best(run.path, folder, distance)
+    except OSError as error:
+        say(f"warning: step {done:,} could not be copied to checkpoints/best ({error}), which stays as it was")
     return None
 
 

@@ -203,12 +203,20 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         say("hint: this processor multiplies bfloat16 itself: --precision bf16 is faster, most for large images")
 
     # The loop.
+    go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
     pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
     with stop_signals() as stop, training_progress(done, total) as show:
         stopping, begun = False, done
         pace.start(done)
         while done < total and not stopping:
-            stream.advance()
+            try:
+                stream.advance()
+            except UserError as error:
+                if done == begun or world.size > 1:  # others would wait for this one
+                    raise
+                saver.save(step, stream, done)
+                saver.wait()
+                raise UserError(f"{error}; step {done:,} is saved: put that right, then {go_on}") from error
             step.set_schedules(done / total)
             if step.compiled and done == begun:
                 with spinner("compiling the step: a minute or two the first time, then kept for later runs"):
@@ -261,7 +269,6 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         with watch.writing():
             report_skipped(skipped, folder)
     stream.close()
-    go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
     if saver.lost is not None:
         kept = [step_of(each) for each in complete(folder)]
         raise UserError(

@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,5 +15,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _by_itself() -> Iterator[None]:
+    """Every test draws the same numbers, leaves torch's switches as they were, and waits for what it started on a GPU:
+    a fault there is its own, not the next one's."""
     torch.manual_seed(0)
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    names = [(cudnn, "allow_tf32"), (matmul, "allow_tf32"), (cudnn, "benchmark"), (cudnn, "benchmark_limit")]
+    switches = [(place, name, getattr(place, name)) for place, name in names]
+    yield
+    for place, name, value in switches:
+        setattr(place, name, value)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

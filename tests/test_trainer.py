@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from fastdcgan import checkpoint, saver, trainer
 from fastdcgan.config import TrainConfig
 from fastdcgan.data.dataset import LEFT_OUT
+from fastdcgan.data.streams import ResidentStream
 from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
@@ -268,10 +269,46 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_the_run(
 
     monkeypatch.setattr(checkpoint, "_sync", failing_sync)
     run = train(small(tmp_path / "run"))
-    assert "could not be written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "could not be copied to checkpoints/best" in said if full == 9 else "could not be written" in said
     assert [p.name for p in checkpoint.complete(run)] == left
     assert checkpoint.load(run / "checkpoints" / "best").progress["step"] in (3, 6, 9, 12)
     assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = checkpoint.load(straight / "checkpoints" / "step-000012")
+    taken = dataclasses.replace(saved, progress=saved.progress | {"distance": 0.5})
+    monkeypatch.setattr(checkpoint.shutil, "copytree", full)
+    run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
+    assert write(run, taken) is None  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert "step 12 could not be copied to checkpoints/best" in said and "training goes on without" not in said
+    assert checkpoint.load(run.path / "checkpoints" / "step-000012").progress["step"] == 12
+
+
+def test_what_the_data_ends_a_run_for_costs_no_step(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under --strict one file that breaks while it is decoded does."""
+    advance = ResidentStream.advance
+
+    def broken(stream: ResidentStream) -> None:
+        if stream.images == 5 * SMALL.batch_size:
+            raise UserError("a.jpg: broken (--strict stops at the first unusable file)")
+        advance(stream)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ResidentStream, "advance", broken)
+        with pytest.raises(UserError, match=r"a\.jpg.*step 5 is saved: put that right, then fastdcgan train --run-dir"):
+            train(small(run))
+        with pytest.raises(UserError, match=r"unusable file\)$"):  # nothing is new since then
+            train(small(run, resume=True))
+    train(small(run, resume=True))
+    assert_equal_bits(run, straight, 12)
 
 
 def test_training_does_not_wait_for_the_disk(straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

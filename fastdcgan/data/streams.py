@@ -102,9 +102,14 @@ class StagedStream(Stream):
         self._thread = threading.Thread(target=self._fill_slots, name="fill slots", daemon=True)
         torch.cuda.current_stream(device).synchronize()  # `source` and slots may be memory that is still in use there
         self._thread.start()
+        self._failed: BaseException | None = None  # why there will be no further batch
         self._stage(0)
+        if self._failed is not None:
+            raise self._failed
 
     def advance(self) -> None:
+        if self._failed is not None:
+            raise self._failed
         self._half = 1 - self._half
         compute = torch.cuda.current_stream(self._device)
         # Everything that read the other half, one step ago, is already queued on `compute`: copy behind it.
@@ -117,11 +122,11 @@ class StagedStream(Stream):
         self._stage(1 - self._half)
 
     def _stage(self, half: int) -> None:
-        """Queue the copy of the next batch into one half of `source`."""
+        """Queue the copy of the next batch into one half of `source`; where none comes, the next `advance` says why."""
         filled = self._full.get()
         if isinstance(filled, BaseException):
-            self._full.put(filled)  # for whoever asks again: nothing else will come
-            raise filled
+            self._failed = filled
+            return
         slot, copied, self._cursors[half] = filled
         batch_size = len(self.index)
         with torch.cuda.stream(self._copy_stream):

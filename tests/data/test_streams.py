@@ -9,15 +9,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
-from fastdcgan.data import Dataset
+from fastdcgan.data import Dataset, streams
 from fastdcgan.data.array_dataset import ArrayDataset
 from fastdcgan.data.loader import Request
-from fastdcgan.data.order import permutation, random_places
+from fastdcgan.data.order import Position, permutation, random_places
 from fastdcgan.data.pillow_decode import decode
 from fastdcgan.errors import UserError
 
@@ -400,3 +401,24 @@ def test_ending_a_stream_waits_for_no_thread(
     del stream
     gc.collect()
     assert waited == [False]
+
+
+def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batches that are staged on a GPU one is ahead: the last good one is trained on, and counted, first."""
+    empty, nothing = torch.empty, MagicMock()
+    monkeypatch.setattr(streams.torch, "cuda", nothing)
+    monkeypatch.setattr(streams.torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    feed, device = MagicMock(device=torch.device("cpu"), order=MagicMock(world_size=1)), torch.device("cpu")
+    feed.images.side_effect = [1, 2, UserError("a.jpg is broken")]
+    position = Position()
+    staged = streams.StagedStream(feed, (2, 4, 4, 3), device, position)
+    staged.advance()
+    staged.advance()
+    for _ in range(2):
+        with pytest.raises(UserError, match="is broken"):
+            staged.advance()
+    assert (position.taken, position.images, staged.images) == (2, 4, 4)
+    staged.close()
+    feed.images.side_effect = [UserError("all are broken")]
+    with pytest.raises(UserError, match="all are broken"):  # before anything is written
+        streams.StagedStream(feed, (2, 4, 4, 3), device, position)

@@ -35,6 +35,8 @@ def decode(raw: np.ndarray, kind: str) -> np.ndarray:
         return raw.astype(bool)
     if kind == "f32":
         return raw.astype(np.uint32).view(np.float32).astype(np.float64)
+    if kind == "tf32":  # a float32 whose last 13 bits tensor cores do not look at
+        return (raw.astype(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     if kind == "bf16":
         return (raw.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if kind == "f16":
@@ -77,6 +79,13 @@ ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
 }  # fmt: skip
 NOTHING = ("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "membar", "fence.acq", "griddepcontrol", "prefetch")
 SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "b32": 4, "u32": 4, "f32": 4, "b64": 8, "u64": 8}
+
+
+def unpack(raw: np.ndarray, kind: str) -> list[np.ndarray]:
+    """The one or two numbers of tensor cores in registers of 32 bits."""
+    if kind == "tf32":
+        return [decode(raw, kind)]
+    return [decode(raw >> np.uint64(shift) & np.uint64(0xFFFF), kind) for shift in (0, 16)]
 
 
 def operands(text: str) -> list[str]:
@@ -387,17 +396,20 @@ class Kernel:
             if first == "ldmatrix":
                 self.registers[register] = values
 
-    def fragments(self, registers: list[str], kind: str, threads: slice, columns: int) -> np.ndarray:
-        """A matrix whose thread t of a warp holds pairs at row t / 4 and column t % 4 * 2, registers going down 8 rows
-        first and right 8 columns then; warps are 16 rows apart."""
-        count = threads.stop - threads.start
-        thread = np.arange(count)
-        matrix = np.zeros((count // 2, columns))
-        for number, register in enumerate(registers):
-            row, column = thread // WARP * 16 + thread % WARP // 4 + number % 2 * 8, thread % 4 * 2 + number // 2 * 8
-            raw = self.raw(register)[threads]
-            matrix[row, column] = decode(raw & np.uint64(0xFFFF), kind)
-            matrix[row, column + 1] = decode(raw >> np.uint64(16) & np.uint64(0xFFFF), kind)
+    def fragments(self, registers: list[str], kind: str, threads: slice) -> np.ndarray:
+        """A matrix of 32 bytes a row. Thread t of a warp holds what is at row t / 4 and the four bytes t % 4, registers
+        going down 8 rows first and right 16 bytes then; warps are 16 rows apart."""
+        thread = np.arange(threads.stop - threads.start)
+        held = [unpack(self.raw(register)[threads], kind) for register in registers]
+        each = len(held[0])
+        matrix = np.zeros((len(thread) // 2, 8 * each))
+        for number, values in enumerate(held):
+            row, column = (
+                thread // WARP * 16 + thread % WARP // 4 + number % 2 * 8,
+                (thread % 4 + number // 2 * 4) * each,
+            )
+            for i, value in enumerate(values):
+                matrix[row, column + i] = value
         return matrix
 
     def accumulate(
@@ -414,55 +426,57 @@ class Kernel:
             self.registers[target] = values
 
     def mma(self, name: str, arguments: list[str]) -> None:
-        shape = re.search(r"m16n8k16\.row\.col\.f32\.(\w+)\.\w+\.f32", name)
+        shape = re.search(r"m16n8k(?:16\.row\.col\.f32\.(f16|bf16)|8\.row\.col\.f32\.(tf32))\.\w+\.f32", name)
         if not shape:
             raise Unknown(name)
+        kind = shape[1] or shape[2]
         targets, a, b, sources = map(members, arguments)
         for warp in range(self.threads // WARP):
             threads, lane = slice(warp * WARP, warp * WARP + WARP), np.arange(WARP)
-            right = np.zeros((16, 8))
+            left = self.fragments(a, kind, threads)
+            right = np.zeros((left.shape[1], 8))
             for number, register in enumerate(b):
-                raw, row = self.raw(register)[threads], lane % 4 * 2 + number * 8
-                right[row, lane // 4] = decode(raw & np.uint64(0xFFFF), shape[1])
-                right[row + 1, lane // 4] = decode(raw >> np.uint64(16) & np.uint64(0xFFFF), shape[1])
-            self.accumulate(targets, sources, self.fragments(a, shape[1], threads, 16) @ right, threads, True)
+                values = unpack(self.raw(register)[threads], kind)
+                for i, value in enumerate(values):
+                    right[(lane % 4 + number * 4) * len(values) + i, lane // 4] = value
+            self.accumulate(targets, sources, left @ right, threads, True)
 
     def wgmma(self, name: str, arguments: list[str]) -> None:
-        shape = re.search(r"m64n(\d+)k16\.f32\.(f16|bf16)\.", name)
+        shape = re.search(r"m64n(\d+)k(?:16\.f32\.(f16|bf16)|8\.f32\.(tf32))\.", name)
         if not shape:
             raise Unknown(name)
+        columns, kind = int(shape[1]), shape[2] or shape[3]
         targets, in_registers = members(arguments[0]), arguments[1].startswith("{")
-        transposed = [argument == "1" for argument in arguments[6:]]  # of what lies in shared memory: A if there, B
+        # Of what lies in shared memory: A if there, B. TF32 has no such operands.
+        transposed = [argument == "1" for argument in arguments[6:]] or [False]
         for first in range(0, self.threads, 4 * WARP):
             threads = slice(first, first + 4 * WARP)
             if in_registers:
-                left = self.fragments(members(arguments[1]), shape[2], threads, 16)
+                left = self.fragments(members(arguments[1]), kind, threads)
             else:
-                left = self.from_shared(int(self.raw(arguments[1])[first]), 64, shape[2], transposed[0], first // WARP)
-            right = self.from_shared(
-                int(self.raw(arguments[2])[first]), int(shape[1]), shape[2], transposed[-1], first // WARP
-            )
+                left = self.from_shared(int(self.raw(arguments[1])[first]), 64, kind, transposed[0], first // WARP)
+            right = self.from_shared(int(self.raw(arguments[2])[first]), columns, kind, transposed[-1], first // WARP)
             scale = arguments[3]
             keep = bool(self.raw(scale)[first]) if scale.startswith("%") else scale != "0"
             self.accumulate(targets, targets, left @ right.T, threads, keep)
 
     def from_shared(self, descriptor: int, rows: int, kind: str, transposed: bool, first_warp: int) -> np.ndarray:
-        """An operand of wgmma, (rows, 16), from the place, strides and swizzle that its descriptor gives."""
+        """An operand of wgmma, 32 bytes a row, from the place, strides and swizzle that its descriptor gives."""
+        size = 4 if kind == "tf32" else 2
         start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         width, swizzle = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}[descriptor >> 62 & 3]
-        row, k = np.meshgrid(np.arange(rows), np.arange(16), indexing="ij")
+        row, k = np.meshgrid(np.arange(rows), np.arange(32 // size), indexing="ij")
         if transposed:  # rows lie side by side
             each = width // 2
             offset = row % each * 2 + k % 8 * width + k // 8 * stride + row // each * leading
         else:
-            offset = k * 2 + row % 8 * width + row // 8 * stride
+            offset = k * size + row % 8 * width + row // 8 * stride
         address = start + offset
         address ^= (address >> 7 & swizzle) << 4
+        places = [address + i for i in range(size)]
         for warp in range(first_warp, first_warp + 4):
-            self.note_read(np.concatenate((address, address + 1), axis=None), warp, by_wgmma=True)
-        return decode(
-            self.shared[address].astype(np.uint64) | self.shared[address + 1].astype(np.uint64) << np.uint64(8), kind
-        )
+            self.note_read(np.concatenate(places, axis=None), warp, by_wgmma=True)
+        return decode(sum(self.shared[at].astype(np.uint64) << np.uint64(8 * i) for i, at in enumerate(places)), kind)
 
 
 def launch(compiled: Any, bound: dict[str, Any], grid: Sequence[int], change: Callable[[str], str] = str) -> list[str]:

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
+KINDS = ("not finite", "large losses", "steep gradients", "discriminator wins", "collapse")
 PATIENCE, LASTING = 5, 400  # log points in a row, and steps, before the discriminator has won: early on it often leads
 WON = 0.04  # of D's loss above its lowest possible: with bce D(x) 0.98 and D(G(z)) 0.02
 LARGE = 20.0  # a loss no run that learns has: with bce a probability of 2e-9
@@ -22,7 +23,7 @@ class Alarm:
     """Something that has gone wrong.
 
     Attributes:
-        kind: "not finite", "large losses", "steep gradients", "discriminator wins" or "collapse".
+        kind: one of KINDS.
         step: when it was noticed.
         sound: the last step at which there was no sign of it.
         message: one line: what is seen, what it means, what to try.
@@ -121,6 +122,11 @@ class Alarms:
             f" nearest by {nearest:.0%}): the generator has collapsed. Try --spectral-norm, --r1 5, --loss hinge, a"
             " smaller --lr-g, or --diffaugment",
         )
+
+    def no_sign_before(self) -> int:
+        """The step that a later alarm may go back to: the last at which nothing that is seen now was seen, or one that
+        nothing has been looked at since."""
+        return min(self.sound.get(kind, self.start) for kind in KINDS)
 
     def _judge(self, kind: str, step: int, seen: bool, patience: int, message: str, lasting: int = 0) -> list[Alarm]:
         """The alarm, once, when the sign has been there `patience` times in a row and for `lasting` steps."""

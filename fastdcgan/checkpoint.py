@@ -42,8 +42,9 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoints/step-<step>` and delete all but the newest `keep`.
+def save(run: Path, step: int, checkpoint: Checkpoint, keep: int, sound: int | None = None) -> Path:
+    """Write `checkpoints/step-<step>` and delete all but the newest `keep`, and the newest that is not after step
+    `sound`, to which the run may have to go back.
 
     It appears under its name complete and on disk, or not at all: a kill or a full disk leaves the older ones.
 
@@ -75,7 +76,9 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         bring_back(run)
         raise
-    for old in [each for each in complete(run) if step_of(each) <= step][:-keep]:  # later ones are damaged
+    before = [each for each in complete(run) if step_of(each) <= step]  # later ones are damaged
+    needed = before[-keep:] + [each for each in before if sound is not None and step_of(each) <= sound][-1:]
+    for old in set(before) - set(needed):
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -169,17 +172,19 @@ def keep_if_best(run: Path, saved: Checkpoint) -> None:
 
 
 def load_sound(run: Path, step: int) -> Checkpoint | None:
-    """The newest whole checkpoint up to `step`, deleting those after it; None, deleting nothing, if there is none."""
-    folders = complete(run)
-    for folder in reversed([f for f in folders if step_of(f) <= step]):
+    """The newest whole checkpoint up to `step`, or else the best if it is so old, deleting those after it; None,
+    deleting nothing, if there is none."""
+    folders, best = complete(run), run / "checkpoints" / "best"
+    for folder in [*reversed([f for f in folders if step_of(f) <= step]), *([best] if best.exists() else [])]:
         try:
             found = load(folder)
         except UserError as error:
             say(f"warning: {error}; trying the one before")
             continue
-        for later in folders[folders.index(folder) + 1 :]:
-            shutil.rmtree(later, ignore_errors=True)
-        return found
+        if found.progress["step"] <= step:
+            for later in [each for each in folders if step_of(each) > found.progress["step"]]:
+                shutil.rmtree(later, ignore_errors=True)
+            return found
     return None
 
 

@@ -126,10 +126,11 @@ class TrainConfig:
     checkpoint_every: int | None = None
     """Steps between checkpoints. Default: 500, or more, likewise."""
     keep: int = 3
-    """Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them."""
+    """Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them, and
+    with --on-divergence rollback one that is old enough to go back to."""
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"
     """At an alarm (no numbers, steep gradients, a discriminator that always wins, samples all alike): say so, end the
-    run, or go back to the last sound checkpoint with other noise, three times at most."""
+    run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the data or the device. Paths may be given as text, a

@@ -33,11 +33,19 @@ class Saver:
         self.writing: Future[int | None] | None = None
         self.lost: int | None = None  # the step of the last checkpoint, if it could not be written
 
-    def save(self, step: TrainStep, stream: Stream, done: int, distance: float | None = None) -> None:
+    def save(
+        self,
+        step: TrainStep,
+        stream: Stream,
+        done: int,
+        distance: float | None = None,
+        sound: int | None = None,
+    ) -> None:
         """Begin to write a checkpoint, once the one before is written.
 
         Args:
             distance: of the run's pictures from the data; the checkpoint with the smallest is kept as checkpoints/best.
+            sound: as in `checkpoint.save`.
         """
         random, positions = zip(*self.world.gather((step.rng.get_state(), stream.state())), strict=True)
         if self.run is None:
@@ -49,7 +57,7 @@ class Saver:
         }
         progress = {"step": done, "images": stream.images, "data": positions, "distance": distance}
         progress |= {"total": self.total, "of": [self.run.config.epochs, self.run.config.batch_size, self.world.size]}
-        self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress))
+        self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress), sound)
 
     def wait(self) -> None:
         """Return when everything is on the disk."""
@@ -58,7 +66,7 @@ class Saver:
             self.writing = None
 
 
-def write(run: RunFolder, taken: Checkpoint) -> int | None:
+def write(run: RunFolder, taken: Checkpoint, sound: int | None = None) -> int | None:
     """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on.
 
     Returns:
@@ -69,7 +77,7 @@ def write(run: RunFolder, taken: Checkpoint) -> int | None:
         say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
         return None
     try:
-        folder = checkpoint.save(run.path, done, taken, run.config.keep)
+        folder = checkpoint.save(run.path, done, taken, run.config.keep, sound)
     except OSError as error:
         say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
         return done

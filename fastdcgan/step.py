@@ -22,6 +22,7 @@ import copy
 import functools
 import logging
 import warnings
+from types import FunctionType, MethodType
 from typing import Protocol
 
 import torch
@@ -249,7 +250,7 @@ class TrainStep:
         if self.source.is_cuda:
             names.append("keep_books")  # saves a dozen launches; on a CPU compiling it costs more than it saves
         for name in names:
-            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False))
+            setattr(self, name, torch.compile(_copy(getattr(self, name)), fullgraph=True, dynamic=False))
         self.compiled = True
         if self.interpolation is not None or self.r1 > 0:
             log.warning("the penalty on the discriminator's gradient runs uncompiled: it is differentiated twice")
@@ -479,6 +480,16 @@ def set_precision(network: nn.Module, precision: str) -> dict[str, Tensor]:
                     masters[f"{layer_name}.{name}"] = parameter.detach().clone()
                     parameter.data = parameter.data.bfloat16()
     return masters
+
+
+def _copy(method: MethodType) -> MethodType:
+    """The same method with code of its own: torch.compile remembers what it made by code, eight times at most, and a
+    process may train more often, each time other networks or with other constants."""
+    found = method.__func__
+    own = FunctionType(
+        found.__code__.replace(), found.__globals__, found.__name__, found.__defaults__, found.__closure__
+    )
+    return MethodType(own, method.__self__)
 
 
 def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

@@ -36,7 +36,7 @@ from fastdcgan.step import TrainStep, make_executor
 from fastdcgan.watch import Watch
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
-ROLLBACKS = 3  # then the run ends: what comes back every time is no accident
+ROLLBACKS = 3  # from one start; then the run ends: what comes back every time is no accident
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
 CHANGES = [
@@ -243,7 +243,9 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                         raised += watch.sample(done, step)
             if saves:
                 with pace.measured("checkpoint"):
-                    saver.save(step, stream, done, watch.quality.distance(step.average) if watch else None)
+                    distance = watch.quality.distance(step.average) if watch else None
+                    sound = watch.alarms.no_sign_before() if watch and config.on_divergence == "rollback" else None
+                    saver.save(step, stream, done, distance, sound)
             if run and watch and pace.settled and (logs or samples or saves):
                 with watch.writing():
                     run.keep_intervals(pace.every)

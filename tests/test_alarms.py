@@ -276,6 +276,44 @@ def test_a_run_goes_back_to_before_the_first_of_all_signs(tmp_path: Path, monkey
     assert gone_back == [6]
 
 
+def test_what_a_run_may_have_to_go_back_to_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large losses since step 5, of which the alarm is raised at step 12."""
+    alarms = [Alarm("large losses", 12, 4, "-")]
+    monkeypatch.setattr(Alarms, "look_at_metrics", lambda _, step, __: alarms if step == 12 and not gone_back else [])
+    monkeypatch.setattr(Alarms, "no_sign_before", lambda _: 4)
+    gone_back: list[int] = []
+    monkeypatch.setattr(Watch, "begin_again", lambda _, done: gone_back.append(done))
+    run = train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1, keep=1))
+    assert gone_back == [4]
+    assert [f.name for f in checkpoint.complete(run)] == ["step-000004", "step-000012"]
+    run = train(small(tmp_path / "warn", checkpoint_every=1, keep=1))
+    assert [f.name for f in checkpoint.complete(run)] == ["step-000012"]
+
+
+def test_how_far_back_a_later_alarm_may_go() -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    assert alarms.no_sign_before() == 0
+    for step in range(100, 500, 100):
+        alarms.look_at_metrics(step, HEALTHY)
+        alarms.look_at_samples(step, 0.9, 0.9)
+    assert alarms.no_sign_before() == 400
+    alarms.look_at_metrics(500, HEALTHY | {"loss_d": 0.001})
+    alarms.look_at_samples(500, 0.9, 0.9)
+    alarms.look_at_metrics(600, HEALTHY | {"loss_d": 0.001})
+    assert alarms.no_sign_before() == 400, "the discriminator's victory would date from there"
+    alarms.look_at_metrics(700, HEALTHY)
+    assert alarms.no_sign_before() == 500, "samples were not looked at since"
+
+
+def test_the_best_checkpoint_can_be_old_enough_to_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distances = iter([0.5, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+    run = train(small(tmp_path / "run", keep=2))  # 9, 12 and the best, 6
+    assert checkpoint.load_sound(run, 5) is None and len(checkpoint.complete(run)) == 2
+    found = checkpoint.load_sound(run, 8)
+    assert found is not None and found.progress["step"] == 6 and not checkpoint.complete(run)
+
+
 def test_a_grid_more_varied_than_the_data_sets_no_higher_bar() -> None:
     """As early noise is."""
     alarms = Alarms("bce", 0.0, 0)

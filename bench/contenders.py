@@ -98,7 +98,7 @@ class Skilled:
     """The twenty lines."""
 
     def __init__(self, shape: Shape, device: torch.device, precision: str, mode: str = "max-autotune") -> None:
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0  # all algorithms, as ours
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "fp32"
         generator, discriminator = (
             network.to(device).to(memory_format=torch.channels_last) for network in shape.reference_networks()

@@ -3,7 +3,8 @@
     python -m fastdcgan.bench.discriminator_memory --json bench/results/discriminator-memory.json
 
 Bytes allocated at a time beyond what there was before the pass, gradients of the weights among them. Neither is
-compiled: what differs is what the operators save for the backward pass, and what they need on the way.
+compiled: what differs is what the operators save for the backward pass, and what they need on the way, on a GPU with
+the workspaces of the algorithms that cuDNN finds fastest.
 """
 
 from __future__ import annotations

@@ -116,6 +116,8 @@ def bench(
     """
     chosen = contenders.entries(names, precision, device)
     rates = {each: roofline.measure_rates(device, each) for each in {entry.precision for entry in chosen}}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the contenders, in processes of their own, may need it
     for each, rate in sorted(rates.items()):
         say(f"{each}: matrix product {rate.matrix / 1e12:,.3f} TFLOP/s, copy {rate.copy / 1e9:,.1f} GB/s")
     rows: list[Row] = []

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -612,6 +613,8 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
     threading.excepthook = in_a_thread
+    # Of pictures that are large, which is no fault, or whose EXIF block is cut short, which nobody can mend.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows

@@ -51,7 +51,8 @@ class TrainConfig:
     """Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...). Default: 64;
     32 for digits, fake, cifar10 and svhn, 28 for mnist and fashion-mnist; a packed .npy's own."""
     channels: Literal[1, 3, 4] | None = None
-    """1 grayscale, 3 colour, 4 colour with transparency. Default: what the data has."""
+    """1 grayscale, 3 colour, 4 colour with transparency. Default: 1 or 3, as the data has it;
+    what is transparent then lies on white."""
     flip: bool | None = None
     """Mirror each image with probability 1/2 (--flip, --no-flip). Default: for colour pictures, not for digits."""
     crop: Literal["centre", "random"] = "centre"
@@ -133,15 +134,20 @@ class TrainConfig:
     run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed."""
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at the data or the device. Paths may be given as text, a
-        square's side as a number.
+        """Check what can be checked without looking at the data or the device. Paths may be given as text, sizes as one
+        number or (height, width), numbers as numpy's.
 
         Raises:
             UserError: an impossible value.
         """
         if isinstance(self.data, Path):
             object.__setattr__(self, "data", str(self.data))
-        if isinstance(self.image_size, int):
+        for field in dataclasses.fields(self):
+            if hasattr(getattr(self, field.name), "item"):
+                object.__setattr__(self, field.name, getattr(self, field.name).item())
+        if isinstance(self.image_size, tuple):
+            object.__setattr__(self, "image_size", "x".join(map(str, self.image_size)))
+        elif isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", str(self.image_size))
         for name in ("cache_dir", "run_dir"):
             if isinstance(getattr(self, name), str | Path):
@@ -153,7 +159,7 @@ class TrainConfig:
             raise UserError("DATA is empty: name a dataset or give a path")
         if self.run_dir:
             check_utf8("--run-dir", self.run_dir)  # or TensorBoard cannot write there
-            if "\0" in str(self.run_dir) or max(len(os.fsencode(part)) for part in self.run_dir.parts) > 255:
+            if "\0" in str(self.run_dir) or any(len(os.fsencode(part)) > 255 for part in self.run_dir.parts):
                 raise UserError("--run-dir is not possible: no folder can have such a name")
         counts = ["steps", "latent_dim", "gen_width", "disc_width", "log_every", "sample_every", "checkpoint_every"]
         for name in [*counts, "keep", "r1_every"]:
@@ -171,8 +177,10 @@ class TrainConfig:
             if rate is not None and not 0 < rate <= MOST_RATE:
                 raise UserError(f"{flag(name)} {rate} is not possible: a number above 0, {MOST_RATE:g} at most")
         for name in ("r1", "instance_noise"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise UserError(f"{flag(name)} {getattr(self, name):g} is not possible: 0 (without) or a number above")
+            if not 0 <= getattr(self, name) <= MOST_RATE:
+                raise UserError(
+                    f"{flag(name)} {getattr(self, name):g} is not possible: 0 (without) or above, {MOST_RATE:g} at most"
+                )
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{flag(name)} {getattr(self, name):g} is not possible: at least 0 and below 1")

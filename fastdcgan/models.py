@@ -24,6 +24,7 @@ from fastdcgan.kernels import (
     image_conv,
     image_conv_transpose,
 )
+from fastdcgan.kernels.batch_norm_act import reference as batch_norm_act_reference
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -42,6 +43,10 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
         and the running statistics move as if the slices had come one after another."""
         assert self.momentum is not None
+        if self.weight.dtype in (torch.float16, torch.bfloat16) and not self.sync:  # after .half() or .bfloat16()
+            return batch_norm_act_reference(
+                x, *self.tensors(), self.training, self.momentum, self.eps, self.negative_slope, groups
+            )
         return batch_norm_act(
             x,
             *self.tensors(),
@@ -116,17 +121,21 @@ class ImageConvTranspose(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, C_in, h, w) -> (N, channels, 2h, 2w) in -1..1."""
-        return image_conv_transpose(x, self.weight)
+        return image_conv_transpose(x, self.weight_for(x))
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """The weight as autocast has it: x, from BatchNorm, which is not cast, is what a convolution left it."""
+        return self.weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else self.weight
 
     def after(self, norm: BatchNormAct2d, x: Tensor) -> Tensor:
         """The same of norm(x), in training mode without keeping that."""
-        if not norm.training or norm.sync:
+        if not norm.training or norm.sync or norm.weight.dtype != torch.float32 or _hooked(norm) or _hooked(self):
             return self(norm(x))
         assert norm.momentum is not None
         return batch_norm_image_conv_transpose(
             x,
             *norm.tensors(),
-            self.weight,
+            self.weight_for(x),
             momentum=norm.momentum,
             eps=norm.eps,
             negative_slope=norm.negative_slope,
@@ -223,6 +232,11 @@ def count_batches(main: nn.Sequential, groups: int) -> None:
     counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, groups)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether something is to be called when this layer is, such as what older spectral norms and pruning add."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _fuse(main: nn.Sequential) -> None:

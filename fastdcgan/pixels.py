@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-# Of pictures that are large, which is no fault, or whose EXIF block is cut short, about which nobody can do anything.
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def without_range(picture: Image.Image) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -23,6 +24,8 @@ from fastdcgan.files import lock, replace_file, short
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 from fastdcgan.processor import choose_device
 from fastdcgan.versions import versions
+
+EXPORTED = "generator.safetensors"  # what an exported folder, which is no run, has beside its config.json
 
 
 class RunFolder:
@@ -83,11 +86,21 @@ class RunFolder:
 
 
 def choose_folder(config: TrainConfig, name: str) -> Path:
-    """The folder of a new run over data called `name`: --run-dir, or runs/<name>-<time>."""
+    """The folder of a new run over data called `name`: --run-dir, or a new runs/<name>-<time>, which is made here, as
+    another process or thread may want one in the same second."""
     if config.run_dir is not None:
         return config.run_dir
-    path = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return path if not path.exists() else path.with_name(f"{path.name}-{os.getpid()}")
+    usual = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = usual if number == 1 else usual.with_name(f"{usual.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # RunFolder says what is wrong with it
+        break
+    return path
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:
@@ -155,8 +168,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     """Load a trained generator, and its discriminator where there is one.
 
     Args:
-        path: a run folder (its newest checkpoint), one checkpoint folder, or a .pth or .safetensors file with a
-            generator's weights, also one saved by the widely used PyTorch example.
+        path: a run folder (its newest checkpoint), one checkpoint folder, a folder made by `fastdcgan export`, or a
+            .pth or .safetensors file with a generator's weights, also one saved by the widely used PyTorch example.
         device: where the networks go.
         ema: the generator's moving average rather than its latest weights.
 
@@ -168,6 +181,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
         choose_device("cuda")
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
+    if (path / EXPORTED).is_file() and not (path / "state.json").exists():
+        path = path / EXPORTED
     if path.is_file():
         return Run(path.parent, _generator(read_weights(path), path).to(device).eval(), None, None, None)
     if (path / "state.json").exists():
@@ -176,7 +191,10 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
         newest = checkpoint.load_newest(path)
         if newest is None:
             if (path / "config.json").exists():
-                raise UserError(f"{path} has no checkpoint yet: wait for its first one (--checkpoint-every says when)")
+                raise UserError(
+                    f"{path} has no checkpoint: a run under way writes its first after --checkpoint-every steps, and"
+                    " none as long as some of its weights are not finite"
+                )
             near = [each.parent for pattern in ("../config.json", "*/config.json") for each in path.glob(pattern)]
             hint = f"give a run, such as {max(near, key=os.path.getmtime)}" if near else "train one: fastdcgan train"
             raise UserError(f"{path} has no checkpoint: {hint}")

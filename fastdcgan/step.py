@@ -399,7 +399,7 @@ class Captured:
     def capture(self) -> None:
         """Record one update; where that fails, say why once and stay with ordinary updates (or raise, if required)."""
         graph, penalised, updates = torch.cuda.CUDAGraph(), self.step.penalised(), self.step.updates
-        random = self.step.rng.get_state()
+        random, current = self.step.rng.get_state(), torch.cuda.current_stream()
         with warnings.catch_warnings():  # newer releases find the generator themselves and say that this is deprecated
             warnings.simplefilter("ignore")
             graph.register_generator_state(self.step.rng)  # so that every replay draws new numbers
@@ -410,6 +410,7 @@ class Captured:
         except RuntimeError as error:
             # Ending a spoilt capture fails too, and says less than what spoilt it.
             reason = str(error.__context__ or error).splitlines()[0]
+            torch.cuda.set_stream(current)  # torch stays with the other one where ending the capture fails
             # The update ended anywhere, and torch up to 2.11 leaves its generator in capture mode, where it is no use.
             self.step.discriminator.requires_grad_(True)
             self.step.rng = torch.Generator(self.step.source.device)

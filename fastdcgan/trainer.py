@@ -75,7 +75,7 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     """Train as configured and return the run folder; under torchrun, together with the other processes.
 
     Afterwards the process is as it was, but for what `torch.backends` says of TF32 and of cuDNN's search for
-    algorithms, which stay as the step set them.
+    algorithms, and on a GPU for how its memory is taken (`gpu_memory`), which stay as the step set them.
 
     Args:
         asked: the fields of `config` that a resumed run takes from it, the others from its folder. Default: those that
@@ -90,6 +90,7 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         at_end.callback(torch.set_num_threads, torch.get_num_threads())
         device = choose_device(config.device)
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
+        at_end.enter_context(torch.autocast(device.type, enabled=False))  # the caller's; --precision says what is cast
         world = join(device)
         at_end.callback(world.leave)
         return train_in(world, config, config.differs() if asked is None else asked, device, at_end)
@@ -105,7 +106,6 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     saved = world.broadcast_object(world.first(lambda: saved_config(config)))
     if saved is not None:
         config = config.resumed(saved, asked)
-        warn_of_changes(config, saved)
     precision = choose_precision(config.precision, device)
     if config.image_size is None:
         config = dataclasses.replace(config, image_size=packed_size(config.data))
@@ -126,6 +126,10 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             rank=world.rank,
             world_size=world.size,
         )
+    flip = data.flip if config.flip is None else config.flip
+    if saved is not None:
+        before = dataclasses.replace(saved, flip=data.flip if saved.flip is None else saved.flip)
+        warn_of_changes(dataclasses.replace(config, flip=flip), before)
     gen_width, disc_width = config.widths
     with building, torch.random.fork_rng(devices=[]):  # and afterwards it is as the caller had it
         torch.default_generator.manual_seed(config.seed)
@@ -137,16 +141,16 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         sync_batch_norm(discriminator)
 
     # Where it goes on: `done` steps of `total` lie behind it.
-    before = config.run_dir if saved is not None else None
-    resumed = world.broadcast_object(world.first(lambda: load_newest(before) if before else None))
-    known = complete(before) if before else []
+    place = config.run_dir if saved is not None else None
+    resumed = world.broadcast_object(world.first(lambda: load_newest(place) if place else None))
+    known = complete(place) if place else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     step = TrainStep(
         generator,
         discriminator,
         stream.source,
         stream.index,
-        flip=data.flip if config.flip is None else config.flip,
+        flip=flip,
         precision=precision,
         loss=config.loss,
         lr_g=config.rates[0],
@@ -168,14 +172,19 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         if resumed.progress["of"] == [config.epochs, config.batch_size, world.size]:
             total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
         else:
-            total = done + config.total_steps(data.count, world.size, resumed.progress["images"])
+            seen = resumed.progress["images"]
+            total = done + config.total_steps(data.count, world.size, seen)
+            if "epochs" in asked and seen - config.epochs * data.count >= config.batch_size * world.size:
+                behind = f"{seen / data.count:.4g} epochs"
+                raise UserError(f"the run has {behind} behind it: --epochs {config.epochs:g} would end it before")
     if done > total:
         raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
     step.synchronise()
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
 
     # Who writes, and where.
-    folder = world.broadcast_object(choose_folder(config, data.name))
+    folder = world.broadcast_object(world.first(lambda: choose_folder(config, data.name)))
+    assert folder is not None
     config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
     facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}, known))

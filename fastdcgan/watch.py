@@ -87,6 +87,7 @@ class Watch:
         with self.writing():
             self.monitor.picture(f"step-{done:06d}", pictures, done)
             self.monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(self.latents), done)
+        with self.writing():
             self.monitor.log({"step": done, **varied}, "quality")
         return self.tell(self.alarms.look_at_samples(done, **varied))
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-"""How autograd and torch.compile see the Triton kernels of `batch_norm_act`: two operators and a Function."""
+"""How autograd and torch.compile see the Triton kernels of `batch_norm_act`: four operators and a Function."""
 
 from __future__ import annotations
 

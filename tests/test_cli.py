@@ -220,7 +220,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_without_a_checkpoint_yet(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
-    assert "no checkpoint yet" in mistake(capsys, "sample", "run")
+    assert "writes its first after --checkpoint-every steps" in mistake(capsys, "sample", "run")
 
 
 @pytest.mark.parametrize("command", ["bench --json x/y.json", "profile --steps 1 --out x"])

@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastdcgan.config import TrainConfig, flag
@@ -22,6 +23,8 @@ from fastdcgan.errors import UserError
         ({"epochs": float("nan")}, "--epochs"),
         ({"steps": 5, "epochs": 5.0}, "--steps and --epochs"),
         ({"lr": 0.0}, "--lr"),
+        ({"r1": 1e300}, "--r1 1e[+]300 is not possible.* 1e[+]06 at most"),
+        ({"instance_noise": float("inf")}, "--instance-noise inf"),
         ({"beta1": 1.0}, "--beta1"),
         ({"gen_width": 0}, "--gen-width"),
         ({"latent_dim": 0}, "--latent-dim"),
@@ -149,3 +152,14 @@ def test_a_resumed_run_may_say_the_same_in_other_words(tmp_path: Path, monkeypat
     ):
         asked = dataclasses.replace(TrainConfig(data="photos"), **same)
         assert asked.resumed(saved, set(same)) == saved
+
+
+def test_numbers_of_numpy_and_sizes_as_pairs() -> None:
+    config = TrainConfig(data="photos", image_size=(64, 96), gen_width=np.int64(16), lr=np.float32(0.5))  # type: ignore[arg-type]
+    assert config == TrainConfig(data="photos", image_size="64x96", gen_width=16, lr=0.5)
+    assert json.loads(json.dumps(config.as_json()))["gen_width"] == 16
+    assert TrainConfig(image_size=np.int64(32)).size == (32, 32)  # type: ignore[arg-type]
+
+
+def test_the_folder_one_is_in_can_be_the_run() -> None:
+    assert TrainConfig(run_dir=Path(".")).run_dir == Path(".")

@@ -128,3 +128,52 @@ def test_tutorial_pair_is_the_reference() -> None:
     fast.load_state_dict(slow.state_dict())
     images = models.build_generator("tutorial", (28, 28), 1, 10, 64)(torch.randn(4, 10))
     torch.testing.assert_close(fast(images, groups=2), slow(images))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_are_called(training: bool) -> None:
+    """Of every layer, also of those that are computed together where there are none."""
+    network = models.Generator(16, 3, 5, 4).train(training)
+    calls: list[str] = []
+    for name, layer in network.main.named_children():
+        layer.register_forward_hook(lambda *_, name=name: calls.append(name))
+    network(torch.randn(4, 5))
+    assert {"0", "1", "3", "4", "6"} <= set(calls)
+
+
+def test_a_layer_can_be_normalised_by_a_hook() -> None:
+    """As torch's older spectral norm does it: the weight it is given is another in every forward pass."""
+    network = models.Generator(16, 3, 5, 4).train()
+    last = torch.nn.utils.spectral_norm(network.main[-2])
+    before = last.weight.detach().clone()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        network(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+    network(torch.randn(4, 5))
+    assert not torch.equal(last.weight, before)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", ["autocast", "half", "bfloat16"])
+def test_networks_in_16_bits(how: str, training: bool) -> None:
+    """As torch's own layers have them, within what 8 or 11 bits of a number are."""
+    for kind, x in (("Generator", torch.randn(8, 5)), ("Discriminator", torch.randn(8, 3, 16, 16))):
+        slow, fast = (network.float().train(training) for network in pair(kind, 16))
+        if how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                expected, found = slow(x), fast(x)
+        else:
+            for network in (slow, fast):
+                getattr(network, how)()
+            dtype = next(fast.parameters()).dtype
+            expected, found = slow(x.to(dtype)), fast(x.to(dtype))
+            for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+                assert a.dtype == b.dtype, name
+                torch.testing.assert_close(a, b, rtol=0.02, atol=0.02, msg=name)
+        assert found.shape == expected.shape
+        torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
+        if training:
+            found.float().sum().backward()
+            assert all(p.grad is not None for p in fast.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import gc
 import os
 import subprocess
@@ -490,6 +491,17 @@ def copy_inputs(live: TrainStep, recorded: TrainStep) -> None:
     recorded.flips.copy_(live.flips)
 
 
+def test_a_process_compiles_as_many_steps_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with constants of its own; torch.compile recompiles one function eight times at most, or here once."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for smoothing in (0.1, 0.2, 0.3):
+        step = make_step(size=8, label_smoothing=smoothing)
+        step.compile()
+        step.update()
+        assert step.read_metrics()["loss_d"] > 0
+
+
 class StandInGraph:
     """In the place of torch.cuda.CUDAGraph: remembers what was asked of it."""
 
@@ -537,6 +549,7 @@ def captured_with_stand_ins(
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Current)
     monkeypatch.setattr(torch.cuda, "stream", enter)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: graph.order.append(f"stays on {stream.name}"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
     return Captured(step, require), graph
@@ -602,6 +615,7 @@ def test_where_capture_fails_the_reason_is_logged_once(
     assert executor.step.adam_g.steps == 6 and "replay" not in graph.calls and executor.name == "compiled"
     said = [r.getMessage() for r in caplog.records if "cannot be captured" in r.getMessage()]
     assert len(said) == 1 and "(operation not permitted when stream is capturing)" in said[0]
+    assert graph.order.count("stays on current") == 1
     assert torch.equal(run_alone(executor.step, 0), run_alone(make_step(), 6)), "the same run as without the attempt"
     required, _ = captured_with_stand_ins(monkeypatch, require=True, fails=True)
     with pytest.raises(UserError, match="--cuda-graph auto"):

@@ -289,6 +289,18 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
     assert checkpoint.load(run.path / "checkpoints" / "step-000012").progress["step"] == 12
 
 
+def test_a_resumed_run_says_what_changes_and_no_more(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    train(small(run, resume=True, flip=False, lr=1e-3))  # digits are not mirrored anyway
+    said = capsys.readouterr().err
+    assert "lr changes from 0.0002 to 0.001" in said and "flip" not in said
+    with pytest.raises(UserError, match=r"the run has 0\.1068 epochs behind it: --epochs 0\.05 would end it before"):
+        train(small(run, resume=True, steps=None, epochs=0.05))
+
+
 def test_what_the_data_ends_a_run_for_costs_no_step(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -774,10 +786,9 @@ def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
 def test_new_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "now")
-    first = choose_folder(TrainConfig(), "digits")
-    first.mkdir(parents=True)
-    assert choose_folder(TrainConfig(), "digits") not in (first, choose_folder(TrainConfig(), "others"))
-    choose_folder(TrainConfig(), "ü" * 300).mkdir()  # a name of 600 bytes, where 255 are the most
+    found = [choose_folder(TrainConfig(), name) for name in ("digits", "digits", "digits", "others")]
+    assert len({*found}) == 4 and all(path.is_dir() for path in found), "made, so that nobody else takes it"
+    assert choose_folder(TrainConfig(), "ü" * 300).is_dir()  # a name of 600 bytes, where 255 are the most
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once() -> None:

@@ -26,11 +26,10 @@ from fastdcgan.errors import UserError, check_utf8
 from fastdcgan.files import printable
 from fastdcgan.models import AnyGenerator, Generator
 from fastdcgan.monitor import save_grid
-from fastdcgan.runs import Run, load_run
+from fastdcgan.runs import EXPORTED, Run, load_run
 from fastdcgan.versions import versions
 
-WEIGHTS = "generator.safetensors"
-FILES = {"safetensors": WEIGHTS, "onnx": "generator.onnx", "torchscript": "generator.pt", "pth": "netG.pth"}
+FILES = {"safetensors": EXPORTED, "onnx": "generator.onnx", "torchscript": "generator.pt", "pth": "netG.pth"}
 AGREEMENT = 1e-4  # largest difference allowed between the exported network's pictures (-1..1) and the original's
 
 
@@ -67,8 +66,8 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, unfinished / WEIGHTS)
-        (unfinished / WEIGHTS).chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes for its owner alone
+        save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, unfinished / EXPORTED)
+        (unfinished / EXPORTED).chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes for its owner alone
         if format == "pth":
             torch.save(plain.state_dict(), unfinished / FILES["pth"])
         elif format == "torchscript":
@@ -97,9 +96,10 @@ def from_pretrained(path: str | Path, device: str | torch.device = "cpu") -> Any
     Raises:
         UserError: no such folder, or damaged.
     """
-    if not (Path(path) / WEIGHTS).is_file():
-        raise UserError(f"{path} holds no {WEIGHTS}: give a folder made by fastdcgan export")
-    return load_run(Path(path) / WEIGHTS, device).generator
+    file = Path(path).expanduser() / EXPORTED
+    if not file.is_file():
+        raise UserError(f"{path} holds no {EXPORTED}: give a folder made by fastdcgan export")
+    return load_run(file, device).generator
 
 
 def plain_generator(generator: AnyGenerator) -> nn.Module:

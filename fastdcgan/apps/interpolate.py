@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastdcgan.apps.endpoints import open_points
 from fastdcgan.apps.latent import generate, walk
-from fastdcgan.apps.pictures import check_name, check_out, save, sheet, to_picture
+from fastdcgan.apps.pictures import check_name, check_out, opaque, save, sheet, to_picture
 from fastdcgan.console import say
 from fastdcgan.errors import UserError, check_at_least
 
@@ -56,7 +56,9 @@ def interpolate(
     else:
         times = max(1, -(-FRAME // min(images.shape[2:])))
         size = images.shape[3] * times, images.shape[2] * times
-        frames = [to_picture(image).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images[:-1]]
+        frames = [
+            opaque(to_picture(image)).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images[:-1]
+        ]
         held = [frame for i, frame in enumerate(frames) for _ in range(HOLD if i % steps == 0 else 1)]
         save(gif(frames, steps) if kind == ".gif" else mp4(held), out)
     say(f"{len(images) - animated} pictures: {out}")

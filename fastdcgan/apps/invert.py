@@ -18,6 +18,7 @@ from fastdcgan.errors import UserError, check_at_least, check_seed
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.003
+MOST_WEIGHT = 1e6
 
 
 def invert_images(
@@ -37,8 +38,8 @@ def invert_images(
         UserError: images or a run that cannot be used, or a setting that is not possible.
     """
     check_search(restarts, steps, seed)
-    if not 0 <= feature_weight < float("inf"):
-        raise UserError(f"--feature-weight {feature_weight:g} is not possible: 0 or more")
+    if not 0 <= feature_weight <= MOST_WEIGHT:
+        raise UserError(f"--feature-weight {feature_weight:g} is not possible: 0 to {MOST_WEIGHT:g}")
     _, generator, discriminator = open_both(run)
     target = read_pictures(images, generator, fit)
     check_out(out)

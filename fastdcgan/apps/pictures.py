@@ -77,10 +77,15 @@ def read_pictures(paths: Sequence[Path], generator: AnyGenerator, fit: bool) -> 
 
 def fitted(picture: Image.Image, size: tuple[int, int], channels: int) -> Image.Image:
     """The centre of a picture at (width, height), with 1, 3 or 4 channels; transparency goes on white."""
-    if picture.mode == "RGBA" and channels != 4:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    picture = picture.convert(MODES[channels])
+    picture = (picture if channels == 4 else opaque(picture)).convert(MODES[channels])
     return picture if picture.size == size else ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+def opaque(picture: Image.Image) -> Image.Image:
+    """The picture in mode L or RGB; transparency goes on white."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.pictures import MODES, check_out, fitted, open_picture, save, to_picture, to_tensor
+from fastdcgan.apps.pictures import check_out, fitted, opaque, open_picture, save, to_picture, to_tensor
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_seed
@@ -56,7 +56,7 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
     with progress("stylizing", canvas[0], "lines") as advance:
         drawn = redraw(generator, image, tiles=tiles, seed=seed, advance=advance)
     result = to_picture(torch.lerp(image, drawn, strength))
-    save(result if out.suffix.lower() == ".png" else result.convert("L" if result.mode == MODES[1] else "RGB"), out)
+    save(result if out.suffix.lower() == ".png" else opaque(result), out)
     say(f"{photo} in the style of {run}: {out}")
 
 

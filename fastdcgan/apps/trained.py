@@ -16,15 +16,12 @@ def open_run(path: Path, ema: bool = True) -> Run:
     """Load a run on the GPU, if there is one, in evaluation mode, with gradients for inputs only.
 
     Args:
-        path: what `load_run` takes, or a folder made by `fastdcgan export`.
+        path: what `load_run` takes.
         ema: the generator's moving average rather than its latest weights.
 
     Raises:
         UserError: nothing there, no checkpoint, damaged or not finite.
     """
-    exported = path / "generator.safetensors"
-    if exported.is_file() and not (path / "state.json").exists():
-        path = exported
     run = load_run(path, choose_device("auto"), ema)
     for network in (run.generator, run.discriminator):
         if network is not None:

@@ -24,7 +24,7 @@ def expected(networks):
     return generate(networks[0], latents(range(7), 100))
 
 
-def test_from_pretrained_reads_every_export(run, tmp_path, expected):
+def test_from_pretrained_reads_every_export(run, tmp_path, expected, monkeypatch):
     export(run, format="safetensors", out=tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "README.md",
@@ -35,6 +35,9 @@ def test_from_pretrained_reads_every_export(run, tmp_path, expected):
     generator = fastdcgan.from_pretrained(tmp_path / "model")
     assert not generator.training
     assert (generate(generator, latents(range(7), 100)) - expected).abs().max() < 1e-5
+    assert fastdcgan.load_run(tmp_path / "model").discriminator is None  # no run, but it can be used as one
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fastdcgan.from_pretrained("~/model").latent_dim == 100
     export(tmp_path / "model", format="pth", out=tmp_path / "again")  # and an exported folder can be exported
 
 

@@ -21,6 +21,7 @@ from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import HEADING, open_picture, sheet, to_tensor
 from fastdcgan.apps.sample import sample
 from fastdcgan.errors import UserError
+from fastdcgan.models import Generator
 
 CELL = 96
 
@@ -50,6 +51,17 @@ def test_an_animation_goes_round(run, tmp_path):
             animation.seek(i)
             durations.append(animation.info["duration"])
     assert durations == [500, 50, 50, 50] * 3  # milliseconds: it rests at the points
+
+
+def test_what_is_transparent_lies_on_white_in_a_film(tmp_path, monkeypatch):
+    generator = Generator(8, channels=4, latent_dim=5, width=4)
+    torch.save(generator.state_dict(), tmp_path / "netG.pth")
+    clear = torch.full((1, 4, 8, 8), -1.0)  # black, and not to be seen
+    monkeypatch.setattr(
+        "fastdcgan.apps.interpolate.generate", lambda _, latents: clear.expand(len(latents), -1, -1, -1)
+    )
+    interpolate(tmp_path / "netG.pth", ["1", "2"], out=tmp_path / "walk.gif", steps=2)
+    assert open_picture(tmp_path / "walk.gif").convert("RGB").getextrema() == ((255, 255),) * 3
 
 
 def test_an_image_can_be_a_point(run, digit_files, digits, tmp_path):

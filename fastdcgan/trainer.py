@@ -90,7 +90,10 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         at_end.callback(torch.set_num_threads, torch.get_num_threads())
         device = choose_device(config.device)
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
-        at_end.enter_context(torch.autocast(device.type, enabled=False))  # the caller's; --precision says what is cast
+        # What computes in which type is --precision's, not the caller's, to say.
+        at_end.enter_context(torch.autocast(device.type, enabled=False))
+        at_end.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         world = join(device)
         at_end.callback(world.leave)
         return train_in(world, config, config.differs() if asked is None else asked, device, at_end)

@@ -289,6 +289,18 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
     assert checkpoint.load(run.path / "checkpoints" / "step-000012").progress["step"] == 12
 
 
+def test_the_callers_types_are_not_the_runs(straight: Path, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            run = train(small(tmp_path / "run"))
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_equal_bits(run, straight, 12)
+
+
 def test_a_resumed_run_says_what_changes_and_no_more(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,8 +124,8 @@ class Alarms:
         )
 
     def no_sign_before(self) -> int:
-        """The step that a later alarm may go back to: the last at which nothing that is seen now was seen, or one that
-        nothing has been looked at since."""
+        """How far back a later alarm may go: the last step without any sign that is there now, or that has not been
+        looked for since."""
         return min(self.sound.get(kind, self.start) for kind in KINDS)
 
     def _judge(self, kind: str, step: int, seen: bool, patience: int, message: str, lasting: int = 0) -> list[Alarm]:

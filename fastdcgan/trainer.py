@@ -228,7 +228,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                     raise
                 saver.save(step, stream, done)
                 saver.wait()
-                raise UserError(f"{error}; step {done:,} is saved: put that right, then {go_on}") from error
+                raise UserError(f"{error}; {last_saved(folder)}: put that right, then {go_on}") from error
             step.set_schedules(done / total)
             if step.compiled and done == begun:
                 with spinner("compiling the step: a minute or two the first time, then kept for later runs"):
@@ -284,17 +284,19 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             report_skipped(skipped, folder)
     stream.close()
     if saver.lost is not None:
-        kept = [step_of(each) for each in complete(folder)]
-        raise UserError(
-            f"step {saver.lost:,} could not be saved (see above); the last saved step is {max(kept, default='none')}:"
-            f" make room, then {go_on}"
-        )
+        what = f"step {saver.lost:,} could not be saved (see above); {last_saved(folder)}"
+        raise UserError(f"{what}: make room, then {go_on}")
     if done < total:
         say(f"stopped after step {done:,} of {total:,}; to go on: {go_on}")
         raise Interrupted(stop.number)
     most = peak_memory(device) / 2**20
     say(f"done: {folder / 'samples' / f'step-{done:06d}.png'}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))
     return folder
+
+
+def last_saved(run: Path) -> str:
+    """From where a run can go on, in words."""
+    return f"the last saved step is {max(map(step_of, complete(run)), default='none')}"
 
 
 def end(run: Path, alarm: Alarm) -> NoReturn:

@@ -327,7 +327,9 @@ def test_what_the_data_ends_a_run_for_costs_no_step(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(ResidentStream, "advance", broken)
-        with pytest.raises(UserError, match=r"a\.jpg.*step 5 is saved: put that right, then fastdcgan train --run-dir"):
+        with pytest.raises(
+            UserError, match=r"a\.jpg.*; the last saved step is 5: put that right, then fastdcgan train"
+        ):
             train(small(run))
         with pytest.raises(UserError, match=r"unusable file\)$"):  # nothing is new since then
             train(small(run, resume=True))

@@ -493,13 +493,13 @@ def copy_inputs(live: TrainStep, recorded: TrainStep) -> None:
 
 def test_a_process_compiles_as_many_steps_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with constants of its own; torch.compile recompiles one function eight times at most, or here once."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    for smoothing in (0.1, 0.2, 0.3):
-        step = make_step(size=8, label_smoothing=smoothing)
-        step.compile()
-        step.update()
-        assert step.read_metrics()["loss_d"] > 0
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for smoothing in (0.1, 0.2, 0.3):
+            step = make_step(size=8, label_smoothing=smoothing)
+            step.compile()
+            step.update()
+            assert step.read_metrics()["loss_d"] > 0
 
 
 class StandInGraph:

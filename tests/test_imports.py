@@ -185,3 +185,17 @@ def test_what_a_gpu_machine_runs_needs_torch_triton_and_numpy_alone():
         "import fastdcgan.data, fastdcgan.step\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)
+
+
+def test_a_program_that_imports_it_keeps_its_warnings():
+    """Pillow's of very large pictures, for one, which the command line alone is silent about."""
+    script = (
+        "import warnings\n"
+        "before = list(warnings.filters)\n"
+        "import PIL.Image, numpy, torch\n"
+        "others = [each for each in warnings.filters if each not in before]\n"
+        "import fastdcgan.apps.pictures, fastdcgan.data, fastdcgan.trainer\n"
+        "new = [each for each in warnings.filters if each not in before + others]\n"
+        "assert not any('PIL' in str(each) for each in new), new\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, cwd=ROOT)

@@ -13,6 +13,7 @@ from fastdcgan.apps.features import activations
 from fastdcgan.apps.pictures import open_picture, save, to_picture
 from fastdcgan.apps.stylize import beyond_seam, canvas_size, quilt, recoloured, redraw, stylize
 from fastdcgan.errors import UserError
+from fastdcgan.models import Generator
 
 
 def photograph(height: int, width: int) -> Tensor:
@@ -26,6 +27,16 @@ def photograph(height: int, width: int) -> Tensor:
 def gram(features: Tensor) -> Tensor:
     """Covariance of the channels over all places and images: (C, C)."""
     return features.transpose(0, 1).flatten(1).cov()
+
+
+def test_what_is_transparent_lies_on_white_in_a_jpeg(tmp_path):
+    """At strength 0 the photograph comes back, here one of nothing."""
+    generator = Generator(8, channels=4, latent_dim=5, width=4)
+    torch.save(generator.state_dict(), tmp_path / "netG.pth")
+    Image.new("RGBA", (16, 16)).save(tmp_path / "nothing.png")
+    stylize(tmp_path / "netG.pth", tmp_path / "nothing.png", out=tmp_path / "out.jpg", strength=0.0, tiles=2)
+    with Image.open(tmp_path / "out.jpg") as picture:
+        assert picture.getextrema() == ((255, 255),) * 3
 
 
 def test_style_moves_to_the_domain_and_content_stays(networks, digits):

@@ -54,7 +54,7 @@ class Alarms:
         }
         self.signs: dict[str, int] = {}  # kind -> points in a row that showed it
         self.raised: set[str] = set()  # kinds that are not over yet
-        self.sound: dict[str, int] = {}  # kind -> last step that did not
+        self.sound = dict.fromkeys(KINDS, step)  # kind -> the last step that did not
         self.best_diversity = 0.0
 
     def look_at_metrics(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
@@ -126,7 +126,7 @@ class Alarms:
     def no_sign_before(self) -> int:
         """How far back a later alarm may go: the last step without any sign that is there now, or that has not been
         looked for since."""
-        return min(self.sound.get(kind, self.start) for kind in KINDS)
+        return min(self.sound.values())
 
     def _judge(self, kind: str, step: int, seen: bool, patience: int, message: str, lasting: int = 0) -> list[Alarm]:
         """The alarm, once, when the sign has been there `patience` times in a row and for `lasting` steps."""
@@ -135,7 +135,7 @@ class Alarms:
             self.raised.discard(kind)
             return []
         self.signs[kind] = self.signs.get(kind, 0) + 1
-        sound = self.sound.get(kind, self.start)
+        sound = self.sound[kind]
         if kind in self.raised or self.signs[kind] < patience or step - sound < lasting:
             return []
         self.raised.add(kind)

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,19 +120,14 @@ def load_newest(run: Path) -> Checkpoint | None:
         UserError: there are checkpoints and not one can be read.
     """
     bring_back(run)
-    best = run / "checkpoints" / "best"  # older than the others
-    folders = [*([best] if best.exists() else []), *complete(run)]
-    for folder in reversed(folders):
-        try:
-            return load(folder)
-        except UserError as error:
-            say(f"warning: {error}; trying the one before")
-    if folders:
+    folders = _best(run) + complete(run)
+    newest = next(_whole(folders), None)
+    if folders and newest is None:
         raise UserError(
             f"not one checkpoint in {run / 'checkpoints'} can be read: mend what the warnings name (permissions, a"
             " copy), or start again in another --run-dir"
         )
-    return None
+    return newest
 
 
 def keep_best(run: Path, folder: Path, distance: float) -> bool:
@@ -174,18 +170,12 @@ def keep_if_best(run: Path, saved: Checkpoint) -> None:
 def load_sound(run: Path, step: int) -> Checkpoint | None:
     """The newest whole checkpoint up to `step`, or else the best if it is so old, deleting those after it; None,
     deleting nothing, if there is none."""
-    folders, best = complete(run), run / "checkpoints" / "best"
-    for folder in [*reversed([f for f in folders if step_of(f) <= step]), *([best] if best.exists() else [])]:
-        try:
-            found = load(folder)
-        except UserError as error:
-            say(f"warning: {error}; trying the one before")
-            continue
-        if found.progress["step"] <= step:
-            for later in [each for each in folders if step_of(each) > found.progress["step"]]:
-                shutil.rmtree(later, ignore_errors=True)
-            return found
-    return None
+    older = _best(run) + [folder for folder in complete(run) if step_of(folder) <= step]
+    sound = next((found for found in _whole(older) if found.progress["step"] <= step), None)
+    if sound is not None:
+        for later in [folder for folder in complete(run) if step_of(folder) > sound.progress["step"]]:
+            shutil.rmtree(later, ignore_errors=True)
+    return sound
 
 
 def complete(run: Path) -> list[Path]:
@@ -214,6 +204,21 @@ def bring_back(run: Path) -> None:
         else:
             with suppress(OSError):  # of a run that can only be read
                 replaced.rename(folder)
+
+
+def _best(run: Path) -> list[Path]:
+    """The folder of the best checkpoint, which is older than the others, if there is one."""
+    best = run / "checkpoints" / "best"
+    return [best] if best.exists() else []
+
+
+def _whole(folders: list[Path]) -> Iterator[Checkpoint]:
+    """The checkpoints in these folders that can be read, the last folder's first, saying which cannot."""
+    for folder in reversed(folders):
+        try:
+            yield load(folder)
+        except UserError as error:
+            say(f"warning: {error}; trying the one before")
 
 
 def _place(run: Path, step: int) -> Path:

@@ -47,7 +47,7 @@ class Adam:
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.masters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.masters.items()}
         device = next(iter(self.masters.values())).device
-        self.steps = torch.zeros((), dtype=torch.float32, device=device)
+        self.steps = torch.zeros((), device=device)
         self.lr = torch.tensor(lr, dtype=torch.float64, device=device)  # 2e-4 has no exact float32
         self.betas = betas
         self.averager = Averager(world, list(self.masters.values())) if world.size > 1 else None

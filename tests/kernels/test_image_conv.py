@@ -93,13 +93,10 @@ def test_float32_products_are_those_of_cudnn_by_either_switch():
     pytest.importorskip("triton")
     from fastdcgan.kernels.image_conv_op import precision
 
-    single, half, before = torch.zeros(1), torch.zeros(1).half(), torch.backends.cudnn.allow_tf32
-    try:
-        for allowed, name in ((True, "tf32"), (False, "ieee")):
-            torch.backends.cudnn.allow_tf32 = allowed
-            assert (precision(single), precision(half)) == (name, "ieee")
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.conv.fp32_precision = "ieee"  # `allow_tf32` can no longer be read
-        assert precision(single) == "ieee"
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    single, half = torch.zeros(1), torch.zeros(1).half()
+    for allowed, name in ((True, "tf32"), (False, "ieee")):
+        torch.backends.cudnn.allow_tf32 = allowed
+        assert (precision(single), precision(half)) == (name, "ieee")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # `allow_tf32` can no longer be read
+    assert precision(single) == "ieee"

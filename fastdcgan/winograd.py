@@ -7,7 +7,8 @@ smaller grid; g are the kernel's two taps:
     y = A^T [(G g) * (B^T p)]
 
 These are 5 multiplications where a direct convolution has 8, and in two dimensions 25 for 64. Over all tiles and
-channels they are 25 matrix products. Everything else is linear (MAPS). It is exact but for rounding: in float32 the
+channels they are 25 matrix products. Everything else is linear (MAPS), and in float32 done by `winograd.c`, where there
+is a compiler for it. It is exact but for rounding: in float32 the
 relative error, of values and of gradients, is up to 2e-6, that of a direct convolution up to 1e-6. A number that is not
 finite spreads over its whole image, as the matrices are dense. In training alone: as operators have no derivative in
 forward mode, networks in evaluation mode, which people take apart with torch.func, stay with direct convolutions.
@@ -15,11 +16,17 @@ forward mode, networks in evaluation mode, which people take apart with torch.fu
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastdcgan import native
+
+SOURCE = Path(__file__).with_suffix(".c")
 
 # Of F(4, 2), by the algorithm of Toom and Cook with the points 0, 1, -1, 2 and infinity.
 B_T = torch.tensor(
@@ -199,17 +206,35 @@ MAPS = {
 
 @torch.library.custom_op("fastdcgan::winograd_transform", mutates_args=())
 def transform(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tensor | None = None) -> Tensor:
-    """One of MAPS. An operator, because the compiler makes nothing faster of it and takes twice as long.
+    """One of MAPS, by winograd.c where that can do it. An operator, because the compiler makes nothing faster of it and takes twice as long.
 
     `kept` is not read. A gradient's call gets the x of its forward call there, so that x is kept for the backward
     pass, where the activation before takes its sign from it. The compiler would rather keep the sign, and writes such a
     mask element by element, at a thirtieth of the speed.
     """
-    return MAPS[name][transposed](x, h, w)
+    made = _made(x, name, transposed, h, w)
+    tiles, images = (x, made) if x.dim() == 3 else (made, x)
+    channels = images.shape[1]
+    library = native.load(SOURCE) if x.dtype == torch.float32 and channels % 8 == 0 else None
+    if library is None:
+        return MAPS[name][transposed](x, h, w)
+    if x is images:
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif x.stride(2) != 1:
+        x = tiles = x.contiguous()
+    function = getattr(library, f"{name}_transposed" if transposed else name)
+    numbers = (len(images), h, w, channels, tiles.stride(0), tiles.stride(1))
+    function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, made)), *map(ctypes.c_long, numbers))
+    return made
 
 
 @transform.register_fake
 def _(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tensor | None = None) -> Tensor:
+    return _made(x, name, transposed, h, w)
+
+
+def _made(x: Tensor, name: str, transposed: bool, h: int, w: int) -> Tensor:
+    """What `transform` returns, not filled in: tiles (M, 25, ...), or channels-last (N, C, H, W)."""
     columns, tiles = x.shape[-1], h * w // 16
     shape = {
         ("pixels", False): (len(x) * tiles, 25, 4 * x.shape[1]),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 log = logging.getLogger("fastdcgan")
 
-# With AVX2, of which the source's vectors are. Not linked with OpenMP: it is torch's that is found, and torch's threads.
+# Not linked with OpenMP: torch has loaded it, so that is the one found, and its threads are torch's.
 COMPILE = ("gcc", "-O3", "-mavx2", "-mfma", "-fopenmp", "-fPIC", "-c")
 LINK = ("gcc", "-shared")
 

@@ -7,18 +7,20 @@ smaller grid; g are the kernel's two taps:
     y = A^T [(G g) * (B^T p)]
 
 These are 5 multiplications where a direct convolution has 8, and in two dimensions 25 for 64. Over all tiles and
-channels they are 25 matrix products. Everything else is linear (MAPS), and in float32 done by `winograd.c`, where there
-is a compiler for it. It is exact but for rounding: in float32 the
-relative error, of values and of gradients, is up to 2e-6, that of a direct convolution up to 1e-6. A number that is not
-finite spreads over its whole image, as the matrices are dense. In training alone: as operators have no derivative in
-forward mode, networks in evaluation mode, which people take apart with torch.func, stay with direct convolutions.
+channels they are 25 matrix products. Everything else is linear (MAPS), and in float32 done by `winograd.c`, where this
+machine can compile that. It is exact but for rounding: in float32 the relative error, of values and of gradients, is up
+to 2e-6, that of a direct convolution up to 1e-6. A number that is not finite spreads over its tile, without the C file
+over its whole image. In training alone: as operators have no derivative in forward mode, networks in evaluation mode,
+which people take apart with torch.func, stay with direct convolutions.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,21 +46,20 @@ A_T = torch.tensor([[1, 1, 1, 1, 0], [0, 1, -1, 2, 0], [0, 1, 1, 4, 0], [0, 1, -
 G_2D, A_T_2D = torch.kron(G, G), torch.kron(A_T, A_T)  # (25, 4) and (16, 25): for both dimensions at once
 
 # With AVX2 and no wider vectors memory is fast enough for the transforms, and MKL's matrix products run at the rate of
-# direct convolutions (seen on AMD). Of the processor alone, never measured: the bits of a resumed run depend on it.
+# direct convolutions (seen on AMD). Not measured at the start: the bits of a resumed run depend on what is taken.
 PAYS_HERE = torch.backends.cpu.get_cpu_capability() == "AVX2" and torch.backends.mkl.is_available()
-GRIDS = (4, 8, 12, 16)  # sides of the smaller one; from 32 on ROWS, which are mostly zeros, take what the products save
-FEWEST_CHANNELS = 64
-FEWEST_TILES = 32  # of the batch: with fewer, transforming the weights takes longer than the products save
 
 
-def _rows(side: int) -> Tensor:
-    """(5 * tiles * 2, 2 * side): B^T for a whole row of 2 * side pixels and its padding."""
-    padded = F.pad(torch.eye(2 * side, dtype=torch.float64), (0, 0, 1, 1))
-    windows = padded.unfold(0, 10, 8).view(-1, 2 * side, 5, 2)  # tile, pixel, p, which of the two
-    return torch.einsum("ap,tspq->atqs", B_T, windows).reshape(-1, 2 * side)
+class Limits(NamedTuple):
+    """Within these a convolution was measured to be faster than a direct one."""
+
+    longest_side: float  # of the smaller grid
+    fewest_channels: int  # of the larger one
+    fewest_tiles: int  # of the batch: with fewer, transforming the weights takes longer than the products save
 
 
-ROWS = {side: _rows(side) for side in GRIDS}
+IN_C = Limits(math.inf, 32, 16)
+IN_TORCH = Limits(16, 64, 32)  # on longer sides `_rows`, which are mostly zeros, take what the products save
 
 
 def is_faster(x: Tensor, grid: tuple[int, int], channels: int) -> bool:
@@ -79,15 +80,35 @@ def fits(batch_size: int, grid: tuple[int, int], channels: int) -> bool:
         channels: of the larger one.
     """
     height, width = grid
-    tiles = batch_size * height * width // 16
-    return height in GRIDS and width in GRIDS and channels >= FEWEST_CHANNELS and tiles >= FEWEST_TILES
+    limits = _limits(channels)
+    return (
+        possible(grid)
+        and max(grid) <= limits.longest_side
+        and channels >= limits.fewest_channels
+        and batch_size * height * width // 16 >= limits.fewest_tiles
+    )
+
+
+def possible(grid: tuple[int, int]) -> bool:
+    """Whether a grid, the smaller one of a convolution, is made of whole tiles."""
+    return all(side % 4 == 0 for side in grid)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while it traces
+def _limits(channels: int) -> Limits:
+    return IN_TORCH if _library(channels) is None else IN_C
+
+
+def _library(channels: int) -> ctypes.CDLL | None:
+    """MAPS as C, which takes eight channels at a time."""
+    return native.load(SOURCE) if channels % 8 == 0 else None
 
 
 def conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.conv2d(x, weight, stride=2, padding=1)` for a 4x4 kernel; channels-last in and out.
 
     Args:
-        x: (N, C, 2h, 2w), h and w of GRIDS.
+        x: (N, C, 2h, 2w), h and w multiples of 4.
         weight: (K, C, 4, 4).
 
     Returns:
@@ -105,7 +126,7 @@ def conv_transpose2d(x: Tensor, weight: Tensor) -> Tensor:
     It is `conv2d` transposed: the transpose of each of its steps, from the last to the first.
 
     Args:
-        x: (N, K, h, w), h and w of GRIDS.
+        x: (N, K, h, w), h and w multiples of 4.
         weight: (K, C, 4, 4).
 
     Returns:
@@ -153,16 +174,24 @@ products.register_autograd(_differentiate_products, setup_context=_remember_both
 def _pixels(x: Tensor, h: int, w: int) -> Tensor:
     """x (N, C, 2h, 2w) -> B^T p, (M, 25, 4C): the four pixels of each p side by side."""
     n, c, _, _ = x.shape
-    v = ROWS[h].to(x.dtype) @ x.permute(0, 2, 3, 1).reshape(n, 2 * h, -1)
-    v = ROWS[w].to(x.dtype) @ v.view(-1, 2 * w, c)
+    v = _rows(h).to(x.dtype) @ x.permute(0, 2, 3, 1).reshape(n, 2 * h, -1)
+    v = _rows(w).to(x.dtype) @ v.view(-1, 2 * w, c)
     return v.view(n, 5, h // 4, 2, 5, w // 4, 2, c).permute(0, 2, 5, 1, 4, 3, 6, 7).reshape(-1, 25, 4 * c)
+
+
+@functools.cache
+def _rows(side: int) -> Tensor:
+    """(5 * tiles * 2, 2 * side): B^T for a whole row of 2 * side pixels and its padding."""
+    padded = F.pad(torch.eye(2 * side, dtype=torch.float64), (0, 0, 1, 1))
+    windows = padded.unfold(0, 10, 8).view(-1, 2 * side, 5, 2)  # tile, pixel, p, which of the two
+    return torch.einsum("ap,tspq->atqs", B_T, windows).reshape(-1, 2 * side)
 
 
 def _pixels_transposed(v: Tensor, h: int, w: int) -> Tensor:
     c = v.shape[-1] // 4
     v = v.reshape(-1, h // 4, w // 4, 5, 5, 2, 2, c).permute(0, 3, 1, 5, 4, 2, 6, 7)
-    v = ROWS[w].t().to(v.dtype) @ v.reshape(-1, 5 * w // 2, c)
-    v = ROWS[h].t().to(v.dtype) @ v.view(-1, 5 * h // 2, 2 * w * c)
+    v = _rows(w).t().to(v.dtype) @ v.reshape(-1, 5 * w // 2, c)
+    v = _rows(h).t().to(v.dtype) @ v.view(-1, 5 * h // 2, 2 * w * c)
     return v.view(-1, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
 
@@ -206,7 +235,7 @@ MAPS = {
 
 @torch.library.custom_op("fastdcgan::winograd_transform", mutates_args=())
 def transform(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tensor | None = None) -> Tensor:
-    """One of MAPS, by winograd.c where that can do it. An operator, because the compiler makes nothing faster of it and takes twice as long.
+    """One of MAPS. An operator, because the compiler makes nothing faster of them and takes twice as long.
 
     `kept` is not read. A gradient's call gets the x of its forward call there, so that x is kept for the backward
     pass, where the activation before takes its sign from it. The compiler would rather keep the sign, and writes such a
@@ -215,7 +244,7 @@ def transform(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tens
     made = _made(x, name, transposed, h, w)
     tiles, images = (x, made) if x.dim() == 3 else (made, x)
     channels = images.shape[1]
-    library = native.load(SOURCE) if x.dtype == torch.float32 and channels % 8 == 0 else None
+    library = _library(channels) if x.dtype == torch.float32 else None
     if library is None:
         return MAPS[name][transposed](x, h, w)
     if x is images:

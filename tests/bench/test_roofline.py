@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdcgan import reference
+from fastdcgan import reference, winograd
 from fastdcgan.bench import roofline
 from fastdcgan.bench.roofline import Pass, Rates, floor_seconds, layer_table, measure_rates, step_passes
 
@@ -65,8 +65,9 @@ def test_bytes_added_up_by_hand(precision, expected):
     assert (sum(row.bytes for row in passes), sum(row.flops for row in passes)) == (expected, 145_575_903_232)
 
 
-def test_winograds_convolutions_multiply_25_times_where_direct_ones_do_64():
+def test_winograds_convolutions_multiply_25_times_where_direct_ones_do_64(monkeypatch):
     """At 64x64, width 64: the three between feature maps of each network, where the batch has 32 tiles."""
+    monkeypatch.setattr(winograd, "_limits", lambda channels: winograd.IN_TORCH)
     for batch in (16, 32):  # the smallest grid has a tile an image, of which the discriminator sees two at a time
         direct, less = (step_passes(batch, (64, 64), 3, 100, 64, "fp32", by_winograd=each) for each in (False, True))
         fewer = {(a.phase, a.layer) for a, b in zip(direct, less, strict=True) if a != b}

@@ -131,7 +131,8 @@ class TrainConfig:
     with --on-divergence rollback one that is old enough to go back to."""
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"
     """At an alarm (no numbers, steep gradients, a discriminator that always wins, samples all alike): say so, end the
-    run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed."""
+    run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed. Weights that
+    are no numbers end the run with warn too."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the data or the device. Paths may be given as text, sizes as one

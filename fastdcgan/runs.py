@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import time
@@ -90,17 +89,17 @@ def choose_folder(config: TrainConfig, name: str) -> Path:
     another process or thread may want one in the same second."""
     if config.run_dir is not None:
         return config.run_dir
-    usual = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        path = usual if number == 1 else usual.with_name(f"{usual.name}-{number}")
+    path = usual = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    while True:
         try:
             path.mkdir(parents=True)
+            return path
         except FileExistsError:
-            continue
+            number += 1
+            path = usual.with_name(f"{usual.name}-{number}")
         except OSError:
-            pass  # RunFolder says what is wrong with it
-        break
-    return path
+            return path  # RunFolder says what is wrong with it
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:

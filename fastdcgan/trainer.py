@@ -263,9 +263,9 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                     run.keep_intervals(pace.every)
             if logs or samples:
                 raised = world.broadcast_object(raised)
-            if raised and config.on_divergence != "warn":
+            if raised and (config.on_divergence != "warn" or step.is_lost()):
                 saver.wait()
-                if config.on_divergence == "stop" or rollbacks == ROLLBACKS:
+                if config.on_divergence != "rollback" or rollbacks == ROLLBACKS:
                     stream.close()
                     end(folder, raised[0])
                 rollbacks += 1

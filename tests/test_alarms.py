@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -189,6 +190,28 @@ def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert [f.name for f in checkpoint.complete(run)] == ["step-000006", "step-000009", "step-000012"]
 
 
+def test_weights_that_are_lost_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poisoned after step 8: step 9 shows it, and nothing but a warning was asked for; resumed, it goes on from 6."""
+    with monkeypatch.context() as patched:
+        poison = Poison(patched, {8})
+        with pytest.raises(UserError, match="ended at step 9: not finite; the last sound step is 8"):
+            train(small(tmp_path / "run"))
+    assert poison.calls == 9
+    assert [folder.name for folder in checkpoint.complete(tmp_path / "run")] == ["step-000003", "step-000006"]
+    train(small(tmp_path / "run", resume=True))
+    assert [line["step"] for line in lines(tmp_path / "run", "metrics")] == list(range(1, 13))
+
+
+def test_one_loss_that_is_no_number_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, calls = TrainStep.read_metrics, itertools.count(1)
+    monkeypatch.setattr(
+        TrainStep, "read_metrics", lambda step: whole(step) | ({"loss_g": math.inf} if next(calls) == 8 else {})
+    )
+    run = train(small(tmp_path / "run"))
+    assert [(a["kind"], a["step"]) for a in lines(run, "alarms")] == [("not finite", 8)]
+    assert [line["step"] for line in lines(run, "metrics")] == list(range(1, 13))
+
+
 def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         poison = Poison(patched, set(range(4, 10_000)))
@@ -217,12 +240,13 @@ def test_a_run_goes_back_though_the_disk_is_full(
 
 
 def test_a_resumed_run_does_not_write_an_alarm_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Poisoned after step 5, both times: the last sound checkpoint is that of step 3."""
-    Poison(monkeypatch, {5, 8 + 2})
-    run = train(small(tmp_path / "run", steps=8, checkpoint_every=3))
-    before = lines(run, "alarms")
-    train(small(run, steps=9, resume=True))
-    assert [alarm["step"] for alarm in before] == [6] and lines(run, "alarms") == before
+    """Poisoned after step 5, both times, which ends it at step 6: the last sound checkpoint is that of step 3."""
+    Poison(monkeypatch, {5, 6 + 2})
+    run = tmp_path / "run"
+    for resume in (False, True):
+        with pytest.raises(UserError, match="ended at step 6"):
+            train(small(run, steps=8, checkpoint_every=3, resume=resume))
+        assert [(alarm["kind"], alarm["step"]) for alarm in lines(run, "alarms")] == [("not finite", 6)]
 
 
 def test_the_best_checkpoint_is_the_last_resort(

@@ -33,106 +33,106 @@ MOST_EPOCHS, MOST_RATE = 1e9, 1e6
 class TrainConfig:
     """Train a DCGAN. Without DATA: handwritten digits, about a minute on a laptop."""
 
+    #: A name (digits, fake, mnist, fashion-mnist, cifar10, svhn, celeba) or a path: a folder of images (nested or
+    #: flat), a .zip of images, WebDataset .tar shards, an LSUN LMDB, a packed .npy.
     data: Annotated[Positional[str], arg(metavar="[DATA]")] = "digits"
-    """A name (digits, fake, mnist, fashion-mnist, cifar10, svhn, celeba) or a path: a folder of images (nested or
-    flat), a .zip of images, WebDataset .tar shards, an LSUN LMDB, a packed .npy."""
 
+    #: Compile the step with torch.compile; on a GPU also record it as one CUDA graph.
     compile: bool = False
-    """Compile the step with torch.compile; on a GPU also record it as one CUDA graph."""
+    #: One CUDA graph for the whole step: auto on a GPU with --compile.
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """One CUDA graph for the whole step: auto on a GPU with --compile."""
+    #: What convolutions compute in; weights, statistics, losses and optimizer stay float32. auto: bf16 on a GPU that
+    #: has it, else fp32.
     precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-    """What convolutions compute in; weights, statistics, losses and optimizer stay float32. auto: bf16 on a GPU that
-    has it, else fp32."""
+    #: Where to train; auto takes a GPU if there is one.
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to train; auto takes a GPU if there is one."""
 
+    #: Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...).
+    #: Default: 64; 32 for digits, fake, cifar10 and svhn, 28 for mnist and fashion-mnist; a packed .npy's own.
     image_size: str | None = None
-    """Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...). Default: 64;
-    32 for digits, fake, cifar10 and svhn, 28 for mnist and fashion-mnist; a packed .npy's own."""
+    #: 1 grayscale, 3 colour, 4 colour with transparency. Default: 1 or 3, as the data has it; what is transparent then
+    #: lies on white.
     channels: Literal[1, 3, 4] | None = None
-    """1 grayscale, 3 colour, 4 colour with transparency. Default: 1 or 3, as the data has it;
-    what is transparent then lies on white."""
+    #: Mirror each image with probability 1/2 (--flip, --no-flip). Default: for colour pictures, not for digits.
     flip: bool | None = None
-    """Mirror each image with probability 1/2 (--flip, --no-flip). Default: for colour pictures, not for digits."""
+    #: Which square of an oblong picture; random is another one every epoch, and cannot be cached.
     crop: Literal["centre", "random"] = "centre"
-    """Which square of an oblong picture; random is another one every epoch, and cannot be cached."""
+    #: What decodes the images; auto takes DALI where it is installed.
     loader: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes the images; auto takes DALI where it is installed."""
+    #: Where the resized images are kept after the first epoch; auto by size against free memory.
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
-    """Where the resized images are kept after the first epoch; auto by size against free memory."""
+    #: Folder of --cache disk, of downloads, and of what was found of each file. Default: ~/.cache/fastdcgan.
     cache_dir: Path | None = None
-    """Folder of --cache disk, of downloads, and of what was found of each file. Default: ~/.cache/fastdcgan."""
+    #: End at the first image that cannot be used, rather than going on without it.
     strict: bool = False
-    """End at the first image that cannot be used, rather than going on without it."""
 
+    #: Images a step, at least 2; with torchrun, in each process.
     batch_size: int = 64
-    """Images a step, at least 2; with torchrun, in each process."""
+    #: With torchrun: BatchNorm statistics over the batches of all processes, rather than over each one's own.
     sync_batchnorm: bool = False
-    """With torchrun: BatchNorm statistics over the batches of all processes, rather than over each one's own."""
+    #: Updates of both networks. Default: 20,000; 1,000 for digits and fake, 4,000 for mnist and fashion-mnist.
     steps: int | None = None
-    """Updates of both networks. Default: 20,000; 1,000 for digits and fake, 4,000 for mnist and fashion-mnist."""
+    #: The same in passes over the data; give one of the two.
     epochs: float | None = None
-    """The same in passes over the data; give one of the two."""
+    #: tutorial: the small 28x28 pair many tutorials print, whose widths are its own.
     arch: Literal["dcgan", "tutorial"] = "dcgan"
-    """tutorial: the small 28x28 pair many tutorials print, whose widths are its own."""
+    #: Length of the latent vector.
     latent_dim: int = 100
-    """Length of the latent vector."""
+    #: Channels of the generator's last hidden layer, doubling inwards. Default: 64; 32 for digits, fake, mnist and
+    #: fashion-mnist.
     gen_width: int | None = None
-    """Channels of the generator's last hidden layer, doubling inwards. Default: 64; 32 for digits, fake, mnist and
-    fashion-mnist."""
+    #: Channels of the discriminator's first layer, doubling inwards. Default: as --gen-width.
     disc_width: int | None = None
-    """Channels of the discriminator's first layer, doubling inwards. Default: as --gen-width."""
 
+    #: The adversarial loss. wgan-gp has a penalty on the discriminator's gradient: a step takes about twice as long.
     loss: Literal["bce", "hinge", "lsgan", "wgan-gp"] = "bce"
-    """The adversarial loss. wgan-gp has a penalty on the discriminator's gradient: a step takes about twice as long."""
+    #: The discriminator's target for real images is 1 less this (0.1 is usual); with bce and lsgan.
     label_smoothing: float = 0.0
-    """The discriminator's target for real images is 1 less this (0.1 is usual); with bce and lsgan."""
+    #: Weight of the R1 penalty on the discriminator's gradient at real images (1 to 10 are usual); 0 is without.
     r1: float = 0.0
-    """Weight of the R1 penalty on the discriminator's gradient at real images (1 to 10 are usual); 0 is without."""
+    #: Steps from one R1 penalty to the next; its weight grows as much.
     r1_every: int = 16
-    """Steps from one R1 penalty to the next; its weight grows as much."""
+    #: Divide each of the discriminator's weights by its largest singular value.
     spectral_norm: bool = False
-    """Divide each of the discriminator's weights by its largest singular value."""
+    #: Show the discriminator images in other colours, shifted and with a hole: for small sets of images.
     diffaugment: bool = False
-    """Show the discriminator images in other colours, shifted and with a hole: for small sets of images."""
+    #: Standard deviation of Gaussian noise on all the discriminator sees, in pixels from -1 to 1 (0.1 is usual); falls
+    #: to 0 over the run.
     instance_noise: float = 0.0
-    """Standard deviation of Gaussian noise on all the discriminator sees, in pixels from -1 to 1 (0.1 is usual);
-    falls to 0 over the run."""
+    #: Adam's learning rate, of both networks.
     lr: float = 2e-4
-    """Adam's learning rate, of both networks."""
+    #: The generator's learning rate. Default: --lr.
     lr_g: float | None = None
-    """The generator's learning rate. Default: --lr."""
+    #: The discriminator's learning rate. Default: --lr.
     lr_d: float | None = None
-    """The discriminator's learning rate. Default: --lr."""
+    #: linear: both learning rates fall to 0 over the run.
     lr_decay: Literal["none", "linear"] = "none"
-    """linear: both learning rates fall to 0 over the run."""
+    #: Adam's first beta.
     beta1: float = 0.5
-    """Adam's first beta."""
+    #: Adam's second beta.
     beta2: float = 0.999
-    """Adam's second beta."""
+    #: Decay of the generator's moving average, which draws the samples; less in the first steps.
     ema_decay: float = 0.999
-    """Decay of the generator's moving average, which draws the samples; less in the first steps."""
 
+    #: Of weights, noise, flips and the order of the images.
     seed: int = 0
-    """Of weights, noise, flips and the order of the images."""
+    #: Where everything goes. Default: runs/<data>-<time>.
     run_dir: Path | None = None
-    """Where everything goes. Default: runs/<data>-<time>."""
+    #: Go on with the run in --run-dir from its newest checkpoint (or start it, if there is none).
     resume: bool = False
-    """Go on with the run in --run-dir from its newest checkpoint (or start it, if there is none)."""
+    #: Steps between lines of metrics. Default: 20, or more, so that it takes at most 0.5% of the time.
     log_every: int | None = None
-    """Steps between lines of metrics. Default: 20, or more, so that it takes at most 0.5% of the time."""
+    #: Steps between sample grids. Default: 100, or more, likewise.
     sample_every: int | None = None
-    """Steps between sample grids. Default: 100, or more, likewise."""
+    #: Steps between checkpoints. Default: 500, or more, likewise.
     checkpoint_every: int | None = None
-    """Steps between checkpoints. Default: 500, or more, likewise."""
+    #: Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them, and
+    #: with --on-divergence rollback one that is old enough to go back to.
     keep: int = 3
-    """Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them, and
-    with --on-divergence rollback one that is old enough to go back to."""
+    #: At an alarm (no numbers, steep gradients, a discriminator that always wins, samples all alike): say so, end the
+    #: run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed. Weights
+    #: that are no numbers end the run with warn too.
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"
-    """At an alarm (no numbers, steep gradients, a discriminator that always wins, samples all alike): say so, end the
-    run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed. Weights that
-    are no numbers end the run with warn too."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the data or the device. Paths may be given as text, sizes as one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -415,6 +416,20 @@ def test_every_flag_of_bench_reaches_what_it_is_for(line: str, function: str, na
         names=("example", "fast-eager"), precision="bf16", json=OUT, command=shlex.join(["fastdcgan", *words]),
         **named,
     )  # fmt: skip
+
+
+def test_the_help_explains_each_flag_in_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line of the source that does not begin with a letter is one of its own there."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    options = [line for line in said[said.index(str(TrainConfig.__doc__)) + 1 :] if line.strip("─╰╯")]
+    assert len([line for line in options if "(default: " in line]) == len(dataclasses.fields(TrainConfig)) - 1  # DATA
+    for line in options:
+        assert line.startswith("--") or "(default: " in line, line
 
 
 @pytest.mark.parametrize("flag", ["--version", "--help"])

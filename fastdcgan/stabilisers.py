@@ -28,7 +28,8 @@ class Views:
         # bfloat16 has too few numbers in 0..1 for the places in a large image.
         exact = torch.promote_types(images.dtype, torch.float32)
         self.draws = images.new_zeros(3, len(images), DRAWS, dtype=exact) if augment else None
-        self.noise = torch.stack([torch.zeros_like(images)] * 3) if noise else None
+        # (3, B, H, W, C): where a tensor does not lie as its shape says, a CPU draws normal numbers one by one.
+        self.noise = images.new_zeros(3, *images.permute(0, 2, 3, 1).shape) if noise else None
         self.level = images.new_zeros(())
 
     def draw(self, rng: torch.Generator) -> None:
@@ -43,7 +44,7 @@ class Views:
         if self.draws is not None:
             images = diff_augment(images, self.draws[view])
         if self.noise is not None:
-            images = images + self.level * self.noise[view]
+            images = images + self.level * self.noise[view].permute(0, 3, 1, 2)
         return images
 
 

@@ -96,7 +96,7 @@ class Textbook:
         if views.draws is not None:
             images = torch.stack([augmented(*each) for each in zip(images, views.draws[view], strict=True)])
         if views.noise is not None:
-            images = images + self.options["instance_noise"] * left * views.noise[view]
+            images = images + self.options["instance_noise"] * left * views.noise[view].permute(0, 3, 1, 2)
         return images
 
     def discriminate(self, images: Tensor, aside: bool = False) -> Tensor:

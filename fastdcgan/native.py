@@ -27,5 +27,5 @@ def load(source: Path) -> ctypes.CDLL | None:
             return ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
-            log.info("%s cannot be compiled (%s); going on with torch's operations, more slowly", source.name, reason)
+            log.warning("%s cannot be compiled (%s): going on more slowly without. It needs gcc", source.name, reason)
             return None

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdcgan.console import say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 
 REPLACED = ".replaced"
 TENSOR_FILES = ("generator", "average", "discriminator", "state")
@@ -269,4 +269,4 @@ def _reason(error: Exception) -> str:
         return f"{error} is missing"
     if isinstance(error, OSError) and error.filename:
         return f"{Path(error.filename).name}: {error.strerror}"
-    return str(error).splitlines()[0]
+    return first_line(error)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake a user can put right, and checks that many commands need."""
+"""The one exception that stands for a mistake a user can put right, and what many commands need to make one."""
 
 from pathlib import Path
 
@@ -10,6 +10,11 @@ class UserError(Exception):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException | str) -> str:
+    """Of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_at_least(flag: str, value: int, least: int) -> None:

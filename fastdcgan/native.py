@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from fastdcgan.errors import first_line
+
 log = logging.getLogger("fastdcgan")
 
 # Not linked with OpenMP: torch has loaded it, so that is the one found, and its threads are torch's.
@@ -26,6 +28,6 @@ def load(source: Path) -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).splitlines()[0]
+            reason = first_line(getattr(error, "stderr", None) or error)
             log.warning("%s cannot be compiled (%s): going on more slowly without. It needs gcc", source.name, reason)
             return None

@@ -9,7 +9,7 @@ import torch
 
 from fastdcgan.console import say
 from fastdcgan.cores import allowed_cores
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 
 
 def native_bf16() -> bool:
@@ -33,7 +33,7 @@ def why_no_gpu() -> str | None:
     try:
         torch.zeros(1, device=f"cuda:{own}").add_(1).item()
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastdcgan.distributed import ALONE, World
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 from fastdcgan.gpu_memory import take_no_more_than_needed
 from fastdcgan.heap import heap
 from fastdcgan.kernels import uint8_to_float
@@ -414,7 +414,7 @@ class Captured:
                 self.step.update()
         except RuntimeError as error:
             # Ending a spoilt capture fails too, and says less than what spoilt it.
-            reason = str(error.__context__ or error).splitlines()[0]
+            reason = first_line(error.__context__ or error)
             torch.cuda.set_stream(current)  # torch stays with the other one where ending the capture fails
             # The update ended anywhere, and torch up to 2.11 leaves its generator in capture mode, where it is no use.
             self.step.discriminator.requires_grad_(True)

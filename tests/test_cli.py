@@ -25,7 +25,7 @@ from rich.console import Console
 from fastdcgan import console, processor
 from fastdcgan.cli import asked, main
 from fastdcgan.config import TrainConfig
-from fastdcgan.errors import UserError, check_utf8
+from fastdcgan.errors import UserError, check_utf8, first_line
 from fastdcgan.processor import choose_device, choose_precision
 from fastdcgan.trainer import train
 
@@ -592,3 +592,12 @@ def test_each_process_tries_its_own_gpu(two_gpus_found: None, monkeypatch: pytes
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert choose_device("auto") == torch.device("cuda")
     assert tried == ["cuda:0", "cuda:1", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(ValueError("\n what\nand more"), "what"), (MemoryError(), "MemoryError"), ("error: no\n", "error: no")],
+    ids=str,
+)
+def test_what_an_error_says_in_one_line(error: Exception | str, line: str) -> None:
+    assert first_line(error) == line

@@ -22,7 +22,7 @@ from fastdcgan.apps.neighbours import nearest, prdc
 from fastdcgan.apps.pictures import check_out, save, sheet
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say, spinner
-from fastdcgan.errors import UserError, check_at_least, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seed, first_line
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_uint8
 from fastdcgan.processor import choose_device
@@ -185,9 +185,9 @@ def inception_scores(real: Tensor, sets: dict[str, Tensor], weights: Path | None
                     verbose=False,
                 )
             except Exception as error:  # from a network or a file that is not its weights
-                reason = str(error).splitlines()[0]
                 raise UserError(
-                    f"--fid: the Inception network cannot be loaded ({reason}); name it with --inception-weights"
+                    f"--fid: the Inception network cannot be loaded ({first_line(error)}); name it with"
+                    " --inception-weights"
                 ) from error
             scores[name] = {
                 "fid": found["frechet_inception_distance"],

@@ -26,6 +26,7 @@ from fastdcgan.data.header import JPEG, PNG, is_plain
 from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import UnusableImage
+from fastdcgan.errors import first_line
 
 Pictures = list[Any] | Pixels
 
@@ -44,7 +45,7 @@ def decodes_on(gpu: int) -> bool:
             pipeline.set_outputs(fn.decoders.image(encoded, device="mixed"))
         pipeline.build()
     except RuntimeError as error:
-        say(f"DALI cannot decode on the GPU, so the CPU does: {str(error).strip().splitlines()[0]}")
+        say(f"DALI cannot decode on the GPU, so the CPU does: {first_line(error)}")
         return False
     return True
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from fastdcgan.errors import first_line
 from fastdcgan.pixels import in_8_bits, without_range
 
 # Pillow refuses more than this as a decompression bomb; as 8-bit colour it is half a gigabyte.
@@ -185,5 +186,5 @@ def _reason(error: Exception, data: bytes) -> str:
         start = data[:512]
         is_text = not any(byte < 9 or 13 < byte < 32 for byte in start)
         return "not an image (text)" if is_text else "not an image in a known format"
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return "truncated" if "truncated" in message.lower() else f"broken ({message})"
+    reason = first_line(error)
+    return "truncated" if "truncated" in reason.lower() else f"broken ({reason})"

@@ -7,7 +7,8 @@ from collections import deque
 from dataclasses import dataclass
 from statistics import median
 
-KINDS = ("not finite", "large losses", "steep gradients", "discriminator wins", "collapse")
+LOST = "not finite"  # the one that nothing comes back from
+KINDS = (LOST, "large losses", "steep gradients", "discriminator wins", "collapse")
 PATIENCE, LASTING = 5, 400  # log points in a row, and steps, before the discriminator has won: early on it often leads
 WON = 0.04  # of D's loss above its lowest possible: with bce D(x) 0.98 and D(G(z)) 0.02
 LARGE = 20.0  # a loss no run that learns has: with bce a probability of 2e-9
@@ -59,25 +60,25 @@ class Alarms:
 
     def look_at_metrics(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
         """The alarms that a log point starts; `metrics` has losses, d_real, d_fake, grad_norm_d and grad_norm_g."""
-        finite = all(math.isfinite(value) for value in metrics.values())
+        lost = not all(math.isfinite(metrics[name]) for name in self.norms)  # which are Adam's, and stay so
         raised = self._judge(
-            "not finite",
+            LOST,
             step,
-            not finite,
+            lost,
             1,
-            "losses or gradients are no longer numbers: nothing after this can be used. Try --on-divergence rollback, a"
-            " smaller --lr, or --precision fp32",
+            "gradients are no longer numbers: nothing after this can be used. Try --on-divergence rollback, a smaller"
+            " --lr, or --precision fp32",
         )
-        if not finite:
+        if lost:
             return raised
-        largest = max(abs(metrics["loss_d"]), abs(metrics["loss_g"]))
+        loss_d, loss_g = metrics["loss_d"], metrics["loss_g"]
         raised += self._judge(
             "large losses",
             step,
-            self.loss != "wgan-gp" and largest > LARGE,
+            self.loss != "wgan-gp" and not (abs(loss_d) <= LARGE and abs(loss_g) <= LARGE),
             3,
-            f"a loss of {largest:,.0f} is beyond what learning looks like: the updates are too large. Try a smaller"
-            " --lr (0.0002 is usual)",
+            f"losses of {loss_d:,.0f} (D) and {loss_g:,.0f} (G) are beyond what learning looks like: updates are too"
+            " large. Try a smaller --lr (0.0002 is usual)",
         )
         steepest, times = "", 0.0
         for name, norms in self.norms.items():

@@ -21,13 +21,14 @@ LINK = ("gcc", "-shared")
 @functools.cache
 def load(source: Path) -> ctypes.CDLL | None:
     """The functions of a C file; None, and said once, where it cannot be compiled."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        compiled, library = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            compiled, library = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
             for command in ((*COMPILE, str(source), "-o", compiled), (*LINK, compiled, "-o", library)):
-                subprocess.run(command, check=True, capture_output=True, text=True)
+                subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
             return ctypes.CDLL(library)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = first_line(getattr(error, "stderr", None) or error)
-            log.warning("%s cannot be compiled (%s): going on more slowly without. It needs gcc", source.name, reason)
-            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = first_line(getattr(error, "stderr", "").strip() or error)
+        needs = "needs gcc, and a folder for temporary files that programs may run from"
+        log.warning("%s cannot be compiled (%s): going on more slowly without. It %s", source.name, reason, needs)
+        return None

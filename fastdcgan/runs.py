@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,17 +91,15 @@ def choose_folder(config: TrainConfig, name: str) -> Path:
     another process or thread may want one in the same second."""
     if config.run_dir is not None:
         return config.run_dir
-    path = usual = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    number = 1
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError:
-            number += 1
-            path = usual.with_name(f"{usual.name}-{number}")
-        except OSError:
-            return path  # RunFolder says what is wrong with it
+    usual = Path("runs") / f"{short(name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with suppress(OSError):  # RunFolder says what is wrong with it
+        usual.parent.mkdir(exist_ok=True)
+        for number in itertools.count(1):
+            path = usual if number == 1 else usual.with_name(f"{usual.name}-{number}")
+            with suppress(FileExistsError):
+                path.mkdir()
+                return path
+    return usual
 
 
 def saved_config(config: TrainConfig) -> TrainConfig | None:

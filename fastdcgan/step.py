@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import math
 import warnings
 from types import FunctionType, MethodType
 from typing import Protocol
@@ -273,10 +272,6 @@ class TrainStep:
             torch.stack(torch._foreach_norm(list(adam.exp_avg.values()))).norm() for adam in (self.adam_d, self.adam_g)
         ]
         return dict(zip(("grad_norm_d", "grad_norm_g"), torch.stack(norms).tolist(), strict=True))
-
-    def is_lost(self) -> bool:
-        """Whether a gradient was not finite: Adam's moments, and with them the weights, stay that way."""
-        return not all(map(math.isfinite, self.gradient_norms().values()))
 
     def state(self) -> dict[str, Tensor]:
         """What beyond the networks the next step depends on, by name: the tensors themselves, but of `rng` a copy."""

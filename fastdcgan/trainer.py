@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import torch
 
-from fastdcgan.alarms import Alarm
+from fastdcgan.alarms import LOST, Alarm
 from fastdcgan.checkpoint import complete, keep_if_best, load_newest, load_sound, step_of
 from fastdcgan.config import TrainConfig, absolute
 from fastdcgan.console import say, spinner, training_progress
@@ -263,7 +263,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                     run.keep_intervals(pace.every)
             if logs or samples:
                 raised = world.broadcast_object(raised)
-            if raised and (config.on_divergence != "warn" or step.is_lost()):
+            if raised and (config.on_divergence != "warn" or any(alarm.kind == LOST for alarm in raised)):
                 saver.wait()
                 if config.on_divergence != "rollback" or rollbacks == ROLLBACKS:
                     stream.close()

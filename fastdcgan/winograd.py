@@ -9,7 +9,7 @@ smaller grid; g are the kernel's two taps:
 These are 5 multiplications where a direct convolution has 8, and in two dimensions 25 for 64. Over all tiles and
 channels they are 25 matrix products. Everything else is linear (MAPS), and in float32 done by `winograd.c`, where this
 machine can compile that. It is exact but for rounding: in float32 the relative error, of values and of gradients, is up
-to 2e-6, that of a direct convolution up to 1e-6. A number that is not finite spreads over its tile, without the C file
+to 3e-6, that of a direct convolution up to 2e-6. A number that is not finite spreads over its tile, without the C file
 over its whole image. In training alone: as operators have no derivative in forward mode, networks in evaluation mode,
 which people take apart with torch.func, stay with direct convolutions.
 """

@@ -428,6 +428,7 @@ def test_the_help_explains_each_flag_in_one_paragraph(
     said = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
     options = [line for line in said[said.index(str(TrainConfig.__doc__)) + 1 :] if line.strip("─╰╯")]
     assert len([line for line in options if "(default: " in line]) == len(dataclasses.fields(TrainConfig)) - 1  # DATA
+    assert any(line.startswith("[DATA]") and line.endswith("(default: digits)") for line in said)
     for line in options:
         assert line.startswith("--") or "(default: " in line, line
 

@@ -803,6 +803,10 @@ def test_new_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkey
     found = [choose_folder(TrainConfig(), name) for name in ("digits", "digits", "digits", "others")]
     assert len({*found}) == 4 and all(path.is_dir() for path in found), "made, so that nobody else takes it"
     assert choose_folder(TrainConfig(), "ü" * 300).is_dir()  # a name of 600 bytes, where 255 are the most
+    shutil.rmtree("runs")
+    Path("runs").symlink_to("on a disk that is not mounted")
+    with pytest.raises(UserError, match=r"--run-dir runs/digits-.* cannot be written"):
+        train(dataclasses.replace(SMALL, run_dir=None))
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +182,32 @@ def test_a_wrong_number_in_c_is_far_outside(function: str, tmp_path: Path, monke
     assert max(far) > 1e-2
 
 
+@compiles_c
+@pytest.mark.parametrize(("c", "dtype"), [(5, torch.float32), (36, torch.float32), (8, torch.bfloat16)], ids=str)
+def test_what_c_cannot_do_is_left_to_torch(c: int, dtype: torch.dtype) -> None:
+    for x, *which in each_map(3, c, 4, 8):
+        assert torch.equal(
+            winograd.transform(x.to(dtype), *which), winograd.MAPS[which[0]][which[1]](x.to(dtype), 4, 8)
+        )
+
+
+@compiles_c
+def test_limits_are_those_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [winograd._limits(channels) for channels in (32, 36)] == [winograd.IN_C, winograd.IN_TORCH]
+    monkeypatch.setattr(native, "load", lambda source: None)
+    assert winograd._limits(32) == winograd.IN_TORCH
+
+
+@compiles_c
+def test_the_c_file_is_compiled_before_the_compiler_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "PAYS_HERE", True)
+    layer = models.Discriminator(32, 3, 32).main[2]
+    x = torch.randn(8, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    native.load.cache_clear()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=False)
+    assert distance(compiled(x), F.conv2d(x, layer.weight, stride=2, padding=1)) < 3e-6
+
+
 def test_without_a_compiler_they_are_torchs_operations(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,10 +218,30 @@ def test_without_a_compiler_they_are_torchs_operations(
     assert "winograd.c cannot be compiled" in caplog.text and "gcc" in caplog.text
 
 
-def test_what_the_compiler_says_is_passed_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "wrong.c").write_text("int f(void) { return g; }")
+@pytest.mark.parametrize(
+    ("gcc", "says"),
+    [
+        ("printf 'wrong.c:1: error: \\377\\n'", "wrong.c:1: error: \N{REPLACEMENT CHARACTER}"),
+        ("kill $$", "died with"),
+        ("echo >&2", "non-zero exit status"),
+        ("exit 0", "cannot open shared object file"),
+    ],
+)
+def test_whatever_gcc_does_a_run_goes_on(
+    gcc: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "gcc").write_text(f"#!/bin/sh\n{gcc} >&2\n" + ("" if says.startswith("cannot") else "exit 1\n"))
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert native.load(tmp_path / "wrong.c") is None
-    assert "wrong.c cannot be compiled" in caplog.text and "\n" not in caplog.messages[0]
+    assert "wrong.c cannot be compiled" in caplog.text and says in caplog.text and "\n" not in caplog.messages[0]
+
+
+def test_without_a_folder_for_it_a_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    assert native.load(Path("right.c")) is None and "/nowhere" in caplog.text
 
 
 def taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:

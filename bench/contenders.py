@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from fastdcgan import reference
 from fastdcgan.bench.roofline import DTYPES
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.processor import choose_precision, native_bf16
 from fastdcgan.step import TrainStep, make_executor
@@ -186,7 +186,7 @@ def compiled_skilled(shape: Shape, device: torch.device, precision: str, real: T
             raise
         skilled = Skilled(shape, device, precision, mode="max-autotune-no-cudagraphs")
         skilled.step(real)
-        return skilled, f"max-autotune-no-cudagraphs, for with them: {str(error).splitlines()[0][:100]}"
+        return skilled, f"max-autotune-no-cudagraphs, for with them: {first_line(error)[:100]}"
     return skilled, ""
 
 

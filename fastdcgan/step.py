@@ -460,8 +460,7 @@ def why_not_compiled(kind: str) -> str | None:
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=kind))
     except TorchDynamoException as error:
-        lines = str(error).splitlines()
-        return next((line for line in lines if "error:" in line), lines[0])
+        return next((line for line in str(error).splitlines() if "error:" in line), first_line(error))
     return None
 
 

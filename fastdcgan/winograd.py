@@ -10,8 +10,8 @@ These are 5 multiplications where a direct convolution has 8, and in two dimensi
 channels they are 25 matrix products. Everything else is linear (MAPS), and in float32 done by `winograd.c`, where this
 machine can compile that. It is exact but for rounding: in float32 the relative error, of values and of gradients, is up
 to 3e-6, that of a direct convolution up to 2e-6. A number that is not finite spreads over its tile, without the C file
-over its whole image. In training alone: as operators have no derivative in forward mode, networks in evaluation mode,
-which people take apart with torch.func, stay with direct convolutions.
+over its whole image. In training mode alone: networks in evaluation mode are what people export, trace and take apart,
+for which operators of one's own are in the way.
 """
 
 from __future__ import annotations
@@ -63,7 +63,12 @@ IN_TORCH = Limits(16, 64, 32)  # on longer sides `_rows`, which are mostly zeros
 
 
 def is_faster(x: Tensor, grid: tuple[int, int], channels: int) -> bool:
-    """Whether this is faster than the direct convolution of x; `grid` and `channels` as in `fits`."""
+    """Whether this is faster than the direct convolution of x; `grid` and `channels` as in `fits`.
+
+    Not inside `torch.func`, which has no derivatives of these operators, and takes those in forward mode for 0.
+    """
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
     return pays(x.device, x.dtype) and not torch.is_autocast_enabled("cpu") and fits(len(x), grid, channels)
 
 

@@ -300,15 +300,21 @@ def test_layers_take_them_where_they_are_faster(
         assert grids == []
 
 
-def test_a_generator_in_evaluation_mode_has_derivatives_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("training", [False, True])
+def test_networks_have_derivatives_of_every_kind(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators have none in forward mode, and torch says nothing of it."""
-    monkeypatch.setattr(winograd, "PAYS_HERE", True)
-    generator = models.Generator(32, 3, 10, 64).eval()
-    z = torch.randn(32, 10)
-    _, along = torch.func.jvp(generator, (z,), (z,))
-    torch.testing.assert_close(along, (generator(z * 1.001) - generator(z * 0.999)) / 0.002, rtol=0.01, atol=1e-4)
-    assert along.norm() > 0.1
-    torch.func.grad(lambda z: generator(z).square().sum())(z)
+    grids = taken_where_it_fits(monkeypatch)
+    generator, discriminator = models.Generator(32, 3, 10, 64), models.Discriminator(32, 3, 64)
+    for network, x in ((generator, torch.randn(32, 10)), (discriminator, torch.randn(32, 3, 32, 32))):
+        network.train(training)(x)
+        assert bool(grids) == training
+        tangent = torch.randn_like(x)
+        grids.clear()
+        _, along = torch.func.jvp(network, (x,), (tangent,))
+        _, pull = torch.func.vjp(network, x)
+        assert not grids
+        torch.testing.assert_close((along * along).sum(), (pull(along)[0] * tangent).sum(), rtol=1e-3, atol=0)
+        assert along.norm() > 0.1
 
 
 def test_no_mask_of_an_activation_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

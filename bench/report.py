@@ -3,12 +3,14 @@
     python -m fastdcgan.bench.report
 
 Every figure comes from a file there, which names device, versions, date, commit and command; a device without a file
-is "not yet measured". What `readme` makes of them goes between two markers in README.md, the plots into bench/results.
+is "not yet measured". What `headline` and `readme` make of them goes between markers in README.md, the plots into
+bench/results.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from fastdcgan.bench.throughput import median_ratio
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MISSING = "not yet measured"
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
 KEPT = {"device": "GPU memory", "host": "host memory", "disk": "a file"}
@@ -173,27 +174,33 @@ def of_kind(found: Results, measured: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def table(found: Results) -> str:
-    """Markdown: a row for each file, batch size and precision of ours; for a kind of device without a file, one row."""
+    """Markdown: a row for each `Comparison`; for a kind of device without a file, one row that says so."""
     lines = [
-        "| device | pixels, batch | plain example | tuned example | fastdcgan | floor"
-        " | against plain | the same, processor time | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| device | pixels, batch | plain example | tuned example | fastdcgan"
+        " | against plain | of the floor | measured |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    throughput = {stem: content for stem, content in found.items() if is_comparison(content)}
     for kind, name in KINDS.items():
-        of_kind = {stem: content for stem, content in throughput.items() if content["device"]["kind"] == kind}
-        if not of_kind:
-            lines.append(f"| {name} | 64x64 | {' | '.join([MISSING] * 4)} | | | |")
-        for stem, content in of_kind.items():
-            lines += table_rows(stem, content)
-    commands = {f"`{content['command']}`" for content in throughput.values()}
-    lines += ["", "Images a second of one training step, median of rounds in which all take turns, ± half the distance"]
-    lines += (
-        ["between the quartiles; ratios are taken within a round. Repeat with " + " or ".join(sorted(commands)) + "."]
-        if commands
-        else [""]
-    )
-    return "\n".join(lines).rstrip()
+        rows = [each.row() for each in comparisons(found) if each.content["device"]["kind"] == kind]
+        lines += rows or [f"| {name} | 64x64 | {' | '.join([MISSING] * 5)} | |"]
+    lines += [
+        "",
+        "Images a second of one training step: the median of rounds in which all take turns, ± half the distance",
+        "between the quartiles. Ratios are taken within a round. Each file names the command that repeats it.",
+    ]
+    return "\n".join(lines)
+
+
+def headline(found: Results) -> str:
+    """How many times as fast as the plain example, from the smallest ratio to the largest of each kind of device."""
+    parts = []
+    for kind in KINDS:
+        of_kind = [each for each in comparisons(found) if each.content["device"]["kind"] == kind]
+        ratios = sorted(each.ratio() for each in of_kind)
+        names = " and ".join(dict.fromkeys(machine(each.content) for each in of_kind))
+        if ratios:
+            parts.append(f"**{ratios[0]:.1f} to {ratios[-1]:.1f} times** as fast on {names}")
+    return f"A training step, against the plain PyTorch example's: {', '.join(parts)} ([how fast](#how-fast))."
 
 
 def is_comparison(content: dict[str, Any]) -> bool:
@@ -201,27 +208,51 @@ def is_comparison(content: dict[str, Any]) -> bool:
     return content["measured"] == "throughput" and best(content["rows"], "example") is not None
 
 
-def table_rows(stem: str, content: dict[str, Any]) -> list[str]:
-    device, (height, width) = content["device"], content["network"]["image_size"]
-    name = machine(content) + (f", {device['threads']} threads" if device["kind"] == "cpu" else "")
-    measured = [row for row in content["rows"] if row["rounds"]]
-    lines = []
-    for batch in sorted({row["batch_size"] for row in measured}):
-        rows = [row for row in measured if row["batch_size"] == batch]
-        plain = best(rows, "example")
-        for precision in sorted(
-            {row["precision"] for row in rows if row["contender"].startswith("fast")}, reverse=True
-        ):
-            ours = best([row for row in rows if row["precision"] == precision], "fast")
-            if ours is None:
-                continue
-            tuned = best([row for row in rows if same_kind(row["precision"], precision)], "skilled")
-            cells = [name, f"{height}x{width}, {batch}", *(rate(row) for row in (plain, tuned, ours))]
-            cells += [f"{ours['floor']:,.0f}", *(times(ours, plain, each) for each in ("rounds", "cpu_rounds"))]
-            if device["kind"] != "cpu":  # a process that waits for the device is as busy as one that works
-                cells[-1] = ""
-            lines.append(f"| {' | '.join(cells)} | [{content['date']}](bench/results/{stem}.json) |")
-    return lines
+@dataclass
+class Comparison:
+    """What one run measured at one batch size in one precision of ours: rows of its file."""
+
+    stem: str
+    content: dict[str, Any]
+    plain: dict[str, Any]
+    tuned: dict[str, Any] | None  # the fastest whose precision is a rival of ours
+    ours: dict[str, Any]  # the fastest
+
+    def ratio(self) -> float:
+        """How many times as fast as the plain example: the median over rounds, which both were in."""
+        return median_ratio(self.ours["rounds"], self.plain["rounds"])
+
+    def row(self) -> str:
+        """Of the table."""
+        device, (height, width) = self.content["device"], self.content["network"]["image_size"]
+        cells = [
+            machine(self.content) + (f", {device['threads']} threads" if device["kind"] == "cpu" else ""),
+            f"{height}x{width}, {self.ours['batch_size']}",
+            *(rate(row) for row in (self.plain, self.tuned, self.ours)),
+            f"x{self.ratio():.2f}",
+            f"{self.ours['images_per_second'] / self.ours['floor']:.0%}",
+            f"[{self.content['date']}](bench/results/{self.stem}.json)",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def comparisons(found: Results) -> list[Comparison]:
+    """Those of all files, by batch size, then precision."""
+    made = []
+    for stem, content in found.items():
+        if not is_comparison(content):
+            continue
+        measured = [row for row in content["rows"] if row["rounds"]]
+        for batch in sorted({row["batch_size"] for row in measured}):
+            rows = [row for row in measured if row["batch_size"] == batch]
+            plain = best(rows, "example")
+            precisions = {row["precision"] for row in rows if row["contender"].startswith("fast")}
+            for precision in sorted(precisions, reverse=True):
+                ours = best([row for row in rows if row["precision"] == precision], "fast")
+                tuned = best([row for row in rows if same_kind(row["precision"], precision)], "skilled")
+                if plain and ours:
+                    made.append(Comparison(stem, content, plain, tuned, ours))
+    return made
 
 
 def best(rows: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
@@ -235,11 +266,6 @@ def best(rows: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
 def same_kind(one: str, other: str) -> bool:
     """Whether two precisions are rivals: the same, or both of 16 bits."""
     return one == other or {one, other} <= {"bf16", "fp16"}
-
-
-def times(row: dict[str, Any], plain: dict[str, Any] | None, rounds: str) -> str:
-    """How many times as fast as the plain example: the median over rounds, which both were in."""
-    return "" if plain is None else f"x{median_ratio(row[rounds], plain[rounds]):.2f}"
 
 
 def rate(row: dict[str, Any] | None) -> str:
@@ -298,17 +324,20 @@ def plot_quality(content: dict[str, Any], out: Path) -> None:
     plt.close(figure)
 
 
-def insert(text: str, page: str) -> str:
-    """The README with `text` between the markers.
+def filled(page: str, found: Results) -> str:
+    """The README's text with what the results give between its markers.
 
     Raises:
-        ValueError: no markers.
+        ValueError: it has no markers.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    for name, text in (("headline", headline(found)), ("bench", readme(found))):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, found_begin, rest = page.partition(begin)
+        _, found_end, after = rest.partition(end)
+        if not found_begin or not found_end:
+            raise ValueError(f"no {begin} and {end}")
+        page = f"{before}{begin}\n{text}\n{end}{after}"
+    return page
 
 
 def main() -> None:
@@ -321,9 +350,9 @@ def main() -> None:
         if plotted(content):
             plot = plot_quality if content["measured"] == "quality" else plot_throughput
             plot(content, RESULTS / f"{stem}.svg")
-    print(readme(found))
+    print(headline(found), readme(found), sep="\n\n")
     try:
-        README.write_text(insert(readme(found), README.read_text()))
+        README.write_text(filled(README.read_text(), found))
     except ValueError as error:
         raise SystemExit(f"{README} was left alone: {error}") from None
 

@@ -29,15 +29,22 @@ def throughput(kind: str = "cpu", **changes):
 
 def test_a_device_without_a_file_is_not_yet_measured():
     lines = report.table({"cpu-64": throughput()}).splitlines()
-    assert lines[2].startswith("| GPU") and lines[2].count(report.MISSING) == 4
+    assert lines[2].startswith("| GPU") and lines[2].count(report.MISSING) == 5
     assert "Some Processor (AVX2), 2 threads" in lines[3]
 
 
 def test_the_row_shows_the_best_of_ours_per_precision_and_its_file():
     text = report.table({"cpu-64": throughput()})
-    assert "65.0 ± 1.0 (compiled, fp32) | 100 | x1.30 | x1.25 | [2026-01-02](bench/results/cpu-64.json)" in text
+    assert "65.0 ± 1.0 (compiled, fp32) | x1.30 | 65% | [2026-01-02](bench/results/cpu-64.json)" in text
     assert "120.0 ± 1.0 (compiled, bf16)" in text
-    assert "`fastdcgan bench`" in text
+
+
+def test_the_headline_is_the_range_over_all_rows_of_a_kind_of_device():
+    gpu = throughput("cuda", device={"kind": "cuda", "name": "Some GPU"})
+    assert report.headline({"cpu-64": throughput(), "gpu": gpu, "scaling": {"measured": "scaling"}}) == (
+        "A training step, against the plain PyTorch example's: **1.3 to 2.4 times** as fast on Some GPU,"
+        " **1.3 to 2.4 times** as fast on Some Processor (AVX2) ([how fast](#how-fast))."
+    )
 
 
 def test_the_tuned_example_beside_ours_is_of_the_same_precision():
@@ -54,9 +61,9 @@ def test_ratios_are_to_the_plain_example_whatever_ran_first():
     content["rows"] = content["rows"][::-1]
     for row in content["rows"]:
         row["ratio"] = row["cpu_ratio"] = 0.5
-    assert "x1.30 | x1.25" in report.table({"cpu-64": content})
+    assert "x1.30 | 65%" in report.table({"cpu-64": content})
     content["rows"][-1]["rounds"] = []
-    assert "x" not in report.table({"cpu-64": content}).splitlines()[3].split("(compiled")[1]
+    assert report.comparisons({"cpu-64": content}) == [], "nothing was measured that ours could be compared with"
 
 
 def test_example_fp32_does_not_stand_in_for_the_example():
@@ -71,12 +78,16 @@ def test_a_failed_contender_is_not_in_the_table():
     assert f"| {report.MISSING} | 65.0" in report.table({"cpu-64": content})
 
 
-def test_insert_replaces_what_is_between_the_markers():
-    readme = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
-    assert report.insert("new", readme) == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
-    assert report.insert("new", report.insert("other", readme)) == report.insert("new", readme)
-    with pytest.raises(ValueError, match="bench:begin"):
-        report.insert("new", "no markers")
+def test_what_the_results_give_replaces_what_is_between_the_markers():
+    found = {"cpu-64": throughput()}
+    parts = [f"<!-- {name}:{end} -->" for name in ("headline", "bench") for end in ("begin", "end")]
+    page = report.filled("a\n{}\nold\n{}\nb\n{}\nold\n{}\nc\n".format(*parts), found)
+    assert page == "a\n{}\n{}\n{}\nb\n{}\n{}\n{}\nc\n".format(
+        *parts[:1], report.headline(found), *parts[1:3], report.readme(found), parts[3]
+    )
+    assert report.filled(page, found) == page
+    with pytest.raises(ValueError, match="headline:begin"):
+        report.filled("no markers", found)
 
 
 def test_every_published_result_says_where_it_comes_from():
@@ -88,10 +99,7 @@ def test_every_published_result_says_where_it_comes_from():
 
 def test_the_readmes_table_is_the_one_made_from_the_results():
     readme = (ROOT / "README.md").read_text()
-    if report.BEGIN in readme:
-        assert report.insert(report.readme(report.results(report.RESULTS)), readme) == readme, (
-            "run python -m fastdcgan.bench.report"
-        )
+    assert report.filled(readme, report.results(report.RESULTS)) == readme, "run python -m fastdcgan.bench.report"
 
 
 def test_the_other_measurements_are_a_line_each_with_their_file():
@@ -166,7 +174,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
     ):
         (line,) = [line for line in text.splitlines() if words in line]
         assert f"bench/results/{stem}.json" in line
-    assert text.count(report.MISSING) == 8, "start times and the like are no comparison"
+    assert text.count(report.MISSING) == 10, "start times and the like are no comparison"
 
 
 @pytest.fixture

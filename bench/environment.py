@@ -84,7 +84,8 @@ def commit() -> str | None:
         return run.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fastdcgan/*.py", "kernels", "bench/*.py")
+        measured = ("fastdcgan/*.py", "fastdcgan/*.c", "kernels", "bench/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import shlex
 import signal
@@ -19,7 +20,7 @@ import torch
 from fastdcgan.alarms import LOST, Alarm
 from fastdcgan.checkpoint import complete, keep_if_best, load_newest, load_sound, step_of
 from fastdcgan.config import TrainConfig, absolute
-from fastdcgan.console import say, spinner, training_progress
+from fastdcgan.console import say, speaks, spinner, training_progress
 from fastdcgan.data import open_dataset, packed_size
 from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.distributed import World, join
@@ -41,6 +42,8 @@ ROLLBACKS = 3  # from one start; then the run ends: what comes back every time i
 # What may change in a resumed run, and makes it another than the one that never stopped.
 CHANGES = [
     "data",
+    "loader",
+    "compile",
     "batch_size",
     "sync_batchnorm",
     "seed",
@@ -96,6 +99,10 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         torch.set_default_dtype(torch.float32)
         world = join(device)
         at_end.callback(world.leave)
+        if not speaks():  # warnings are the first process's to give, too
+            log = logging.getLogger("fastdcgan")
+            at_end.callback(log.setLevel, log.level)
+            log.setLevel(logging.ERROR)
         return train_in(world, config, config.differs() if asked is None else asked, device, at_end)
 
 
@@ -148,6 +155,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     resumed = world.broadcast_object(world.first(lambda: load_newest(place) if place else None))
     known = complete(place) if place else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
+    at_end.callback(stream.close)
     step = TrainStep(
         generator,
         discriminator,
@@ -246,7 +254,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                     if watch:
                         figures = {"step": done, "images": stream.images, "epoch": stream.images / data.count}
                         figures |= metrics | step.gradient_norms()
-                        figures["images_per_second"] = config.batch_size * world.size / pace.step_seconds
+                        if pace.step_seconds < math.inf:  # the first step compiles, and is not timed
+                            figures["images_per_second"] = config.batch_size * world.size / pace.step_seconds
                         raised += watch.log(figures | {"peak_memory_bytes": peak_memory(device)})
             show(done, watch.status if watch else "")
             if samples:
@@ -266,7 +275,6 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             if raised and (config.on_divergence != "warn" or any(alarm.kind == LOST for alarm in raised)):
                 saver.wait()
                 if config.on_divergence != "rollback" or rollbacks == ROLLBACKS:
-                    stream.close()
                     end(folder, raised[0])
                 rollbacks += 1
                 done = roll_back(world, folder, step, raised, config.seed, rollbacks)
@@ -282,7 +290,6 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     if watch:
         with watch.writing():
             report_skipped(skipped, folder)
-    stream.close()
     if saver.lost is not None:
         what = f"step {saver.lost:,} could not be saved (see above); {last_saved(folder)}"
         raise UserError(f"{what}: make room, then {go_on}")
@@ -330,7 +337,8 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
 
 def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:
     """Say what a resumed run no longer has in common with one that never stopped."""
-    for name in CHANGES:
+    scheduled = config.lr_decay != "none" or config.instance_noise > 0
+    for name in [*CHANGES, *(("steps", "epochs") if scheduled else ())]:
         now, before = getattr(config, name), getattr(saved, name)
         if now != before:
             say(f"note: {name} changes from {before} to {now}: the run is no longer the one that never stopped")

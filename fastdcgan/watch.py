@@ -67,14 +67,16 @@ class Watch:
         """Write a log point down; the alarms that it raises.
 
         Args:
-            figures: step, images_per_second, what `Alarms.look_at_metrics` takes, and what else is to be written.
+            figures: step, what `Alarms.look_at_metrics` takes, and what else is to be written; images_per_second where
+                it is known.
         """
         with self.writing():
             self.monitor.log(figures)
         if self.contention and self.contention.found():
             say(f"note: {Contention.ADVICE}")
+        rate = f"{figures['images_per_second']:,.0f} images/s  " if "images_per_second" in figures else ""
         self.status = (
-            f"{figures['images_per_second']:,.0f} images/s  loss D {figures['loss_d']:.2f} G {figures['loss_g']:.2f}"
+            f"{rate}loss D {figures['loss_d']:.2f} G {figures['loss_g']:.2f}"
             f"  D(x) {figures['d_real']:.2f}  D(G(z)) {figures['d_fake']:.2f}"
         )
         return self.tell(self.alarms.look_at_metrics(int(figures["step"]), figures))

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import random
@@ -309,7 +310,12 @@ def test_a_resumed_run_says_what_changes_and_no_more(
     train(small(run, resume=True, flip=False, lr=1e-3))  # digits are not mirrored anyway
     said = capsys.readouterr().err
     assert "lr changes from 0.0002 to 0.001" in said and "flip" not in said
-    with pytest.raises(UserError, match=r"the run has 0\.1068 epochs behind it: --epochs 0\.05 would end it before"):
+    train(small(run, resume=True, steps=13))
+    assert "steps" not in capsys.readouterr().err.replace("13 steps of 16", "")
+    train(small(run, resume=True, steps=14, lr_decay="linear", loader="torch"))  # a schedule runs to the last step
+    said = capsys.readouterr().err
+    assert "steps changes from 13 to 14" in said and "loader changes from auto to torch" in said
+    with pytest.raises(UserError, match=r"the run has 0\.1247 epochs behind it: --epochs 0\.05 would end it before"):
         train(small(run, resume=True, steps=None, epochs=0.05))
 
 
@@ -424,9 +430,12 @@ def test_a_run_that_is_finished_while_another_looks_at_its_images_is_not_overwri
 
 def test_a_run_that_failed_lets_go_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a notebook, which keeps the failure with all that belongs to it."""
+    closed: list[ResidentStream] = []
     with monkeypatch.context() as patched, pytest.raises(RuntimeError) as kept:
         patched.setattr(TrainStep, "read_metrics", lambda _: (_ for _ in ()).throw(RuntimeError("planted")))
+        patched.setattr(ResidentStream, "close", lambda stream: closed.append(stream))
         train(small(tmp_path / "run"))
+    assert len(closed) == 1, "its threads would go on"
     assert [each.name for each in checkpoint.complete(tmp_path / "run")] == ["step-000003"]
     train(small(tmp_path / "run", steps=6, resume=True))
     assert kept.value.args == ("planted",)
@@ -758,6 +767,24 @@ def test_flags_reach_the_data_and_the_step(tmp_path: Path, monkeypatch: pytest.M
 def test_what_the_data_turned_out_to_be_is_in_the_configuration(straight: Path) -> None:
     config = load_run(straight).config
     assert config is not None and config.channels == 1 and SMALL.channels is None
+
+
+def test_a_first_step_that_compiles_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainStep, "compile", lambda step: setattr(step, "compiled", True))
+    run = train(small(tmp_path / "run", steps=2, log_every=1, compile=True))
+    first, second = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert "images_per_second" not in first and second["images_per_second"] > 0
+
+
+def test_warnings_are_the_first_processs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    read = TrainStep.read_metrics
+    log = logging.getLogger("fastdcgan")
+    monkeypatch.setattr(TrainStep, "read_metrics", lambda step: seen.append(log.getEffectiveLevel()) or read(step))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        train(small(tmp_path / rank, steps=1))
+    assert seen[0] <= logging.WARNING < seen[-1] and log.level == logging.NOTSET
 
 
 def test_figures_of_a_log_point(straight: Path) -> None:

@@ -118,7 +118,7 @@ def _named(
         known = named.KNOWN[name]
         flip = known.flip
         array, labels, class_names = named.arrays(name, cache_dir / "datasets", image_size, channels or known.channels)
-    return ArrayDataset(name, array, flip=flip, labels=labels, class_names=class_names, **placed)
+    return ArrayDataset(name, array, name, flip=flip, labels=labels, class_names=class_names, **placed)
 
 
 def open_source(data: str) -> EncodedSource:
@@ -157,7 +157,7 @@ def open_source(data: str) -> EncodedSource:
             if path.suffix.lower() == ".tar":
                 return TarSource(path, [path])
             if path.suffix.lower() == ".mdb":
-                return LmdbSource(path.parent)
+                return LmdbSource(path)
             raise UserError(
                 f"{path} is not a set of images: give a folder, a .zip, .tar shards, an LMDB or a packed .npy"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -21,13 +22,19 @@ from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, En
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable
 
+OPEN_SHARDS = 256  # at a time: a process may have some 1,000 files open
+
 
 class ArchiveFile:
-    """An open file read at given places, from any thread."""
+    """An open file read at given places, from any thread; closed when nobody holds it any more."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (stays open as long as the source)
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on; OSError where the file ends before."""
@@ -112,11 +119,11 @@ class TarSource(EncodedSource):
 
     def __init__(self, path: Path, shards: Sequence[Path]) -> None:
         self.path, self.names, self.unusable = path, [], []
-        self._shards, self._files = list(shards), []
+        self._shards = list(shards)
+        self._file = functools.lru_cache(OPEN_SHARDS)(lambda number: ArchiveFile(self._shards[number]))
         self._places: list[tuple[int, int, int]] = []  # (shard, offset, size)
         self._labels: list[str | None] = []
         for number, shard in enumerate(self._shards):
-            self._files.append(ArchiveFile(shard))
             self._index(number, shard)
         _require_images(self)
 
@@ -153,7 +160,7 @@ class TarSource(EncodedSource):
             text = None
             if label and label.size < 1024:
                 with suppress(OSError):  # the shard is cut short in the middle of it
-                    text = self._files[number].read_at(label.offset_data, label.size)
+                    text = self._file(number).read_at(label.offset_data, label.size)
             self._labels.append(None if text is None else text.decode("utf-8", "backslashreplace").strip())
 
     def classes(self) -> tuple[list[int], list[str]] | None:
@@ -169,19 +176,19 @@ class TarSource(EncodedSource):
 
     def read(self, i: int) -> bytes:
         shard, offset, size = self._places[i]
-        return self._files[shard].read_at(offset, size)
+        return self._file(shard).read_at(offset, size)
 
     def glimpse(self, i: int) -> Glimpse:
         shard, offset, size = self._places[i]
-        tail = min(size, TAIL_BYTES)
-        head = self._files[shard].read_at(offset, min(size, HEAD_BYTES))
-        return Glimpse(head, self._files[shard].read_at(offset + size - tail, tail), size, lambda: self.read(i))
+        tail, file = min(size, TAIL_BYTES), self._file(shard)
+        head = file.read_at(offset, min(size, HEAD_BYTES))
+        return Glimpse(head, file.read_at(offset + size - tail, tail), size, lambda: self.read(i))
 
     def fingerprint(self) -> str:
         return _fingerprint_of_files(self._shards)
 
 
-# By resolved path: LMDB refuses to open a database twice in one process, and several data sets may read one.
+# By the file's resolved path: LMDB refuses to open a database twice in one process, and several data sets may read one.
 _environments: WeakValueDictionary[Path, Any] = WeakValueDictionary()
 
 
@@ -196,10 +203,10 @@ class LmdbSource(EncodedSource):
         except ImportError:
             raise UserError(f"{path} is an LMDB, which needs one more package: pip install lmdb") from None
         try:
-            self._env: Any = _environments.get(path.resolve())
+            self._env: Any = _environments.get(self._file.resolve())
             if self._env is None:
-                self._env = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
-                _environments[path.resolve()] = self._env
+                self._env = lmdb.open(str(self._file), subdir=False, readonly=True, lock=False, readahead=False)
+                _environments[self._file.resolve()] = self._env
             # LMDB maps the file as long as it says it is: reading behind its end would kill the process (SIGBUS).
             if self._file.stat().st_size < (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]:
                 raise UserError(f"{path} is cut short: fetch it again")

@@ -24,6 +24,7 @@ class ArrayDataset(Dataset):
         self,
         name: str,
         array: NDArray[np.uint8],
+        content: str,
         *,
         device: torch.device,
         seed: int,
@@ -34,12 +35,14 @@ class ArrayDataset(Dataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`cache` decides only whether the set is copied to a CUDA device: not for "host", "disk" and "off"."""
+        """`content` names the array as `Dataset.content` does. `cache` decides only whether the set is copied to a CUDA
+        device: not for "host", "disk" and "off".
+        """
         self.name, self.flip, self.labels, self.class_names = name, flip, labels, class_names
         self.count, height, width, self.channels = array.shape
         self.image_size = (height, width)
         self.skipped = []
-        self._device, self._cache = device, cache
+        self._content, self._device, self._cache = content, device, cache
         self._order = Order(self.count, seed, rank, world_size)
         self._usable = Usable(np.ones(self.count, dtype=bool), lambda broken: None)
         self._host = Store.complete(array)
@@ -49,7 +52,7 @@ class ArrayDataset(Dataset):
         return self._host.read(np.asarray(indices, dtype=np.int64))
 
     def content(self) -> str:
-        return f"{self.name} {self.labels}"
+        return f"{self._content} {self.labels}"
 
     def stream(self, batch_size: int, state: dict[str, Any] | None = None) -> Stream:
         require_a_batch(self.name, self.count, batch_size, self._order.world_size)

@@ -64,4 +64,6 @@ def open_packed(path: Path, image_size: tuple[int, int], channels: int | None, *
     labels, class_names = note.get("labels"), note.get("class_names")
     if not isinstance(labels, list) or len(labels) != len(array):  # none, or the note of another array
         labels = class_names = None
-    return ArrayDataset(path.stem, array, flip=flip, labels=labels, class_names=class_names, **placed)
+    status = path.stat()
+    content = f"{path.stem} {status.st_size} {status.st_mtime_ns}"
+    return ArrayDataset(path.stem, array, content, flip=flip, labels=labels, class_names=class_names, **placed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import tracemalloc
 import zipfile
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdcgan.data import Dataset
+from fastdcgan.data import Dataset, archives
 from fastdcgan.data.archives import LmdbSource, ZipSource, expand_braces
 from fastdcgan.errors import UserError
 
@@ -186,6 +187,24 @@ def test_webdataset_shards_as_written_by_webdataset(
     assert opened(f"{folder}/s-{{000..001}}.tar").count == 6
 
 
+def test_few_of_many_shards_are_open_at_a_time(
+    files: dict[str, bytes],
+    from_folder: Callable[[str], torch.Tensor],
+    opened: Callable[..., Dataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(archives, "OPEN_SHARDS", 2)
+    for k, (name, data) in enumerate(sorted(files.items())):
+        with tarfile.open(tmp_path / f"s-{k}.tar", "w") as archive:
+            add(archive, name, data)
+    data = opened(tmp_path)
+    for _ in range(2):
+        assert torch.equal(data.take(range(FILES)), from_folder("auto"))
+    held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if os.path.exists(link)]
+    assert sum(str(tmp_path) in name for name in held) <= 2
+
+
 def test_a_shard_cut_short_gives_what_is_whole(
     files: dict[str, bytes], opened: Callable[..., Dataset], tmp_path: Path
 ) -> None:
@@ -222,8 +241,11 @@ def test_lsun_lmdb(
     data = opened(path, loader=loader)
     assert (data.name, data.count, data.labels) == ("church_lmdb", FILES, None)
     assert torch.equal(data.take(range(FILES)), from_folder(loader))
-    second = opened(path, loader=loader)  # while the first is in use
-    assert torch.equal(second.take(range(FILES)), data.take(range(FILES)))
+    for other in (path, path / "data.mdb"):  # while the first is in use
+        assert torch.equal(opened(other, loader=loader).take(range(FILES)), data.take(range(FILES)))
+    (tmp_path / "church.mdb").write_bytes((path / "data.mdb").read_bytes())
+    data = opened(tmp_path / "church.mdb", loader=loader)
+    assert data.name == "church" and torch.equal(data.take(range(FILES)), from_folder(loader))
 
 
 def test_an_lmdb_cut_short_is_refused(files: dict[str, bytes], tmp_path: Path) -> None:

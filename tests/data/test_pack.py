@@ -77,6 +77,16 @@ def test_packing_twice_does_nothing_and_never_overwrites(make_folder: Callable[.
         pack(str(folder), image_size=SIZE, out=out)
 
 
+def test_a_packed_set_that_has_changed_is_packed_anew(tmp_path: Path) -> None:
+    for shade in (7, 9):
+        np.save(tmp_path / "mine.npy", np.full((5, 16, 16, 1), shade, np.uint8))
+        out = tmp_path / f"set-{shade}.npy"
+        pack(str(tmp_path / "mine.npy"), image_size=SIZE, out=out)
+        assert (np.load(out) == shade).all()
+    with pytest.raises(UserError, match="exists and holds something else"):
+        pack(str(tmp_path / "mine.npy"), image_size=SIZE, out=tmp_path / "set-7.npy")
+
+
 SLOW_PACK = """
 import sys, time
 from pathlib import Path

@@ -126,7 +126,7 @@ def share_of(
         if kind in ("array", "packed"):
             array = opened(folder, cache="off").take(range(count)).numpy()
             if kind == "array":
-                return ArrayDataset("mine", array, device=torch.device("cpu"), seed=0, flip=False, **options)
+                return ArrayDataset("mine", array, "mine", device=torch.device("cpu"), seed=0, flip=False, **options)
             np.save(tmp_path / "packed.npy", array)
             return opened(tmp_path / "packed.npy", **options)
         return opened(folder, cache=kind, **options)

@@ -56,10 +56,7 @@ def profile_training(
     for flag, value, least in (("--steps", steps, 1), ("--width", width, 1), ("--batch-size", batch_size, 2)):
         check_at_least(flag, value, least)
     if not nsight:
-        try:
-            make_writable(out)
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        make_writable(out, f"--out {out}")
     quiet()
     dataset = open_dataset(data, image_size=image_size, device=device)
     stream = dataset.stream(batch_size)

@@ -25,7 +25,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from fastdcgan.apps.distances import sliced_wasserstein
+from fastdcgan.apps.distances import mean_sliced_wasserstein
 from fastdcgan.bench.contenders import Entry, Example, Shape, fast_step
 from fastdcgan.bench.contestant import Contestant
 from fastdcgan.bench.environment import command_line, describe, write_json
@@ -115,7 +115,7 @@ class Trainer:
         dataset = open_dataset(data, image_size=shape.image_size, device=device, seed=shape.seed)
         real = dataset.take(range(min(2 * SAMPLES, dataset.count))).permute(0, 3, 1, 2).to(device)
         self.real, others = real.split(math.ceil(len(real) / 2))
-        self.least = distance(self.real, others)
+        self.least = mean_sliced_wasserstein(self.real, others)
         stream = dataset.stream(shape.batch_size)
         if entry.name == "example":
             example = Example(shape, device, entry.precision)
@@ -151,7 +151,8 @@ class Trainer:
 
     def distances(self) -> tuple[float, float]:
         """Of samples to real images, and of these to others."""
-        return distance(self.real, samples(self.generator, len(self.real), self.shape, self.device)), self.least
+        drawn = samples(self.generator, len(self.real), self.shape, self.device)
+        return mean_sliced_wasserstein(self.real, drawn), self.least
 
 
 @torch.no_grad()
@@ -162,12 +163,6 @@ def samples(generator: nn.Module, count: int, shape: Shape, device: torch.device
     images = generator(latents.to(next(generator.parameters()).dtype)).float()
     generator.train()
     return images
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Sliced Wasserstein, the mean over the levels of the pyramid."""
-    levels = sliced_wasserstein(a, b)
-    return sum(levels.values()) / len(levels)
 
 
 def main() -> None:

@@ -71,8 +71,8 @@ def end_to_end_lines(found: Results) -> list[str]:
         lines.append(
             f"- From the files of {content['data']} ({ours['images']:,} an epoch) to weights,"
             f" batch {ours['batch_size']}, {ours['precision']}, on {machine(content)}:"
-            f" x{ours['first_ratio']:.2f} of the plain example with its loader in the first epoch,"
-            f" x{ours['later_ratio']:.2f} in later ones ({cited(stem)})."
+            f" {ours['first_ratio']:.2f} times as fast as the plain example with its loader in the first epoch,"
+            f" {ours['later_ratio']:.2f} times in later ones ({cited(stem)})."
         )
     return lines
 
@@ -85,13 +85,17 @@ def data_lines(found: Results) -> list[str]:
         first = [row for way, row in ratios.items() if way.endswith("first epoch")]
         usual, best = first[0], max(first, key=lambda row: row["ratio"])  # the default comes first
         at_hand = ratios.get(f"{usual['way']}, memory at hand", usual)
-        also = "" if best is usual else f", x{best['ratio']:.1f} with {best['way'].removesuffix(', first epoch')}"
+        others = []
+        if best is not usual:
+            others.append(f"{best['ratio']:.1f} with {best['way'].removesuffix(', first epoch')}")
         if at_hand["ratio"] > 1.1 * usual["ratio"]:
-            also += f", x{at_hand['ratio']:.1f} where the host has its memory at hand"
+            others.append(f"{at_hand['ratio']:.1f} where the host has its memory at hand")
+        also = f" ({', '.join(others)})" if others else ""
         lines.append(
             f"- Loading {content['data']} ({content['images']:,} images) at {content['image_size']} pixels"
-            f" on {machine(content)}, first epoch: x{usual['ratio']:.1f} of ImageFolder and a DataLoader with two"
-            f" workers{also}; from the cache {ratios['cache']['images_per_second']:,} images/s ({cited(stem)})."
+            f" on {machine(content)}, first epoch: {usual['ratio']:.1f} times as fast as ImageFolder and a DataLoader"
+            f" with two workers{also}; from the cache {ratios['cache']['images_per_second']:,} images/s"
+            f" ({cited(stem)})."
         )
     return lines
 
@@ -109,7 +113,7 @@ def feeding_lines(found: Results) -> list[str]:
         lines.append(
             f"- From the second epoch on a step of {content['batch_size']} on {machine(content)} waits for its"
             f" images, as a share of its time: {shares}"
-            + (f"; {beside[0]:.0%} of the time of copies from the host kernels run beside them" if beside else "")
+            + (f"; kernels run during {beside[0]:.0%} of the time that copies from the host take" if beside else "")
             + f" ({cited(stem)})."
         )
     return lines
@@ -142,13 +146,14 @@ def other_lines(found: Results) -> list[str]:
         parity = content["parity"]
         low, high = parity["interval"]
         verdict = "within" if parity["holds"] else "not shown to be within"
+        verdict += f" the margin of {parity['margin']:.0%}"
         fast = next(curve for curve in content["curves"] if curve["contender"] != "example")
         (height, width), executor = content["network"]["image_size"], fast["contender"].removeprefix("fast-")
         lines.append(
             f"- The same steps give the same quality: over {parity['seeds']} seeds of {fast['steps'][-1]:,} steps on"
             f" {content['data']} at {height}x{width}, width {content['network']['width']}, the {executor} step's"
             f" ({content['precision'][fast['contender']]}) sliced Wasserstein distance differs from the reference's by"
-            f" {parity['difference']:+.1%} (95% interval {low:+.1%} to {high:+.1%}), {verdict} {parity['margin']:.0%}"
+            f" {parity['difference']:+.1%} (95% interval {low:+.1%} to {high:+.1%}), {verdict}"
             f" ({cited(stem)})."
         )
     for stem, content in found.items():

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The three kernels against torch's own, on the GPU where there is one and at small sizes on the CPU.
+"""Three of the kernels against torch's own, on the GPU where there is one and at small sizes on the CPU.
 
     pytest --benchmark-only bench/test_bench_kernels.py
 

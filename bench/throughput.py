@@ -141,9 +141,7 @@ def bench(
     ours = [row for row in rows if row.contender.startswith("fast") and row.rounds]
     if follow and ours:
         best = max(ours, key=lambda row: row.images_per_second)
-        from fastdcgan.bench import (
-            overhead,
-        )  # here, for it needs the whole trainer, and the rest torch and triton alone
+        from fastdcgan.bench import overhead  # here: it needs the whole trainer, the rest torch and triton alone
 
         say(f"following a run of {best.contender} {best.precision}, batch {best.batch_size}")
         one_shape = dataclasses.replace(shape, batch_size=best.batch_size)

@@ -66,7 +66,7 @@ class Alarms:
             step,
             lost,
             1,
-            "gradients are no longer numbers: nothing after this can be used. Try --on-divergence rollback, a smaller"
+            "gradients are no longer finite: nothing after this can be used. Try --on-divergence rollback, a smaller"
             " --lr, or --precision fp32",
         )
         if lost:

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from fastdcgan.console import say
 from fastdcgan.errors import UserError, first_line
 
-REPLACED = ".replaced"
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
 TENSOR_FILES = ("generator", "average", "discriminator", "state")
 
 
@@ -53,9 +53,7 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int, sound: int | N
         OSError: it could not be written; nothing is left of it.
     """
     folder = _place(run, step)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with _appearing(folder) as unfinished:
         unfinished.mkdir(parents=True)
         digests = {}
         for kind in TENSOR_FILES:
@@ -70,13 +68,6 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int, sound: int | N
         digests["state.json"] = _digest(progress)
         state = json.dumps({**progress, "sha256": digests}, indent=1)
         (unfinished / "state.json").write_text(state + "\n")
-        for file in [*unfinished.iterdir(), unfinished]:
-            _sync(file)
-        _put(unfinished, folder)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        bring_back(run)
-        raise
     before = [each for each in complete(run) if step_of(each) <= step]  # later ones are damaged
     needed = before[-keep:] + [each for each in before if sound is not None and step_of(each) <= sound][-1:]
     for old in set(before) - set(needed):
@@ -142,17 +133,8 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
             return False
     except (UserError, KeyError, TypeError):
         pass  # there is none, or none that can be used
-    unfinished = best.with_name(".step-best.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with _appearing(best) as unfinished:
         shutil.copytree(folder, unfinished)
-        for file in [*unfinished.iterdir(), unfinished]:
-            _sync(file)
-        _put(unfinished, best)
-    except OSError:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        bring_back(run)
-        raise
     return True
 
 
@@ -191,7 +173,7 @@ def step_of(folder: Path) -> int:
 
 def remove_unfinished(run: Path) -> None:
     """Delete what a killed run left half-written."""
-    for folder in (run / "checkpoints").glob(".step-*.unfinished"):
+    for folder in (run / "checkpoints").glob(f".*{UNFINISHED}"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -223,6 +205,26 @@ def _whole(folders: list[Path]) -> Iterator[Checkpoint]:
 
 def _place(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A path to make a folder at, which then appears as `folder`, complete and on the disk.
+
+    Raises:
+        OSError: it could not be written; nothing is left of it.
+    """
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        for file in [*unfinished.iterdir(), unfinished]:
+            _sync(file)
+        _put(unfinished, folder)
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        bring_back(folder.parent.parent)
+        raise
 
 
 def _put(finished: Path, folder: Path) -> None:

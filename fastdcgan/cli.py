@@ -316,10 +316,7 @@ def bench(
     if json is not None:
         if json.is_dir():
             raise UserError(f"--json {json} is a folder: give the name of a file")
-        try:
-            make_writable(json.parent)
-        except OSError as error:
-            raise UserError(f"--json {json} cannot be written: {error.strerror}") from None
+        make_writable(json.parent, f"--json {json}")
     if only and not contenders.entries(only, precision, choose_device(device)):
         raise UserError(f"--only {' '.join(only)} needs a GPU: leave it out to compare what this device can run")
     shared: dict[str, Any] = {
@@ -513,7 +510,7 @@ def evaluate(
         data: real images, as in `fastdcgan train`.
         images: how many real ones, and as many generated ones.
         features: a run whose discriminator's features precision and recall are measured in. Default: those of an
-            untrained one, the same for all runs of one size.
+            untrained one, with the same weights for all networks of one shape.
         fid: also FID, KID and inception score (needs torch-fidelity; minutes on a CPU).
         inception_weights: a file with the Inception network for --fid. Default: torch-fidelity fetches it.
         out: a .json file; a picture of real and generated images goes beside it.

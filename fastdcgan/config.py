@@ -129,9 +129,9 @@ class TrainConfig:
     #: Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them, and
     #: with --on-divergence rollback one that is old enough to go back to.
     keep: int = 3
-    #: At an alarm (no numbers, steep gradients, a discriminator that always wins, samples all alike): say so, end the
-    #: run, or go back to the last sound checkpoint with other noise, three times at most until it is resumed. Gradients
-    #: that are no numbers end the run with warn too.
+    #: At an alarm (numbers that are not finite, steep gradients, a discriminator that always wins, samples all alike):
+    #: say so, end the run, or go back to the last sound checkpoint with other noise, three times at most until it is
+    #: resumed. Gradients that are not finite end the run with warn too.
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"
 
     def __post_init__(self) -> None:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from fastdcgan.errors import UserError
+
 
 def short(name: str) -> str:
     """A name that leaves room for more in the name of a file, which has 255 bytes."""
@@ -20,15 +22,18 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def make_writable(folder: Path) -> None:
-    """Make a folder where there is none yet.
+def make_writable(folder: Path, asked: str) -> None:
+    """Make a folder where there is none yet; `asked` is what the user asked to be written there.
 
     Raises:
-        OSError: it cannot be made, or no file in it.
+        UserError: it cannot be made, or no file in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(13, "Permission denied", str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{asked} cannot be written: {error.strerror or error}") from None
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:
@@ -57,7 +62,7 @@ def replace_file(path: Path, content: bytes) -> None:
         OSError: it could not be written; what was there before still is.
     """
     if path.name in ("", ".."):
-        raise IsADirectoryError(21, "it is a folder", str(path))
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_bytes(content)

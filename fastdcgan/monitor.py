@@ -56,12 +56,10 @@ class Monitor:
                 file.truncate(before)
                 raise
 
-    def picture(self, name: str, images: Tensor, step: int) -> Path:
+    def picture(self, name: str, images: Tensor, step: int) -> None:
         """Save images (N, C, H, W) in -1..1 as the grid samples/<name>.png, and show it in TensorBoard."""
-        path = self.run / "samples" / f"{name}.png"
-        grid = save_grid(images, path)
+        grid = save_grid(images, self.run / "samples" / f"{name}.png")
         self.board.add_image(name.split("-")[0], grid, step)
-        return path
 
     def close(self) -> None:
         self.board.close()

@@ -35,7 +35,7 @@ def make_objective(loss: str, label_smoothing: float = 0.0) -> Objective:
     """
     if label_smoothing == 0:
         return OBJECTIVES[loss]
-    smoothed = {"bce": _bce_discriminator_smoothed, "lsgan": _lsgan_discriminator}
+    smoothed = {"bce": _bce_discriminator, "lsgan": _lsgan_discriminator}
     if loss not in smoothed:
         raise ValueError(f"label_smoothing needs a loss with targets, bce or lsgan, not {loss}")
     return Objective(
@@ -43,13 +43,10 @@ def make_objective(loss: str, label_smoothing: float = 0.0) -> Objective:
     )
 
 
-def _bce_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    return F.softplus(-real).mean() + F.softplus(fake).mean()  # -log(sigmoid(x)) = softplus(-x)
-
-
-def _bce_discriminator_smoothed(real: Tensor, fake: Tensor, smoothing: float) -> Tensor:
-    real_loss = (1 - smoothing) * F.softplus(-real).mean() + smoothing * F.softplus(real).mean()
-    return real_loss + F.softplus(fake).mean()
+def _bce_discriminator(real: Tensor, fake: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-log(sigmoid(x)) = softplus(-x). The target 1 - s instead of 1 adds s * (softplus(x) - softplus(-x)) = s * x."""
+    loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+    return loss + smoothing * real.mean() if smoothing else loss
 
 
 def _bce_generator(fake: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class Adam:
 
     Args:
         network: its parameters may have been cast to bfloat16; `masters` then gives their float32 values.
-        masters: float32 values by parameter name for the parameters in low precision.
+        masters: float32 values by name of the parameters that are in bfloat16, and of them alone.
         average: a network of the same kind in float32 whose parameters follow as an exponential moving average.
         average_decay: () tensor, the average's decay; needed with `average`.
         world: the processes whose gradients are averaged.
@@ -31,17 +31,14 @@ class Adam:
         network: nn.Module,
         lr: float,
         betas: tuple[float, float],
-        masters: dict[str, Tensor] | None = None,
+        masters: dict[str, Tensor],
         average: nn.Module | None = None,
         average_decay: Tensor | None = None,
         world: World = ALONE,
     ) -> None:
         self.parameters = dict(network.named_parameters())
-        low = {name for name, p in self.parameters.items() if p.dtype == torch.bfloat16}
-        self.masters = {
-            name: masters[name] if masters and name in low else p.detach() for name, p in self.parameters.items()
-        }
-        self.copies = [p.detach() if name in low else None for name, p in self.parameters.items()]
+        self.masters = {name: masters.get(name, p.detach()) for name, p in self.parameters.items()}
+        self.copies = [p.detach() if name in masters else None for name, p in self.parameters.items()]
         self.averages = None if average is None else [p.detach() for p in average.parameters()]
         self.average_decay = average_decay
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.masters.items()}

@@ -210,6 +210,9 @@ def _settings(record: Record) -> list[tuple[str, str, str]]:
     ]
 
 
+LAST = (("step", "step", 0), ("images", "images", 0), ("epoch", "epoch", 1))
+
+
 def _summary(record: Record) -> str:
     last = record.lines["metrics"][-1]
     rates = sorted(record.series("metrics", "images_per_second")[1])
@@ -219,9 +222,6 @@ def _summary(record: Record) -> str:
     count = len(record.lines["alarms"])
     words.append("no alarms" if count == 0 else "1 alarm" if count == 1 else f"{count} alarms")
     return f"<p>{', '.join(words)}</p>"
-
-
-LAST = (("step", "step", 0), ("images", "images", 0), ("epoch", "epoch", 1))
 
 
 def _grids(record: Record, prefix: str) -> list[tuple[int, Path]]:

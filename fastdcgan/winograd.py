@@ -87,14 +87,14 @@ def fits(batch_size: int, grid: tuple[int, int], channels: int) -> bool:
     height, width = grid
     limits = _limits(channels)
     return (
-        possible(grid)
+        whole_tiles(grid)
         and max(grid) <= limits.longest_side
         and channels >= limits.fewest_channels
         and batch_size * height * width // 16 >= limits.fewest_tiles
     )
 
 
-def possible(grid: tuple[int, int]) -> bool:
+def whole_tiles(grid: tuple[int, int]) -> bool:
     """Whether a grid, the smaller one of a convolution, is made of whole tiles."""
     return all(side % 4 == 0 for side in grid)
 

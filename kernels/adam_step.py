@@ -159,9 +159,8 @@ def _check(
 ) -> None:
     if param.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"adam_step: parameter {position} is {param.dtype}; parameters are float32")
-    if (
-        torch.empty_like(param, device="meta").stride() != param.stride()
-    ):  # empty_like keeps strides only of dense tensors
+    dense = torch.empty_like(param, device="meta").stride()  # keeps strides only of dense tensors
+    if dense != param.stride():
         raise ValueError(
             f"adam_step: parameter {position} is not dense: {tuple(param.shape)}, strides {param.stride()}"
         )

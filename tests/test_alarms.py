@@ -183,7 +183,7 @@ def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     run = train(small(tmp_path / "run", on_divergence="rollback"))
     assert poison.calls == 9 + 6
     said = capsys.readouterr().err
-    assert "no longer numbers" in said and "no checkpoint at step 9" in said and "back to step 6" in said
+    assert "no longer finite" in said and "no checkpoint at step 9" in said and "back to step 6" in said
     assert [line["step"] for line in lines(run, "metrics")] == list(range(1, 13))
     assert [(a["kind"], a["step"], a["sound"]) for a in lines(run, "alarms")] == [("not finite", 9, 8)]
     assert not torch.equal(poison.noise[6], poison.noise[9])  # step 7, the first and the second time

@@ -107,7 +107,7 @@ def test_five_steps_in_float64(size: int, channels: int) -> None:
 def convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the two for every grid that is possible with it, whatever the processor, dtype and number of channels."""
     possible = request.param == "Winograd's"
-    monkeypatch.setattr(winograd, "is_faster", lambda x, grid, channels: possible and winograd.possible(grid))
+    monkeypatch.setattr(winograd, "is_faster", lambda x, grid, channels: possible and winograd.whole_tiles(grid))
 
 
 @pytest.mark.usefixtures("convolutions")

@@ -870,7 +870,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     done.clear()
     checkpoint.keep_best(tmp_path, folder, 0.5)
     assert {*done[:5]} == files
-    assert done[5:] == [".step-best.unfinished", "rename to best", "checkpoints"]
+    assert done[5:] == [".best.unfinished", "rename to best", "checkpoints"]
 
 
 def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

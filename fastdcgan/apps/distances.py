@@ -48,6 +48,12 @@ def sliced_wasserstein(
     return distances
 
 
+def mean_sliced_wasserstein(a: Tensor, b: Tensor, repeats: int = 4) -> float:
+    """`sliced_wasserstein`, the mean over the levels of the pyramid; 0 at best."""
+    levels = sliced_wasserstein(a, b, repeats=repeats)
+    return sum(levels.values()) / len(levels)
+
+
 def laplacian_pyramid(images: Tensor) -> list[Tensor]:
     """(N, C, H, W) -> what each level adds to the next coarser one, finest first, down to 16 pixels a side."""
     levels = []

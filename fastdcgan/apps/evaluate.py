@@ -49,8 +49,9 @@ def evaluate(
         data: real images, as in `fastdcgan train`.
         images: real ones, and as many generated ones.
         features: a run whose discriminator's features are compared for precision and recall; by default those of an
-            untrained one (Naeem et al. 2020, section 4), always the same one for networks of one shape. A run's own
-            discriminator is partial: it has learned to keep generated pictures apart from real ones.
+            untrained one (Naeem et al. 2020, section 4), with the same weights for all networks of one shape and
+            BatchNorm's statistics of the real images. A run's own discriminator is partial: it has learned to keep
+            generated pictures apart from real ones.
         fid: also FID, KID and inception score, with torch-fidelity.
         inception_weights: file of the Inception network for `fid`; by default torch-fidelity fetches it.
         seed: of the generated pictures and of which real images are taken.

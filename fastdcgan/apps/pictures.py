@@ -130,11 +130,7 @@ def check_out(out: Path, suffixes: tuple[str, ...] = ()) -> None:
         UserError: a wrong suffix, or something in the way.
     """
     check_name(out, suffixes)
-    folder = out.parent if suffixes else out
-    try:
-        make_writable(folder)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+    make_writable(out.parent if suffixes else out, f"--out {out}")
 
 
 def check_name(out: Path, suffixes: tuple[str, ...] = ()) -> None:

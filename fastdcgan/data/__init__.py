@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "Dataset", "Stream", "open_dataset", "packed_size"]
 
-LOADERS = ("auto", "dali", "torch")
-CACHES = ("auto", "device", "host", "disk", "off")
-CROPS = ("centre", "random")
-
 
 def open_dataset(
     source: str,
@@ -64,41 +60,38 @@ def open_dataset(
     """
     import torch
 
-    for option, value, known in (("loader", loader, LOADERS), ("cache", cache, CACHES), ("crop", crop, CROPS)):
-        if value not in known:
-            raise UserError(f"--{option} {value} is not known: use one of {', '.join(known)}")
     if crop == "random" and cache not in ("auto", "off"):
         raise UserError(f"--crop random is another crop every epoch, which --cache {cache} cannot keep: leave one out")
-    if channels not in (None, 1, 3, 4):
-        raise UserError(f"--channels {channels} is not possible: use 1 (grey), 3 (colour) or 4 (with transparency)")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     cache_dir = cache_dir or default_cache_dir()
-    placed = {"device": device, "seed": seed, "cache": cache, "rank": rank, "world_size": world_size}
-    files = {"image_size": image_size, "channels": channels, "loader": loader, "cache_dir": cache_dir, "crop": crop}
-    if source == "celeba":
-        from fastdcgan.data.named import fetch
-        from fastdcgan.data.source import FolderSource
-
-        fetch(source, cache_dir / "datasets")
-        folder = FolderSource(cache_dir / "datasets" / "celeba" / "img_align_celeba")
-        return _files(source, folder, strict=strict, **files, **placed)
-    if source in NAMES:
+    placed: dict[str, Any] = {"device": device, "seed": seed, "cache": cache, "rank": rank, "world_size": world_size}
+    if source in NAMES and source != "celeba":
         return _named(source, image_size, channels, cache_dir, placed)
     path = Path(os.path.expanduser(source))
     if path.suffix == ".npy" and path.is_file():
         if crop == "random":
             raise UserError(f"{path} holds pictures that are cropped already: leave --crop random out")
         return open_packed(path, image_size, channels, **placed)
-    return _files(
-        path.stem.split("{")[0].strip("-_.") or "images", open_source(source), strict=strict, **files, **placed
-    )
-
-
-def _files(name: str, source: EncodedSource, **options: Any) -> Dataset:
     from fastdcgan.data.file_dataset import FileDataset
 
-    return FileDataset(name, source, **options)
+    name, place = path.stem.split("{")[0].strip("-_.") or "images", source
+    if source == "celeba":
+        from fastdcgan.data.named import fetch
+
+        fetch(source, cache_dir / "datasets")
+        place = str(cache_dir / "datasets" / "celeba" / "img_align_celeba")
+    return FileDataset(
+        name,
+        open_source(place),
+        image_size=image_size,
+        channels=channels,
+        loader=loader,
+        cache_dir=cache_dir,
+        crop=crop,
+        strict=strict,
+        **placed,
+    )
 
 
 def _named(

@@ -66,7 +66,7 @@ class ArrayDataset(Dataset):
 
     def _on_device(self) -> Store:
         """The whole set on the GPU where it may and fits, else where it is."""
-        fits = self._host.array.nbytes <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
-        if self._cache == "device" or (self._cache == "auto" and fits):
+        size = self._host.array.nbytes
+        if self._cache == "device" or (self._cache == "auto" and room.fits_on_device(size, self._device)):
             return Store(self._host.array.to(self._device), self._host.present)
         return self._host

@@ -214,7 +214,7 @@ class FileDataset(Dataset):
             return None
         pixels = len(self._source) * self.image_size[0] * self.image_size[1]
         size = pixels * (channels or (3 if look_at(self._source, 0)[0].colour else 1))
-        return prefaulted(size) if size <= room.HOST_SHARE * room.free_host_bytes() else None
+        return prefaulted(size) if room.fits_on_host(size) else None
 
     def _choose_store(self) -> Store | None:
         """Where decoded images are kept; None for nowhere, also where every epoch crops them in another place."""
@@ -227,17 +227,17 @@ class FileDataset(Dataset):
             with suppress(OSError):  # that may only be read, or without room to make it anew
                 kept = DiskStore(on_disk, self.shape, self._source.fingerprint())
                 present = kept.present.copy()  # before the pixels: somebody may be filling it anew
-                fits = on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device)
+                fits = on_device and room.fits_on_device(size, self._device)
                 return Store(kept.array.to(self._device), present) if fits else kept
         if ahead is not None and ahead.nbytes == size:
             return Store.empty(torch.from_numpy(ahead.reshape(self.shape)))
         del ahead  # before anyone asks what is free
         if mode == "auto":
-            if on_device and size <= room.DEVICE_SHARE * room.free_device_bytes(self._device):
+            if on_device and room.fits_on_device(size, self._device):
                 mode = "device"
-            elif size <= room.HOST_SHARE * room.free_host_bytes():
+            elif room.fits_on_host(size):
                 mode = "host"
-            elif size <= room.DISK_SHARE * room.free_disk_bytes(on_disk.parent):
+            elif room.fits_on_disk(size, on_disk.parent):
                 mode = "disk"
                 say(f"keeping {room.in_words(size)} of decoded images in {on_disk}: too much for the memory")
             else:

@@ -15,9 +15,8 @@ from typing import NamedTuple
 from fastdcgan.data import pillow_decode
 from fastdcgan.data.pillow_decode import EMPTY, MOST_PIXELS, UnusableImage, too_many_pixels
 
-UNUSABLE, JPEG, PNG, OTHER = range(
-    4
-)  # kinds; OTHER is left to Pillow: alpha, palettes, CMYK, 16 bits, rotation, WebP...
+# Kinds; OTHER is left to Pillow: alpha, palettes, CMYK, 16 bits, rotation, WebP...
+UNUSABLE, JPEG, PNG, OTHER = range(4)
 
 IMAGE_SUFFIXES = frozenset(
     [

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastdcgan.data.embedded import with_channels
 from fastdcgan.data.pillow_decode import cover_box
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 
 RESIZE_AT_ONCE = 1024
 
@@ -60,8 +60,7 @@ def fetch(name: str, folder: Path) -> object:
     except ImportError as error:
         raise UserError(f"{name} needs one more package ({error.name}): pip install {error.name}") from None
     except Exception as error:  # urllib, http, gdown, checksum and quota errors have no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        what = f"{name} cannot be downloaded ({reason})"
+        what = f"{name} cannot be downloaded ({first_line(error)})"
         raise UserError(f"{what}: fetch it yourself and put {known.files} into {folder}") from None
 
 

@@ -27,6 +27,21 @@ def ranks_here() -> int:
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
+def fits_on_device(size: int, device: torch.device) -> bool:
+    """Whether --cache auto keeps so many bytes in the memory of a GPU."""
+    return size <= DEVICE_SHARE * free_device_bytes(device)
+
+
+def fits_on_host(size: int) -> bool:
+    """Whether --cache auto keeps so many bytes in this machine's memory."""
+    return size <= HOST_SHARE * free_host_bytes()
+
+
+def fits_on_disk(size: int, folder: Path) -> bool:
+    """Whether --cache auto keeps so many bytes in a folder."""
+    return size <= DISK_SHARE * free_disk_bytes(folder)
+
+
 def free_device_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastdcgan.data.order import Ids
-from fastdcgan.files import lock
+from fastdcgan.files import lock, replace_file
 
 Shape = tuple[int, int, int, int]
 
@@ -197,9 +197,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, json.dumps(content).encode())

@@ -1,4 +1,4 @@
-"""The two ways in which batches reach the device: they lie there already, or they are staged there one ahead."""
+"""How batches reach the device: they lie there, are written to one host buffer, or are staged on the GPU one ahead."""
 
 from __future__ import annotations
 
@@ -16,54 +16,16 @@ INDICES_AT_ONCE = 1 << 16  # image numbers sent to the device in one go, once al
 SLOTS = 3  # batches decoded or gathered ahead of their copy into `source`
 
 
-class ResidentStream(Stream):
-    """`source` is the whole set; only `index` changes."""
+class FedStream(Stream):
+    """What the others have in common: images come from a `Feed`, which is at `position`."""
 
-    def __init__(self, feed: StoreFeed, batch_size: int, position: Position) -> None:
-        self.source = feed.store.array
-        self.index = torch.zeros(batch_size, dtype=torch.int64, device=self.source.device)
-        self.images = position.images
+    def __init__(self, feed: Feed, position: Position) -> None:
         self._feed, self._position = feed, position
-        self._upcoming = self.index[:0]  # image numbers on the device, not yet used
-        self._after: list[int] = []  # the cursor behind each batch of them
-
-    def advance(self) -> None:
-        if not self._after:
-            self._look_ahead()
-        batch_size = len(self.index)
-        self.index.copy_(self._upcoming[:batch_size])
-        self._upcoming = self._upcoming[batch_size:]
-        self._position.taken = self._after.pop(0)
-        self._position.images += batch_size * self._feed.order.world_size
-        self.images = self._position.images
-
-    def _look_ahead(self) -> None:
-        batch_size = len(self.index)
-        most = min(INDICES_AT_ONCE, self._feed.order.count) if self._feed.complete else batch_size
-        batches = max(most // batch_size, 1)
-        ids, after = self._feed.rows(batches * batch_size)
-        self._upcoming = _to_device(ids, self.index.device)
-        self._after = after[batch_size - 1 :: batch_size].tolist()
-
-    def state(self) -> dict[str, Any]:
-        return self._position.state(self._feed.order, self._feed.usable.mask)
-
-    def close(self) -> None:
-        self._feed.close()
-
-
-class HostStream(Stream):
-    """`source` is one batch in host memory, written anew each time: a set that fits nowhere, on the CPU."""
-
-    def __init__(self, feed: Feed, shape: tuple[int, ...], position: Position) -> None:
-        """`shape`: (B, H, W, C)"""
-        self.source = torch.empty(shape, dtype=torch.uint8)
-        self.index = torch.arange(shape[0])
         self.images = position.images
-        self._feed, self._position = feed, position
 
-    def advance(self) -> None:
-        self._position.taken = self._feed.images(self.source)
+    def _delivered(self, cursor: int) -> None:
+        """Remember that `source[index]` is the batch before `cursor`."""
+        self._position.taken = cursor
         self._position.images += len(self.index) * self._feed.order.world_size
         self.images = self._position.images
 
@@ -74,7 +36,49 @@ class HostStream(Stream):
         self._feed.close()
 
 
-class StagedStream(Stream):
+class ResidentStream(FedStream):
+    """`source` is the whole set; only `index` changes."""
+
+    _feed: StoreFeed
+
+    def __init__(self, feed: StoreFeed, batch_size: int, position: Position) -> None:
+        super().__init__(feed, position)
+        self.source = feed.store.array
+        self.index = torch.zeros(batch_size, dtype=torch.int64, device=self.source.device)
+        self._upcoming = self.index[:0]  # image numbers on the device, not yet used
+        self._after: list[int] = []  # the cursor behind each batch of them
+
+    def advance(self) -> None:
+        if not self._after:
+            self._look_ahead()
+        batch_size = len(self.index)
+        self.index.copy_(self._upcoming[:batch_size])
+        self._upcoming = self._upcoming[batch_size:]
+        self._delivered(self._after.pop(0))
+
+    def _look_ahead(self) -> None:
+        batch_size = len(self.index)
+        most = min(INDICES_AT_ONCE, self._feed.order.count) if self._feed.complete else batch_size
+        batches = max(most // batch_size, 1)
+        ids, after = self._feed.rows(batches * batch_size)
+        self._upcoming = _to_device(ids, self.index.device)
+        self._after = after[batch_size - 1 :: batch_size].tolist()
+
+
+class HostStream(FedStream):
+    """`source` is one batch in host memory, written anew each time: a set that fits nowhere, on the CPU."""
+
+    def __init__(self, feed: Feed, shape: tuple[int, ...], position: Position) -> None:
+        """`shape`: (B, H, W, C)"""
+        super().__init__(feed, position)
+        self.source = torch.empty(shape, dtype=torch.uint8)
+        self.index = torch.arange(shape[0])
+
+    def advance(self) -> None:
+        self._delivered(self._feed.images(self.source))
+
+
+class StagedStream(FedStream):
     """`source` is two batches on the GPU: the step reads one half while a copy stream fills the other.
 
     A thread fills slots (pinned host memory; GPU memory where the GPU decodes) ahead of time. `advance` never waits
@@ -83,12 +87,12 @@ class StagedStream(Stream):
 
     def __init__(self, feed: Feed, shape: tuple[int, ...], device: torch.device, position: Position) -> None:
         """`shape`: (B, H, W, C)"""
+        super().__init__(feed, position)
         batch_size = shape[0]
         self.source = torch.empty((2 * batch_size, *shape[1:]), dtype=torch.uint8, device=device)
         self._halves = torch.arange(2 * batch_size, device=device).view(2, batch_size)
         self.index = self._halves[0].clone()
-        self.images = position.images
-        self._feed, self._position, self._device = feed, position, device
+        self._device = device
         self._copy_stream = torch.cuda.Stream(device)
         self._copied = [torch.cuda.Event(), torch.cuda.Event()]
         self._cursors = [0, 0]  # behind the batch in each half
@@ -116,9 +120,7 @@ class StagedStream(Stream):
         self._copy_stream.wait_stream(compute)
         compute.wait_event(self._copied[self._half])
         self.index.copy_(self._halves[self._half])
-        self._position.taken = self._cursors[self._half]
-        self._position.images += len(self.index) * self._feed.order.world_size
-        self.images = self._position.images
+        self._delivered(self._cursors[self._half])
         self._stage(1 - self._half)
 
     def _stage(self, half: int) -> None:
@@ -149,15 +151,12 @@ class StagedStream(Stream):
         except BaseException as error:  # handed to the caller of advance()
             self._full.put(error)
 
-    def state(self) -> dict[str, Any]:
-        return self._position.state(self._feed.order, self._feed.usable.mask)
-
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._empty.put((torch.empty(0), torch.cuda.Event()))  # wakes the thread
             self._thread.join()
-            self._feed.close()
+            super().close()
 
 
 def _to_device(numbers: Ids, device: torch.device) -> torch.Tensor:

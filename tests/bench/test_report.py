@@ -150,25 +150,25 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
     for stem, words in (
         (
             "end",
-            "photos (1,920 an epoch) to weights, batch 64, fp32, on Some Processor (AVX2): x2.00 of the plain example"
-            " with its loader in the first epoch, x3.50 in later ones",
+            "photos (1,920 an epoch) to weights, batch 64, fp32, on Some Processor (AVX2): 2.00 times as fast as the"
+            " plain example with its loader in the first epoch, 3.50 times in later ones",
         ),
         (
             "data",
-            "x2.5 of ImageFolder and a DataLoader with two workers,"
-            " x3.1 with --loader dali --cache off, x2.8 where the host has its memory at hand; from",
+            "2.5 times as fast as ImageFolder and a DataLoader with two workers"
+            " (3.1 with --loader dali --cache off, 2.8 where the host has its memory at hand); from",
         ),
         (
             "feeding",
             "a step of 128 on Some GPU waits for its images, as a share of its time: -0.1% ± 0.1% from GPU memory,"
-            " 1.2% ± 0.0% from host memory; 98% of the time of copies from the host kernels run beside them",
+            " 1.2% ± 0.0% from host memory; kernels run during 98% of the time that copies from the host take",
         ),
         ("start-cold", "takes 41 s on Some Processor (AVX2), in later runs, from the compiler's cache, 10 s"),
         (
             "quality",
             "over 5 seeds of 300 steps on digits at 16x16, width 8, the eager step's (fp32) sliced Wasserstein",
         ),
-        ("quality", "+1.0% (95% interval -5.0% to +7.0%), within 20%"),
+        ("quality", "+1.0% (95% interval -5.0% to +7.0%), within the margin of 20%"),
         ("follow", "take 1.23% of a run's time on Some Processor (AVX2)"),
         ("scaling", "2 processes, one core each, on Some Processor (AVX2): weak scaling 80%, strong scaling 70%"),
     ):

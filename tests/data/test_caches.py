@@ -277,11 +277,11 @@ def test_a_full_disk_at_the_end_costs_the_kept_images_alone(tmp_path: Path, monk
     kept = DiskStore(path, shape, "print")
     kept.write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
 
-    def full(self: Path, text: str) -> None:
+    def full(self: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device", str(self))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         kept.finish()
     assert not is_whole(path, "print") and kept.present.all()
     kept.finish()

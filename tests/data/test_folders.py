@@ -233,11 +233,6 @@ def test_mistakes_are_answered_in_one_line(
         with pytest.raises(UserError, match=message) as raised:
             opened(source)
         assert "\n" not in str(raised.value)
-    for option in ("loader", "cache", "crop"):
-        with pytest.raises(UserError, match=f"--{option} nonsense is not known"):
-            opened("digits", **{option: "nonsense"})
-    with pytest.raises(UserError, match="--channels 2"):
-        opened("digits", channels=2)
 
 
 def test_too_few_images_for_a_batch(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:

@@ -69,7 +69,9 @@ def test_samples_are_measured_against_real_images(monkeypatch: pytest.MonkeyPatc
     modes: list[bool] = []
     found.generator.register_forward_hook(lambda network, *_: modes.append(network.training))
     compared: list[tuple[torch.Tensor, torch.Tensor]] = []
-    monkeypatch.setattr(quality_module, "distance", lambda a, b: compared.append((a, b)) or float(len(compared)))
+    monkeypatch.setattr(
+        quality_module, "mean_sliced_wasserstein", lambda *given: compared.append(given) or float(len(compared))
+    )
     assert found.distances() == (1.0, 0.5)
     ((real, drawn),) = compared
     assert real is found.real and drawn.shape == (6, 1, 16, 16)

@@ -62,7 +62,7 @@ def train(config: OmitArgPrefixes[TrainConfig]) -> None:
         else:
             run(config, asked(sys.argv[2:]))
     except Interrupted as interrupted:
-        sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 130)
+        sys.exit(0 if interrupted.signal_number == signal.SIGTERM else 128 + interrupted.signal_number)
 
 
 def sample(
@@ -602,8 +602,8 @@ app.command(data_app, name="data")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command line. Exits with 0, with 2 after one line about a user's mistake, with 130 after Ctrl-C, or with
-    141 where nobody reads what it prints."""
+    """Run one command line. Exits with 0, with 2 after one line about a user's mistake, with 130 after Ctrl-C, with 129
+    where the terminal was closed, or with 141 where nobody reads what it prints."""
     if argv is not None:
         sys.argv[1:] = argv
     for name in ("stdout", "stderr"):
@@ -615,6 +615,10 @@ def main(argv: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names have letters that not every terminal knows
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # what torch's libraries say of it is hard to understand
+        sys.exit(complain("the folder that this was started in is gone: change to one that exists"))
     try:
         if sys.argv[1:] == ["--version"]:
             print(f"fastdcgan {importlib.metadata.version('fastdcgan')}")

@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 
 from fastdcgan import image_size
 from fastdcgan.errors import UserError, check_at_least, check_seed, check_utf8
+from fastdcgan.files import expand_braces
 from fastdcgan.names import NAMES
 
 # What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
@@ -129,9 +130,9 @@ class TrainConfig:
     #: Checkpoints kept; older ones are deleted. checkpoints/best, the one nearest to the data, stays beside them, and
     #: with --on-divergence rollback one that is old enough to go back to.
     keep: int = 3
-    #: At an alarm (numbers that are not finite, steep gradients, a discriminator that always wins, samples all alike):
-    #: say so, end the run, or go back to the last sound checkpoint with other noise, three times at most until it is
-    #: resumed. Gradients that are not finite end the run with warn too.
+    #: At an alarm (numbers that are not finite, large losses, steep gradients, a discriminator that always wins,
+    #: samples all alike): say so, end the run, or go back to the last sound checkpoint with other noise, three times at
+    #: most until it is resumed. Gradients that are not finite end the run with warn too.
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"
 
     def __post_init__(self) -> None:
@@ -275,9 +276,7 @@ class TrainConfig:
         """
         before, now = saved._fixed, self._fixed
         place = before["data"]
-        if "{" in place:  # of shards: the folder before the braces
-            place = os.path.dirname(place.partition("{")[0])
-        moved = place not in NAMES and not os.path.exists(place)
+        moved = place not in NAMES and not os.path.exists(place) and not os.path.exists(next(expand_braces(place)))
         for name in sorted(asked & before.keys()):
             if before[name] != now[name] and not (name == "data" and moved):
                 raise UserError(

@@ -19,18 +19,26 @@ PLAIN_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 def speaks() -> bool:
     """Whether this is the one process of a run that tells the user about it (torchrun numbers them)."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def moves() -> bool:
     """Whether what is said can be drawn over: standard error is a terminal that knows how."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown") and speaks()
+    return (
+        sys.stderr is not None
+        and sys.stderr.isatty()
+        and os.environ.get("TERM", "") not in ("dumb", "unknown")
+        and speaks()
+    )
 
 
 def say(message: str) -> None:
-    """One line to the user, on standard error."""
+    """One line to the user, on standard error; nothing where that has gone, which is no reason to end a run."""
     if speaks():
-        print(message, file=sys.stderr, flush=True)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # nobody reads it any more, or the disk that it goes to is full
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
 
 
 @contextmanager

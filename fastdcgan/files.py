@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +22,23 @@ def printable(name: str) -> str:
     """A file name that any terminal and any line of text can show: undecodable bytes become \\xNN, a line's end \\n."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """'a-{08..10}.tar' -> 'a-08.tar', 'a-09.tar', 'a-10.tar'; '{x,y}.tar' -> 'x.tar', 'y.tar'."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    choices: Iterable[str]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        first, last = numbers[1], numbers[2]
+        choices = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
+    else:
+        choices = match[1].split(",")
+    for choice in choices:
+        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def make_writable(folder: Path, asked: str) -> None:

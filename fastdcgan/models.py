@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch import channels_last as CHANNELS_LAST
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdcgan import patches, reference, winograd
 from fastdcgan.kernels import (
@@ -78,7 +79,13 @@ class Logit(nn.Conv2d):
     """A convolution whose output is one pixel: a matrix product from base grid to logit."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, base height, base width), channels-last -> (N, 1, 1, 1)."""
+        """x (N, C, base height, base width), channels-last -> (N, 1, 1, 1).
+
+        Raises:
+            ValueError: another grid: the discriminator's images have another size than it is for.
+        """
+        if x.shape[-2:] != self.weight.shape[-2:]:
+            raise ValueError(f"the images end on a grid of {tuple(x.shape[-2:])}, not {tuple(self.weight.shape[-2:])}")
         return (x.permute(0, 2, 3, 1).flatten(1) @ self.weight.permute(0, 2, 3, 1).reshape(-1, 1)).view(-1, 1, 1, 1)
 
 
@@ -227,7 +234,13 @@ def sync_batch_norm(network: nn.Module) -> None:
 
 
 def count_batches(main: nn.Sequential, groups: int) -> None:
-    """Move the `num_batches_tracked` of all BatchNorm layers in training mode: on a GPU one launch for them all."""
+    """Move the `num_batches_tracked` of all BatchNorm layers in training mode: on a GPU one launch for them all.
+
+    Raises:
+        TypeError: a layer was replaced by one that does not do what this one's did, BatchNorm and activation.
+    """
+    if any(isinstance(layer, _BatchNorm) and not isinstance(layer, BatchNormAct2d) for layer in main):
+        raise TypeError("a BatchNormAct2d was replaced by another BatchNorm: use fastdcgan.models.sync_batch_norm")
     layers = [layer for layer in main if isinstance(layer, BatchNormAct2d) and layer.training]
     counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
     if counts:

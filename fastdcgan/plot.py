@@ -54,7 +54,10 @@ def chart(title: str, series: list[Series], marks: list[float], legend: bool = T
             f"{x(s):.1f},{min(max(y(v), TOP), HEIGHT - BOTTOM):.1f}"
             for s, v in zip(line.steps, line.values, strict=True)
         )
-        parts.append(f'<polyline fill="none" stroke="{line.colour}" stroke-width="1.5" points="{points}"/>')
+        if len(line.steps) == 1:  # of which no line can be seen
+            points += f" {points}"
+        style = f'fill="none" stroke="{line.colour}" stroke-width="1.5" stroke-linecap="round"'
+        parts.append(f'<polyline {style} points="{points}"/>')
     return (
         f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(parts)}</svg></figure>"

@@ -24,16 +24,19 @@ class Quality:
         self.real = to_floats(real[:COMPARED].permute(0, 3, 1, 2)).to(device)
         random = torch.Generator().manual_seed(seed)
         self.latents = torch.randn(len(self.real), latent_dim, generator=random).to(device)
-        self.apart, self.nearest = (max(value, 1e-12) for value in distances_apart(self.real[:CHUNK]))
+        distinct = torch.unique(self.real[:CHUNK], dim=0)  # or those that are there twice have no distance at all
+        self.compared = max(len(distinct), 2)
+        shown = distinct if len(distinct) > 1 else self.real[:2]
+        self.apart, self.nearest = (max(value, 1e-12) for value in distances_apart(shown))
 
     def diversity(self, pictures: Tensor) -> dict[str, float]:
-        """How far apart pictures (N, C, H, W) are, as a share of what as many real images are.
+        """How far apart pictures (N, C, H, W) are, as a share of what real images are: of as many, distinct ones.
 
         Returns:
             diversity: the mean distance of two; 0 is one picture over and over, 1 as varied as the data.
             nearest: the mean distance to the nearest other; near 0 with a handful of pictures, each many times.
         """
-        apart, nearest = distances_apart(pictures.float())
+        apart, nearest = distances_apart(pictures[: self.compared].float())
         return {"diversity": apart / self.apart, "nearest": nearest / self.nearest}
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ class Discriminator(nn.Module):
         return self.main(images).view(-1)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Images (N, channels, height, width) in -1..1 -> probability (N,) of being real."""
+        """Images (N, channels, height, width) in -1..1 -> probability (N,) of being real, after training with bce."""
         return self(images).sigmoid()
 
 
@@ -120,7 +120,7 @@ class TutorialDiscriminator(nn.Module):
         return self.main(images).view(-1)
 
     def predict(self, images: Tensor) -> Tensor:
-        """Images (N, channels, 28, 28) in -1..1 -> probability (N,) of being real."""
+        """Images (N, channels, 28, 28) in -1..1 -> probability (N,) of being real, after training with bce."""
         return self(images).sigmoid()
 
 

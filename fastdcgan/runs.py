@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -121,8 +122,8 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
     if not path.is_dir():
         raise UserError(f"--run-dir {path} is a file: name a folder")
     if not (path / "config.json").exists():
-        started = (".lock", ".config.json.unfinished", "samples", "checkpoints")  # all that a kill may have left
-        if any(item.name not in started for item in path.iterdir()):
+        started = {".lock", ".config.json.unfinished"}  # all that a kill may have left, beside an empty samples
+        if any(path.glob("samples/*")) or {item.name for item in path.iterdir()} - started - {"samples"}:
             raise UserError(f"--run-dir {path} exists and is not a run: name another folder")
         return None
     if not config.resume:
@@ -153,7 +154,8 @@ class Run:
     """What was trained, in evaluation mode on one device.
 
     `generator` is the moving average unless it was loaded with ema=False; `discriminator` and `config` are None when
-    only a generator's file was given. `step` is the number of updates behind it, None where the file does not say.
+    only a generator's file was given. `step` is the number of updates behind it, `images` that of the images they have
+    seen; None where the file does not say.
     """
 
     folder: Path
@@ -161,6 +163,7 @@ class Run:
     discriminator: AnyDiscriminator | None
     config: TrainConfig | None
     step: int | None
+    images: int | None
 
 
 def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = True) -> Run:
@@ -183,9 +186,9 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     if (path / EXPORTED).is_file() and not (path / "state.json").exists():
         path = path / EXPORTED
     if path.is_file():
-        return Run(path.parent, _generator(read_weights(path), path).to(device).eval(), None, None, None)
+        return Run(path.parent, _generator(read_weights(path), path).to(device).eval(), None, None, None, None)
     if (path / "state.json").exists():
-        saved, folder = checkpoint.load(path), path.parent.parent
+        saved, folder = checkpoint.load(path), path.resolve().parent.parent
     else:
         newest = checkpoint.load_newest(path)
         if newest is None:
@@ -201,7 +204,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     config = read_config(folder) if (folder / "config.json").exists() else None
     generator = _generator(saved.tensors["average" if ema else "generator"], path)
     discriminator = _discriminator(saved.tensors["discriminator"], path)
-    return Run(folder, generator.to(device).eval(), discriminator.to(device).eval(), config, saved.progress["step"])
+    step, images = saved.progress["step"], saved.progress["images"]
+    return Run(folder, generator.to(device).eval(), discriminator.to(device).eval(), config, step, images)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -221,7 +225,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is not a .safetensors file, nor a .pth file of weights and nothing else") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{file} does not hold a network's weights by name (a state_dict)")
-    return {str(name).removeprefix("_orig_mod.").removeprefix("module."): value for name, value in weights.items()}
+    plain = {re.sub(r"^((_orig_mod|module)\.)+", "", str(name)): value for name, value in weights.items()}
+    plain.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    for name, value in plain.items():
+        if not value.is_floating_point() and not name.endswith("num_batches_tracked"):
+            raise UserError(f"{file} holds {name} as {value.dtype}: save the weights as floating-point numbers")
+    return plain
 
 
 def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:

@@ -67,7 +67,7 @@ CHANGES = [
 
 
 class Interrupted(Exception):
-    """The run was asked to end (by Ctrl-C or SIGTERM) and has saved a checkpoint."""
+    """The run was asked to end (by Ctrl-C, SIGTERM or SIGHUP) and has saved a checkpoint."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__("stopped by a signal; a checkpoint is saved")
@@ -86,7 +86,7 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
 
     Raises:
         UserError: a mistake in the configuration or the data, before anything is written; an alarm that ends the run.
-        Interrupted: SIGINT or SIGTERM; a checkpoint is saved and the way to go on has been said.
+        Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint is saved and the way to go on has been said.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
     with ExitStack() as at_end:
@@ -180,7 +180,9 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     )
     done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
     if resumed and config.epochs is not None:
-        if resumed.progress["of"] == [config.epochs, config.batch_size, world.size]:
+        here, there = stream.state(), resumed.progress["data"][0]
+        same = resumed.progress["of"] == [config.epochs, config.batch_size, world.size]
+        if same and all(here[name] == there[name] for name in ("count", "listing")):
             total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
         else:
             seen = resumed.progress["images"]
@@ -379,20 +381,25 @@ class Stop(Event):
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into an event, so that the step under way ends first; a second one kills.
+    """Turn the first SIGINT, SIGTERM or SIGHUP (unless nohup has it ignored) into an event, so that the step under way
+    ends first; a second one kills.
 
-    Under torchrun a SIGTERM often comes twice, from whoever stops all processes and from torchrun, which itself kills
-    those that take too long.
+    But for those that come twice from one cause: SIGHUP when a terminal closes, and under torchrun SIGTERM, from
+    whoever stops all processes and from torchrun, which itself kills those that take too long.
     """
     stop = Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM) if current_thread() is main_thread() else ()  # Python's rule
+    numbers = [signal.SIGINT, signal.SIGTERM] if current_thread() is main_thread() else []  # Python's rule
+    once = [signal.SIGTERM] if "TORCHELASTIC_RUN_ID" in os.environ else []
+    if numbers and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+        once.append(signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
 
     def handler(number: int, frame: object) -> None:
         stop.number = number
         stop.set()
         for each, action in before.items():
-            if each != signal.SIGTERM or "TORCHELASTIC_RUN_ID" not in os.environ:
+            if each not in once:
                 signal.signal(each, action)
 
     for number in before:

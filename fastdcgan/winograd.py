@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastdcgan import native
@@ -65,9 +66,11 @@ IN_TORCH = Limits(16, 64, 32)  # on longer sides `_rows`, which are mostly zeros
 def is_faster(x: Tensor, grid: tuple[int, int], channels: int) -> bool:
     """Whether this is faster than the direct convolution of x; `grid` and `channels` as in `fits`.
 
-    Not inside `torch.func`, which has no derivatives of these operators, and takes those in forward mode for 0.
+    Not inside `torch.func` nor in forward mode, where these operators have no derivatives, or are silently given 0.
     """
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    ):
         return False
     return pays(x.device, x.dtype) and not torch.is_autocast_enabled("cpu") and fits(len(x), grid, channels)
 

@@ -16,6 +16,7 @@ from fastdcgan import checkpoint, models
 from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
+from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
 from fastdcgan.runs import load_run
 from fastdcgan.step import TrainStep
@@ -69,6 +70,9 @@ def test_a_discriminator_that_wins_is_said_once_until_it_is_over() -> None:
     assert watch([{}, *[WON] * 2 * long]) == [("discriminator wins", 20 + LASTING, 20)]
     assert len(watch([*[WON] * 2 * long, {}, *[WON] * 2 * long])) == 2
     assert watch([WON] * 2 * long, loss="wgan-gp") == []  # whose loss has no lower end
+    ahead = {"loss_d": 0.016, "d_real": 0.93, "d_fake": 0.13}  # of a run that came through
+    assert watch([ahead] * 2 * long, loss="lsgan") == []
+    assert len(watch([ahead | {"loss_d": 0.002}] * 2 * long, loss="lsgan")) == 1
 
 
 def test_a_discriminator_that_leads_for_a_few_seldom_log_points_has_not_won() -> None:
@@ -364,3 +368,14 @@ def test_the_watch_knows_of_label_smoothing(tmp_path: Path) -> None:
     said = [alarm.kind for step in range(100, 900, 100) for alarm in watch.log({**perfect, "step": step})]
     watch.close()
     assert said == ["discriminator wins"]
+
+
+def test_figures_are_of_as_many_pictures_as_there_are_real_ones_each_once() -> None:
+    real = torch.randint(0, 256, (10, 16, 16, 1), dtype=torch.uint8)
+    cpu = torch.device("cpu")
+    alike = to_floats(real.permute(0, 3, 1, 2)).repeat(7, 1, 1, 1)  # a perfect generator's, of a set so small
+    for given in (real, real.repeat(5, 1, 1, 1)):
+        found = Quality(given, 8, 0, cpu).diversity(alike)
+        assert found == pytest.approx({"diversity": 1.0, "nearest": 1.0})
+    of_one = Quality(real[:1].repeat(4, 1, 1, 1), 8, 0, cpu).diversity(alike[:1].repeat(4, 1, 1, 1))
+    assert of_one == {"diversity": 0.0, "nearest": 0.0}

@@ -177,6 +177,12 @@ def test_run_folders_that_are_not(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "not a run" in mistake(capsys, "train", "--run-dir", "mine", *TINY)
     assert "is a file" in mistake(capsys, "train", "--run-dir", "file", *TINY)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    for theirs in ("samples/real.png", "checkpoints/best/model.pt"):
+        file = tmp_path / theirs.partition("/")[0] / "project" / theirs
+        file.parent.mkdir(parents=True)
+        file.write_text("precious")
+        assert "not a run" in mistake(capsys, "train", "--run-dir", str(file.parents[theirs.count("/")]), *TINY)
+        assert file.read_text() == "precious"
     main(["train", "--run-dir", "run", *TINY])
     capsys.readouterr()
     assert "--resume" in mistake(capsys, "train", "--run-dir", "run", *TINY)
@@ -498,6 +504,7 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         console.say(f"from {rank}")
         with console.spinner(f"work of {rank}"):
             pass
@@ -602,3 +609,12 @@ def test_each_process_tries_its_own_gpu(two_gpus_found: None, monkeypatch: pytes
 )
 def test_what_an_error_says_in_one_line(error: Exception | str, line: str) -> None:
     assert first_line(error) == line
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; exec {sys.executable} -m fastdcgan train"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, shell=True, cwd=gone, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("fastdcgan: the folder that this was")

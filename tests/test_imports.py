@@ -37,7 +37,7 @@ ALLOWED = {
         "spans",
         "stabilisers",
     },
-    "fastdcgan/config.py": {"errors", "image_size", "names"},
+    "fastdcgan/config.py": {"errors", "files", "image_size", "names"},
     "fastdcgan/names.py": set(),
     "fastdcgan/checkpoint.py": {"console", "errors"},
     "fastdcgan/alarms.py": set(),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fastdcgan import models, patches, reference
@@ -177,3 +178,18 @@ def test_networks_in_16_bits(how: str, training: bool) -> None:
         if training:
             found.float().sum().backward()
             assert all(p.grad is not None for p in fast.parameters())
+
+
+def test_images_of_another_size_are_refused() -> None:
+    discriminator = models.Discriminator((64, 96), 3, 8).eval()
+    for size in ((96, 64), (64, 64), (32, 192)):
+        with pytest.raises((ValueError, RuntimeError)):
+            discriminator(torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize("network", [models.Generator(16, 3, 10, 8), models.Discriminator(16, 3, 8)])
+def test_another_batch_norm_in_the_place_of_ours_is_refused(network: nn.Module) -> None:
+    """It would do what ours does without the activation."""
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    with pytest.raises(TypeError, match="sync_batch_norm"):
+        converted(torch.randn(2, 10) if isinstance(network, models.Generator) else torch.randn(2, 3, 16, 16))

@@ -367,14 +367,14 @@ def test_training_does_not_wait_for_the_disk(straight: Path, tmp_path: Path, mon
         assert_equal_bits(run, straight, step)
 
 
-def start(run: Path, *more: str, steps: int = 12) -> subprocess.Popen[str]:
+def start(run: Path, *more: str, steps: int = 12, hears: int = subprocess.PIPE) -> subprocess.Popen[str]:
     flags = (
         f"--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 16 --steps {steps} --log-every 4 --sample-every 6"
     )
     command = [sys.executable, "-m", "fastdcgan", "train", "digits", *flags.split(), "--checkpoint-every", "3"]
     return subprocess.Popen(
         [*command, "--device", "cpu", "--run-dir", str(run), *more],
-        stderr=subprocess.PIPE,
+        stderr=hears,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: the bits depend on it
     )
@@ -398,7 +398,7 @@ def test_kills_at_random_moments(tmp_path: Path, kills: int) -> None:
     assert [line["step"] for line in metrics(run)] == list(range(4, steps + 1, 4))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = tmp_path / "a run"
     process = start(run, steps=100_000)
@@ -410,6 +410,33 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     assert f"fastdcgan train --run-dir '{run}' --resume" in said and "Traceback" not in said
     step = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["step"]
     assert f"stopped after step {step:,}" in said
+
+
+@pytest.mark.parametrize("where", ["/dev/full", "a closed pipe"])
+def test_a_run_goes_on_where_nobody_hears_of_it(tmp_path: Path, where: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full, open(write, "w") as closed:
+        process = start(tmp_path / "run", hears=(full if where == "/dev/full" else closed).fileno())
+    assert process.wait(120) == 0
+    assert checkpoint.complete(tmp_path / "run")[-1].name == "step-000012"
+
+
+def test_more_images_make_longer_epochs(tmp_path: Path) -> None:
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+
+    def add(count: int) -> None:
+        for i in range(count):
+            Image.effect_noise((16, 16), 90).save(photos / f"{i:02}.png")
+
+    add(16)
+    config = small(run, data=str(photos), steps=None, epochs=4.0, batch_size=8, cache_dir=tmp_path / "cache")
+    train(config)
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    add(32)
+    train(dataclasses.replace(config, resume=True))  # 6 steps of 8 are done, and 4 epochs are 128 images
+    assert checkpoint.complete(run)[-1].name == "step-000016"
 
 
 def test_a_run_that_is_finished_while_another_looks_at_its_images_is_not_overwritten(
@@ -781,9 +808,9 @@ def test_warnings_are_the_first_processs(tmp_path: Path, monkeypatch: pytest.Mon
     read = TrainStep.read_metrics
     log = logging.getLogger("fastdcgan")
     monkeypatch.setattr(TrainStep, "read_metrics", lambda step: seen.append(log.getEffectiveLevel()) or read(step))
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        train(small(tmp_path / rank, steps=1))
+    for first in (True, False):
+        monkeypatch.setattr(trainer, "speaks", lambda first=first: first)
+        train(small(tmp_path / str(first), steps=1))
     assert seen[0] <= logging.WARNING < seen[-1] and log.level == logging.NOTSET
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
@@ -312,7 +313,10 @@ def test_networks_have_derivatives_of_every_kind(training: bool, monkeypatch: py
         grids.clear()
         _, along = torch.func.jvp(network, (x,), (tangent,))
         _, pull = torch.func.vjp(network, x)
+        with torch.no_grad(), forward_ad.dual_level():
+            again = forward_ad.unpack_dual(network(forward_ad.make_dual(x, tangent))).tangent
         assert not grids
+        torch.testing.assert_close(again, along)
         torch.testing.assert_close((along * along).sum(), (pull(along)[0] * tangent).sum(), rtol=1e-3, atol=0)
         assert along.norm() > 0.1
 

@@ -97,6 +97,7 @@ def evaluate(
     report = {
         "run": str(run),
         "step": run_found.step,
+        "ema": ema,
         "data": data,
         "images": count,
         "features": "untrained" if features is None else str(features),

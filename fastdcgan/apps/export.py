@@ -57,7 +57,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already: name a new folder")
     found = open_run(run, ema)
-    numbers = None if evaluation is None else read_evaluation(evaluation)
+    numbers = None if evaluation is None else read_evaluation(evaluation, found)
     plain = plain_generator(found.generator)
     if not out.name:
         raise UserError(f"--out {out} has no name of its own: give that of a new folder")
@@ -155,17 +155,23 @@ def write_onnx(generator: nn.Sequential, path: Path) -> None:
     _agree("ONNX", lambda z: torch.from_numpy(session.run(None, {"latent": z.numpy()})[0]), generator)
 
 
-def read_evaluation(path: Path) -> dict[str, dict[str, float]]:
-    """The measurements in a file made by `fastdcgan evaluate`.
+def read_evaluation(path: Path, run: Run) -> dict[str, dict[str, float]]:
+    """The measurements of the run in a file made by `fastdcgan evaluate`.
 
     Raises:
-        UserError: not such a file.
+        UserError: not such a file, or one of another run.
     """
     try:
-        results: dict[str, dict[str, float]] = json.loads(path.read_text())["results"]
-        return {name: {key: float(value) for key, value in each.items()} for name, each in results.items()}
+        content = json.loads(path.read_text())
+        results: dict[str, dict[str, float]] = content["results"]
+        found = {name: {key: float(value) for key, value in each.items()} for name, each in results.items()}
+        step = int(content["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"--evaluation {path} is not a file made by fastdcgan evaluate") from None
+    heights = [int(key.removeprefix("swd_")) for each in found.values() for key in each if key.startswith("swd_")]
+    if run.step not in (None, step) or max(heights, default=0) != run.generator.image_size[0]:
+        raise UserError(f"--evaluation {path} is of another run, or of step {step:,}: evaluate what is exported")
+    return found
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]] | Non
     if run.config is not None and run.step is not None:
         rows += [
             ("trained on", printable("/".join(Path(run.config.data).parts[-2:])).replace("|", "\\|")),
-            ("steps", f"{run.step:,} of {run.config.batch_size} images"),
+            ("steps", f"{run.step:,}, over {run.images:,} images"),
         ]
     facts = "\n".join(f"| {name} | {value} |" for name, value in rows)
     other = "" if format == "safetensors" else f"\nThe same network as {format}: [{FILES[format]}]({FILES[format]}).\n"

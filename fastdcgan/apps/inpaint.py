@@ -23,7 +23,7 @@ from fastdcgan.errors import UserError
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 WINDOW = 7  # pixels a side: known pixels within it of a hole count (the paper's section 3.2)
-PRIOR = 0.003  # the paper's lambda
+PRIOR = 0.003  # the paper's lambda, though its loss is a sum where this one is a mean
 
 
 def inpaint_images(

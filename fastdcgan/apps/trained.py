@@ -20,9 +20,11 @@ def open_run(path: Path, ema: bool = True) -> Run:
         ema: the generator's moving average rather than its latest weights.
 
     Raises:
-        UserError: nothing there, no checkpoint, damaged or not finite.
+        UserError: nothing there, no checkpoint, damaged or not finite, or not for pictures of 1, 3 or 4 channels.
     """
     run = load_run(path, choose_device("auto"), ema)
+    if run.generator.channels not in (1, 3, 4):
+        raise UserError(f"{path} makes pictures of {run.generator.channels} channels, which no picture file has")
     for network in (run.generator, run.discriminator):
         if network is not None:
             network.requires_grad_(False)

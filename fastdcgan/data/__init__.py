@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastdcgan.data.dataset import Dataset, Stream
 from fastdcgan.data.packed import open_packed, packed_size
 from fastdcgan.errors import UserError
+from fastdcgan.files import expand_braces
 from fastdcgan.names import NAMES
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def open_source(data: str) -> EncodedSource:
     Raises:
         UserError: nothing there, or nothing that holds images.
     """
-    from fastdcgan.data.archives import LmdbSource, TarSource, ZipSource, expand_braces
+    from fastdcgan.data.archives import LmdbSource, TarSource, ZipSource
     from fastdcgan.data.header import IMAGE_SUFFIXES
     from fastdcgan.data.source import FolderSource
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import re
 import struct
 import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,8 +61,8 @@ class ZipSource(EncodedSource):
             ) from None
         self._file, self._entries = ArchiveFile(path), []
         with archive:
-            for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
-                name = entry.filename
+            newest = {entry.filename: entry for entry in archive.infolist()}  # of a name that was added again
+            for name, entry in sorted(newest.items()):
                 hidden = is_hidden(name.removeprefix("./"))
                 if entry.is_dir() or hidden or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
@@ -119,7 +118,7 @@ class TarSource(EncodedSource):
 
     def __init__(self, path: Path, shards: Sequence[Path]) -> None:
         self.path, self.names, self.unusable = path, [], []
-        self._shards = list(shards)
+        self._shards = list(dict.fromkeys(shards))
         self._file = functools.lru_cache(OPEN_SHARDS)(lambda number: ArchiveFile(self._shards[number]))
         self._places: list[tuple[int, int, int]] = []  # (shard, offset, size)
         self._labels: list[str | None] = []
@@ -129,7 +128,7 @@ class TarSource(EncodedSource):
 
     def _index(self, number: int, shard: Path) -> None:
         prefix = f"{shard.name}/" if len(self._shards) > 1 else ""
-        images: list[tarfile.TarInfo] = []
+        found: dict[str, tarfile.TarInfo] = {}  # by name: one that was added again takes the place of the one before
         label_of: dict[str, tarfile.TarInfo] = {}
         try:
             with tarfile.open(shard, "r:") as archive:
@@ -144,13 +143,16 @@ class TarSource(EncodedSource):
                     if suffix == ".cls":
                         label_of[member.name[:-4]] = member
                     elif suffix in IMAGE_SUFFIXES:
-                        images.append(member)
+                        found[member.name] = member
         except (tarfile.TarError, OSError) as error:
-            if not images:
+            if not found:
                 what = f"{shard} is not a readable tar file ({error})"
                 raise UserError(f"{what}: shards must be uncompressed .tar files; unpack it into a folder") from None
-            self.unusable.append((printable(shard.name), f"the shard is broken behind {images[-1].name} ({error})"))
-        for member in images:
+            self.unusable.append((printable(shard.name), f"the shard is broken behind {list(found)[-1]} ({error})"))
+        for member in found.values():
+            if member.issparse():
+                self.unusable.append((printable(prefix + member.name), "stored as a sparse file (tar --sparse)"))
+                continue
             if member.size > MOST_ENCODED_BYTES:
                 self.unusable.append((printable(prefix + member.name), "larger than 1 GiB"))
                 continue
@@ -203,6 +205,7 @@ class LmdbSource(EncodedSource):
         except ImportError:
             raise UserError(f"{path} is an LMDB, which needs one more package: pip install lmdb") from None
         try:
+            self._damaged: type[Exception] = lmdb.Error
             self._env: Any = _environments.get(self._file.resolve())
             if self._env is None:
                 self._env = lmdb.open(str(self._file), subdir=False, readonly=True, lock=False, readahead=False)
@@ -218,8 +221,11 @@ class LmdbSource(EncodedSource):
         _require_images(self)
 
     def read(self, i: int) -> bytes:
-        with self._env.begin() as transaction:
-            value = transaction.get(self._keys[i])
+        try:
+            with self._env.begin() as transaction:
+                value = transaction.get(self._keys[i])
+        except self._damaged as error:
+            raise OSError(f"broken in the database: {error}") from None
         if value is None:
             raise OSError("vanished from the database")
         return bytes(value)
@@ -233,23 +239,6 @@ class LmdbSource(EncodedSource):
 
     def fingerprint(self) -> str:
         return _fingerprint_of_files([self._file])
-
-
-def expand_braces(pattern: str) -> Iterator[str]:
-    """'a-{08..10}.tar' -> 'a-08.tar', 'a-09.tar', 'a-10.tar'; '{x,y}.tar' -> 'x.tar', 'y.tar'."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        yield pattern
-        return
-    choices: Iterable[str]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if numbers:
-        first, last = numbers[1], numbers[2]
-        choices = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def _require_images(source: EncodedSource) -> None:

@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import time
-import zipfile
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 
 from fastdcgan.console import progress
@@ -24,7 +25,7 @@ from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, EncodedSource, wh
 FILES_AT_ONCE = 256
 QUICK = 50e-6  # seconds a file: it comes from memory, and threads would only take turns at the interpreter
 SHOW_PROGRESS_FROM = 20_000  # files; fewer are done before a bar could be read
-FORMAT = 2  # of the remembered verdicts; raise it when `examine` judges differently
+FORMAT = f"3 {PIL.__version__}"  # of the remembered verdicts; raise it when `examine` judges differently
 
 
 class Census:
@@ -164,9 +165,9 @@ def _memory(source: EncodedSource, folder: Path) -> Path:
 def _recall(memory: Path, count: int) -> Census | None:
     try:
         with np.load(memory) as saved:
-            if saved["format"] != FORMAT or len(saved["kind"]) != count:
+            if str(saved["format"]) != FORMAT or len(saved["kind"]) != count:
                 return None
             reasons = {int(i): reason for i, reason in json.loads(saved["reasons"].tobytes()).items()}
             return Census(saved["kind"], saved["sizes"], saved["colour"], saved["encoded_bytes"], reasons)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, BadZipFile, zlib.error):
         return None  # none yet, or a damaged one

@@ -21,7 +21,7 @@ from fastdcgan.data.feed import DecodeFeed, Feed, StoreFeed, Usable, select, sou
 from fastdcgan.data.loader import Loader, Pixels, Request
 from fastdcgan.data.order import Ids, Order, Position, random_places
 from fastdcgan.data.prefault import prefaulted
-from fastdcgan.data.source import EncodedSource
+from fastdcgan.data.source import PASSING, EncodedSource
 from fastdcgan.data.store import DiskStore, Shape, Store, is_whole
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
@@ -82,6 +82,7 @@ class FileDataset(Dataset):
         self._needed = 1  # images without which no stream can go on
         self._store: Store | None = None
         self._store_chosen = False
+        self._told = False  # that files have gone, of which only the first is named
 
     @property
     def shape(self) -> Shape:
@@ -145,7 +146,7 @@ class FileDataset(Dataset):
             start = stop
 
     def stream(self, batch_size: int, state: dict[str, Any] | None = None) -> Stream:
-        self._leave_out_again(state)
+        self._leave_out_again(state, batch_size * self._order.world_size)
         require_a_batch(self.name, int(self._usable.mask.sum()), batch_size, self._order.world_size)
         self._needed = max(self._needed, batch_size * self._order.world_size)
         position = Position.resume(self._order, state)
@@ -166,13 +167,17 @@ class FileDataset(Dataset):
             return StagedStream(feed, shape, self._device, position)
         return HostStream(feed, shape, position)
 
-    def _leave_out_again(self, state: dict[str, Any] | None) -> None:
-        """A continued run leaves out what it left out before, so that the order stays the same."""
+    def _leave_out_again(self, state: dict[str, Any] | None, needed: int) -> None:
+        """A continued run leaves out what it left out before, so that the order stays the same; but not where fewer
+        than `needed` images were left, as when a disk was gone for a while."""
         if state and not self._order.changed(state):
-            for i in state["unusable"]:
-                if self._usable.mask[i]:  # repaired meanwhile: no verdict on the file, only a matter of this run
-                    self._usable.mask[i] = False
-                    self.skipped.append((printable(self._source.names[i]), LEFT_OUT))
+            sound = [i for i in state["unusable"] if self._usable.mask[i]]  # no verdict on them: a matter of this run
+            if self._usable.mask.sum() - len(sound) < needed:
+                say(f"{len(sound):,} images that could not be used can be used again")
+                return
+            for i in sound:
+                self._usable.mask[i] = False
+                self.skipped.append((printable(self._source.names[i]), LEFT_OUT))
 
     def loader(self) -> Loader:
         """A new loader for these images."""
@@ -195,6 +200,9 @@ class FileDataset(Dataset):
             self.skipped.append((name, reason))
             if self._strict:
                 raise UserError(f"{name}: {reason} (--strict stops at the first unusable file)")
+            if reason.startswith(PASSING) and not self._told:
+                say(f"warning: {name}: {reason}; what cannot be read is left out for the rest of the run")
+                self._told = True
             self._census.drop(i, reason)
         if self._memory is not None:
             remember(self._census, self._source, self._memory)

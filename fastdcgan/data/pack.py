@@ -18,6 +18,7 @@ from fastdcgan.data import open_dataset
 from fastdcgan.data.dataset import Dataset
 from fastdcgan.data.packed import note_path
 from fastdcgan.data.room import in_words
+from fastdcgan.data.source import PASSING
 from fastdcgan.data.store import npy_header, read_json, reserve, write_json
 from fastdcgan.errors import UserError
 from fastdcgan.files import lock
@@ -110,10 +111,14 @@ def pack(
 def _write_rows(file: BinaryIO, journal: Path, done: dict[str, Any], dataset: Dataset, row_bytes: int) -> None:
     """Append the images from number done["next"] on; `done` and the journal keep up with what is safely on disk."""
     file.seek(HEADER_BYTES + (done["next"] - len(done["broken"])) * row_bytes)
-    saved = time.monotonic()
+    saved, known = time.monotonic(), len(dataset.skipped)
     with progress("packing", dataset.count) as advance:
         advance(done["next"])
         for start, stop, good, images in dataset.pieces(done["next"]):
+            for name, reason in dataset.skipped[known:]:
+                if reason.startswith(PASSING):
+                    raise UserError(f"{name}: {reason}: bring it back and give the same command to go on, or remove it")
+            known = len(dataset.skipped)
             file.write(images.numpy().data)
             done["broken"] += sorted(set(range(start, stop)) - set(good))
             done["next"] = stop

@@ -82,7 +82,7 @@ def left_in_container(limit: str, used: str, prefix: str) -> Iterator[int]:
 
 def free_disk_bytes(folder: Path) -> int:
     """Free space where `folder` is or will be."""
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     return shutil.disk_usage(folder).free
 

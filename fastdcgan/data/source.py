@@ -73,7 +73,8 @@ PASSING = ("vanished", "no permission", "cannot be read")
 
 def is_hidden(name: str) -> bool:
     """Whether a relative path is hidden, or is what macOS adds to archives."""
-    return "/." in f"/{name}" or "__MACOSX" in name.split("/")
+    parts = name.split("/")
+    return "__MACOSX" in parts or any(part[:1] == "." and part not in (".", "..") for part in parts)
 
 
 class FolderSource(EncodedSource):

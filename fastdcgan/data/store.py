@@ -119,7 +119,7 @@ class DiskStore(Store):
 def is_whole(path: Path, fingerprint: str) -> bool:
     """Whether all images of these sources are in a `DiskStore`'s file."""
     note = read_json(path.with_suffix(".json"))
-    return path.exists() and note.get("fingerprint") == fingerprint and "absent" in note
+    return os.path.exists(path) and note.get("fingerprint") == fingerprint and "absent" in note
 
 
 @contextmanager

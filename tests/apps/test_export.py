@@ -116,15 +116,15 @@ def test_the_tutorial_network_is_exported_too(tmp_path):
 
 
 def test_the_card_has_the_numbers(run, networks, tmp_path):
-    results = {"generated": {"swd": 12.5}, "other real images": {"swd": 3.25}}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"results": results}))
+    results = {"generated": {"swd_16": 12.5, "swd": 12.5}, "other real images": {"swd_16": 3.25, "swd": 3.25}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 400, "results": results}))
     export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
     card = (tmp_path / "model" / "README.md").read_text()
     parameters = sum(each.numel() for each in networks[0].parameters())
     for words in (
         "16 x 16 pixels",
         "| trained on | digits |",
-        "400 of 64",
+        "| steps | 400, over 25,600 images |",
         f"| parameters | {parameters:,} |",
         "| | generated | other real images |",
         "| swd | 12.500 | 3.250 |",
@@ -132,6 +132,10 @@ def test_the_card_has_the_numbers(run, networks, tmp_path):
     ):
         assert words in card
     assert str(tmp_path) not in card and str(run) not in card
+    for other in ({"step": 300, "results": results}, {"step": 400, "results": {"generated": {"swd_32": 1.0}}}):
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=r"of another run, or of step [34]00: evaluate what is exported"):
+            export(run, format="safetensors", out=tmp_path / "new", evaluation=tmp_path / "other.json")
 
 
 def test_what_differs_from_the_run_is_not_written(run, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 import tracemalloc
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from fastdcgan.data import Dataset, archives
-from fastdcgan.data.archives import LmdbSource, ZipSource, expand_braces
+from fastdcgan.data.archives import LmdbSource, ZipSource
 from fastdcgan.errors import UserError
+from fastdcgan.files import expand_braces
 
 FILES = 7
 
@@ -216,6 +218,51 @@ def test_a_shard_cut_short_gives_what_is_whole(
     data = opened(path)
     assert data.count == FILES - 1
     assert any("the archive ends in the middle" in reason or "broken" in reason for _, reason in data.skipped)
+
+
+def test_what_was_added_again_takes_the_place_of_what_was_there(
+    files: dict[str, bytes], encoded: Callable[..., bytes], opened: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    """As for `tar` and `unzip`; and shards that are named twice count once."""
+    tar, zipped = tmp_path / "set.tar", tmp_path / "set.zip"
+    with tarfile.open(tar, "w") as archive, zipfile.ZipFile(zipped, "w") as other, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zipfile, that a name is there already
+        for name, data in [*files.items(), ("a/0.jpg", encoded(77))]:
+            add(archive, name, data)
+            other.writestr(name, data)
+    folder = tmp_path / "as-folder"
+    folder.mkdir()
+    (folder / "new.jpg").write_bytes(encoded(77))
+    (new,) = opened(folder).take([0])
+    for source in (tar, zipped, tmp_path / "{set,set}.tar"):
+        data = opened(source)
+        assert data.count == FILES
+        assert sum(torch.equal(image, new) for image in data.take(range(FILES))) == 1
+
+
+def test_sparse_members_are_left_out(files: dict[str, bytes], opened: Callable[..., Dataset], tmp_path: Path) -> None:
+    """What lies in the archive is not what the file was."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            add(archive, name, data)
+        member = tarfile.TarInfo("sparse.jpg")
+        member.pax_headers = {"GNU.sparse.map": "0,10", "GNU.sparse.size": "4096"}
+        member.size = 10
+        archive.addfile(member, io.BytesIO(files["a/0.jpg"][:10]))
+    data = opened(path)
+    assert data.count == FILES and data.skipped == [("sparse.jpg", "stored as a sparse file (tar --sparse)")]
+
+
+def test_names_that_begin_with_dots_for_folders_are_not_hidden(
+    files: dict[str, bytes], opened: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            add(archive, f"../../{name}", data)
+        add(archive, "../.hidden/x.jpg", files["a/0.jpg"])
+    assert opened(path).count == FILES
 
 
 def test_compressed_tars_are_refused_with_advice(tmp_path: Path, opened: Callable[..., Dataset]) -> None:

@@ -122,9 +122,13 @@ def test_verdicts_are_remembered(
     assert again.count == 3
     memory = next((default_cache_dir() / "verdicts").glob("*.npz"))
     monkeypatch.undo()
-    memory.write_bytes(memory.read_bytes()[:100])
-    assert opened(folder).count >= 3  # a damaged memory is as good as none
-    monkeypatch.setattr(census, "FORMAT", census.FORMAT + 1)  # files are judged in another way now
+    whole = memory.read_bytes()
+    encrypted = whole.replace(b"PK\x01\x02\x2d\x03\x2d\x00\x00", b"PK\x01\x02\x2d\x03\x2d\x00\x01")  # says a bit
+    assert encrypted != whole
+    for damaged in (whole[:100], encrypted):
+        memory.write_bytes(damaged)
+        assert opened(folder).count >= 3  # a damaged memory is as good as none
+    monkeypatch.setattr(census, "FORMAT", census.FORMAT + "1")  # files are judged in another way now
     looks: list[int] = []
     as_ever = census.look_at
     monkeypatch.setattr(census, "look_at", lambda source, i: (looks.append(i), as_ever(source, i))[1])

@@ -219,6 +219,27 @@ def test_strict_stops_at_the_first_unusable_file(
 
 
 @pytest.mark.usefixtures("nothing_held")
+def test_images_that_are_gone_for_a_while(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a network disk: a stream says that they are gone, once, and another one goes on with them."""
+    folder = make_folder(12)
+    data = opened(folder, cache="off", loader="torch")
+    stream = data.stream(4)
+    away = folder.rename(folder.with_name("away"))
+    with pytest.raises(UserError, match="too few for one batch"):
+        for _ in range(20):
+            stream.advance()
+    assert capsys.readouterr().err.count("vanished after it was listed; what cannot be read is left out") == 1
+    state = stream.state()
+    assert len(state["unusable"]) == 12
+    away.rename(folder)
+    again = opened(folder, cache="off", loader="torch")
+    again.stream(4, state).advance()
+    assert again.skipped == [] and "12 images that could not be used can be used again" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_held")
 def test_a_file_that_vanishes_after_it_was_listed_costs_that_file(
     loader: str,
     make_folder: Callable[..., Path],

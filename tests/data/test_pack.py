@@ -16,10 +16,12 @@ import pytest
 import torch
 
 import fastdcgan
-from fastdcgan.data import Dataset
+from fastdcgan.data import Dataset, dataset, file_dataset
 from fastdcgan.data import pack as packing
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.pack import pack
+from fastdcgan.data.pillow_decode import UnusableImage
+from fastdcgan.data.source import why_unreadable
 from fastdcgan.errors import UserError
 
 SIZE = (16, 16)
@@ -127,6 +129,30 @@ def test_a_killed_pack_goes_on_where_it_was(
     assert notes[0] == notes[1]
     assert len(notes[0]["skipped"]) == 3
     assert leftovers(tmp_path) == ["set.npy", "set.npy.json"]
+
+
+def test_images_that_are_gone_for_a_while_are_waited_for(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not left out of the packed set for ever."""
+    monkeypatch.setattr(dataset, "PIECE", 4)
+    monkeypatch.setattr(file_dataset, "PIECE", 4)
+    folder, out = make_folder(12), tmp_path / "set.npy"
+    read = Loader.read
+    gone = [7]
+
+    def away(loader: Loader, i: int) -> bytes:
+        if i in gone:
+            raise UnusableImage(why_unreadable(FileNotFoundError()))
+        return read(loader, i)
+
+    monkeypatch.setattr(Loader, "read", away)
+    with pytest.raises(UserError, match=r"good-0007\.jpg: vanished.*: bring it back and give the same command"):
+        pack(str(folder), image_size=SIZE, out=out, loader="torch")
+    assert not out.exists()
+    gone.clear()
+    pack(str(folder), image_size=SIZE, out=out, loader="torch")
+    assert len(np.load(out)) == 12
 
 
 def test_a_journal_without_its_rows_is_not_believed(make_folder: Callable[..., Path], tmp_path: Path) -> None:

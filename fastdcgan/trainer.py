@@ -207,7 +207,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     at_end.callback(saver.wait)  # before the folder is unlocked
     watch, rollbacks = None, 0
     if run is not None:  # the first process
-        watch = Watch(folder, config, data.take(data.some(COMPARED, config.seed)), device, done)
+        watch = Watch(folder, config, data.sample(COMPARED, config.seed), device, done)
         at_end.callback(watch.close)
         with watch.writing():
             report_skipped(data.skipped, folder)
@@ -234,6 +234,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             try:
                 stream.advance()
             except UserError as error:
+                if not speaks():  # the first process has not met it, and would only say that this one is gone
+                    print(f"fastdcgan: {error}", file=sys.stderr, flush=True)
                 if done == begun or world.size > 1:  # others would wait for this one
                     raise
                 saver.save(step, stream, done)

@@ -54,9 +54,9 @@ class Dataset(ABC):
     def take(self, indices: Sequence[int]) -> torch.Tensor:
         """uint8 (n, H, W, C) on the CPU: the images with these numbers (0 .. count - 1), in the order asked for."""
 
-    def some(self, most: int, seed: int) -> list[int]:
-        """Up to `most` image numbers drawn at random, the same from the same seed."""
-        return torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
+    def sample(self, most: int, seed: int) -> torch.Tensor:
+        """Up to `most` images drawn at random, as from `take`: the same from the same seed."""
+        return self.take(torch.randperm(self.count, generator=torch.Generator().manual_seed(seed))[:most].tolist())
 
     @abstractmethod
     def content(self) -> str:

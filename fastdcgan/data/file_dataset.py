@@ -112,11 +112,14 @@ class FileDataset(Dataset):
             rows = np.array(broken, dtype=np.int64)
         return taken
 
-    def some(self, most: int, seed: int) -> list[int]:
-        """As `Dataset.some`, and of the same files when a few others have turned out to be broken."""
+    def sample(self, most: int, seed: int) -> torch.Tensor:
+        """As `Dataset.sample`, and the same whether files are known to be broken or turn out to be."""
         files = torch.randperm(len(self._source), generator=torch.Generator().manual_seed(seed)).numpy()
-        listed = files[np.isin(files, self._numbers)][:most]
-        return np.searchsorted(self._numbers, listed).tolist()
+        while True:
+            sound = self._usable.mask.copy()
+            images = self.take(np.searchsorted(self._numbers, files[sound[files]][:most]).tolist())
+            if np.array_equal(sound, self._usable.mask):
+                return images
 
     def _request(self, ids: Ids) -> Request:
         """These files as the first epoch shows them."""

@@ -273,18 +273,20 @@ def test_a_file_that_grew_since_it_was_listed_is_read_whole(make_folder: Callabl
     assert source.read(0) == (source.path / source.names[0]).read_bytes()
 
 
-def test_some_images_are_the_same_files_where_others_break(
-    make_folder: Callable[..., Path], opened: Callable[..., Dataset]
+def test_a_sample_is_of_the_same_files_where_others_break(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
 ) -> None:
-    """The run that goes on is compared with what it was compared with before."""
-    folder = make_folder(12)
+    """The run that goes on, or is started again, is compared with what it was compared with before."""
+    breaks = encoded(1).replace(b"\xff\xdb", b"\xff\xfe")  # only when it is decoded
+    folder = make_folder(12, {f"breaks-{i}.jpg": breaks for i in range(12)})
     data = opened(folder)
-    chosen = data.some(4, 1)
-    before = data.take(chosen)
-    assert chosen != data.some(4, 2)
-    other = next(i for i in range(12) if i not in chosen)
-    (folder / f"good-{other:04}.jpg").write_bytes(b"")
-    again = opened(folder)
-    assert torch.equal(again.take(again.some(4, 1)), before)
+    before = data.sample(4, 1)
+    assert len(before) == 4 and not torch.equal(before, data.sample(4, 2))
+    known = opened(folder)
+    assert known.count < data.count and torch.equal(known.sample(4, 1), before)
+    shown = {tuple(image.flatten().tolist()) for image in before}
+    other = next(i for i in range(known.count) if tuple(known.take([i]).flatten().tolist()) not in shown)
+    (folder / known._source.names[known._numbers[other]]).write_bytes(b"")
+    assert torch.equal(opened(folder).sample(4, 1), before)
     digits = opened("digits")
-    assert digits.some(4, 1) == digits.some(4, 1) != digits.some(4, 2)
+    assert torch.equal(digits.sample(4, 1), digits.sample(4, 1)) and not digits.sample(4, 1).equal(digits.sample(4, 2))

@@ -21,9 +21,10 @@ for class in airplane automobile bird frog horse ship; do images+=("$cifar/test/
 $fastdcgan sample $run --count 36 --out $out/sample.png
 $fastdcgan interpolate $run --seeds 3,8 --steps 7 --out $out/interpolate.gif
 $fastdcgan arithmetic $run --plus 1,2,3 --minus 4,5,6 --plus 7,8,9 --out $out/arithmetic.png
-$fastdcgan invert $run "${images[@]}" --out $out/invert.png
-$fastdcgan inpaint $run "${images[@]}" --box 10,10,12,12 --out $out/inpaint.png
-$fastdcgan denoise $run "${images[@]}" --sigma 0.1 --add-noise --out $out/denoise.png
+$fastdcgan invert $run "${images[@]}" --out "$work/invert"
+$fastdcgan inpaint $run "${images[@]}" --box 10,10,12,12 --out "$work/inpaint"
+$fastdcgan denoise $run "${images[@]}" --sigma 0.1 --add-noise --out "$work/denoise"
+for name in invert inpaint denoise; do cp "$work/$name/sheet.png" $out/$name.png; done
 
 # The settings of the probe were chosen on the 5,000 test images that it takes by itself: here it gets the others.
 $python - "$cifar/test" "$work/test-unused" <<'PYTHON_END'

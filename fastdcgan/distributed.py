@@ -119,14 +119,13 @@ def join(device: torch.device) -> World:
         device: what the processes train on.
 
     Raises:
-        UserError: fewer GPUs than processes on this machine.
+        UserError: fewer GPUs than processes on this machine; not started as torchrun starts processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise UserError(f"the environment has WORLD_SIZE but no {name}: start with torchrun, or unset WORLD_SIZE")
+    if "RANK" not in os.environ:
+        raise UserError("the environment has WORLD_SIZE but no RANK: start with torchrun, or unset WORLD_SIZE")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():

@@ -230,6 +230,13 @@ def test_the_first_process_of_a_machine_goes_before_its_others(monkeypatch: pyte
     assert done == ["barrier"]
 
 
+def test_what_torchrun_would_have_said_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="no RANK: start with torchrun, or unset WORLD_SIZE"):
+        distributed.join(torch.device("cpu"))
+
+
 def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
         monkeypatch.setenv(name, value)

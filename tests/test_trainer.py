@@ -198,10 +198,9 @@ def test_a_damaged_newest_checkpoint_costs_only_itself(
             folder.rename(run / f"{damage}-{folder.name}")
 
 
-def test_a_run_whose_last_checkpoint_was_not_written_says_so(tmp_path: Path) -> None:
+def test_a_run_whose_last_checkpoint_was_not_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").touch()  # in the way
+    monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(UserError, match=r"step 12 could not be saved .*last saved step is none"):
         train(small(run))
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Draws the README's pictures of a CIFAR-10 run, the probe and the evaluation again: about an hour on two cores.
+# Draws the README's pictures of CIFAR-10 runs, the probe and the evaluation again: an hour and a half on two cores.
 #
 #     bench/pictures.sh CIFAR10      # a folder with train/<class>/*.jpg and test/<class>/*.jpg
 #
-# The run stays in runs/cifar; stopped, it goes on where it was. Needs fastdcgan installed (`.venv/bin/pip install -e .`).
+# The runs stay in runs/; stopped, they go on where they were. Needs fastdcgan installed (`.venv/bin/pip install -e .`).
 set -euo pipefail
 cifar=$(realpath "${1:?name the folder with CIFAR-10}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,10 +15,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 $fastdcgan train "$cifar/train" --image-size 32 --steps 12000 --run-dir $run --resume
+$fastdcgan train "$cifar/train/automobile" --image-size 64 --steps 3500 --run-dir runs/automobiles --resume
 
 images=()
 for class in airplane automobile bird frog horse ship; do images+=("$cifar/test/$class/0000.jpg"); done
 $fastdcgan sample $run --count 36 --out $out/sample.png
+$fastdcgan sample runs/automobiles --count 25 --out $out/sample-64.png
 $fastdcgan interpolate $run --seeds 3,8 --steps 7 --out $out/interpolate.gif
 $fastdcgan arithmetic $run --plus 1,2,3 --minus 4,5,6 --plus 7,8,9 --out $out/arithmetic.png
 $fastdcgan invert $run "${images[@]}" --out "$work/invert"

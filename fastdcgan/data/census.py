@@ -137,9 +137,10 @@ def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Cen
 
 def remember(census: Census, source: EncodedSource, folder: Path) -> None:
     """Save the verdicts whole or not at all; a cache that cannot be written is no reason to stop."""
-    memory = _memory(source, folder)
-    temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
+    temporary: Path | None = None
     try:
+        memory = _memory(source, folder)
+        temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
         memory.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             np.savez(
@@ -154,7 +155,8 @@ def remember(census: Census, source: EncodedSource, folder: Path) -> None:
         os.replace(temporary, memory)
     except OSError:
         with suppress(OSError):
-            temporary.unlink()
+            if temporary is not None:
+                temporary.unlink()
 
 
 def _memory(source: EncodedSource, folder: Path) -> Path:

@@ -64,6 +64,8 @@ def why_unreadable(error: OSError) -> str:
         return "vanished after it was listed"
     if isinstance(error, PermissionError):
         return "no permission to read it"
+    if error.errno is None:  # not the system's: an archive is broken there
+        return str(error)
     return f"cannot be read ({error.strerror or error})"
 
 

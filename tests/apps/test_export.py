@@ -117,7 +117,7 @@ def test_the_tutorial_network_is_exported_too(tmp_path):
 
 def test_the_card_has_the_numbers(run, networks, tmp_path):
     results = {"generated": {"swd_16": 12.5, "swd": 12.5}, "other real images": {"swd_16": 3.25, "swd": 3.25}}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 400, "results": results}))
+    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 400, "ema": True, "results": results}))
     export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
     card = (tmp_path / "model" / "README.md").read_text()
     parameters = sum(each.numel() for each in networks[0].parameters())
@@ -132,9 +132,10 @@ def test_the_card_has_the_numbers(run, networks, tmp_path):
     ):
         assert words in card
     assert str(tmp_path) not in card and str(run) not in card
-    for other in ({"step": 300, "results": results}, {"step": 400, "results": {"generated": {"swd_32": 1.0}}}):
+    for change in ({"step": 300}, {"ema": False}, {"results": {"generated": {"swd_32": 1.0}}}):
+        other = {"step": 400, "ema": True, "results": results} | change
         (tmp_path / "other.json").write_text(json.dumps(other))
-        with pytest.raises(UserError, match=r"of another run, or of step [34]00: evaluate what is exported"):
+        with pytest.raises(UserError, match=r"of another run.*: evaluate what is exported"):
             export(run, format="safetensors", out=tmp_path / "new", evaluation=tmp_path / "other.json")
 
 

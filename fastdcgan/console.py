@@ -6,8 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,7 +123,26 @@ def on_stderr() -> Console:
     """What rich draws on."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(file=cast(IO[str], Lossy(sys.stderr)))
+
+
+class Lossy:
+    """A terminal that may go away: then what is drawn on it is lost, not the run."""
+
+    def __init__(self, terminal: IO[str]) -> None:
+        self._terminal = terminal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terminal, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._terminal.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._terminal.flush()
 
 
 def columns(screen: Console, field: str, bar_width: int | None) -> list[ProgressColumn]:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import pty
 import random
 import resource
 import shutil
@@ -419,6 +420,23 @@ def test_a_run_goes_on_where_nobody_hears_of_it(tmp_path: Path, where: str) -> N
         process = start(tmp_path / "run", hears=(full if where == "/dev/full" else closed).fileno())
     assert process.wait(120) == 0
     assert checkpoint.complete(tmp_path / "run")[-1].name == "step-000012"
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm"])  # plain lines, and a bar that moves
+def test_a_terminal_that_closes_leaves_a_checkpoint(tmp_path: Path, term: str) -> None:
+    run = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"TERM": term, "OMP_NUM_THREADS": "1"}
+        flags = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 16 --steps 100000 --log-every 4"
+        command = [sys.executable, "-m", "fastdcgan", "train", "digits", *flags.split(), "--run-dir", str(run)]
+        os.execv(sys.executable, [*command, "--checkpoint-every", "90000"])
+    while not (run / "metrics.jsonl").exists():
+        assert os.read(terminal, 65536)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert checkpoint.step_of(checkpoint.complete(run)[-1]) < 90_000
 
 
 def test_more_images_make_longer_epochs(tmp_path: Path) -> None:

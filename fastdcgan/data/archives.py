@@ -158,7 +158,9 @@ class TarSource(EncodedSource):
                 continue
             self.names.append(prefix + member.name)
             self._places.append((number, member.offset_data, member.size))
-            label = label_of.get(member.name[: -len(PurePosixPath(member.name).suffix)])
+            stem, base = os.path.splitext(member.name)[0], member.name.rpartition("/")[2]
+            key = member.name.removesuffix(base) + base.split(".")[0]  # WebDataset's: what is before the first dot
+            label = label_of.get(stem) or label_of.get(key)
             text = None
             if label and label.size < 1024:
                 with suppress(OSError):  # the shard is cut short in the middle of it

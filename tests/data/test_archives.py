@@ -137,6 +137,24 @@ def test_a_shard_cut_short_in_a_label_gives_its_images(
     assert (opened(path).count, opened(path).labels) == (FILES, None)
 
 
+def test_a_label_is_of_the_image_with_its_key(
+    files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    """Which in WebDataset is what comes before the first dot; but one with the whole name comes first."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, label in (
+            ("./a/1.input.jpg", "./a/1.cls"),
+            ("./a/2.v1.jpg", "./a/2.v1.cls"),
+            ("b.c/3.jpg", "b.c/3.cls"),
+        ):
+            add(archive, name, files["a/0.jpg"])
+            add(archive, label, label[-6:-4].encode())
+        add(archive, "./a/2.cls", b"no")
+    data = opened(path)
+    assert data.class_names == ["/1", "/3", "v1"] and data.labels == [0, 2, 1]
+
+
 def test_one_tar_has_classes_from_its_folders(
     loader: str,
     files: dict[str, bytes],

@@ -111,16 +111,20 @@ class Alarms:
         )
         return raised
 
-    def look_at_samples(self, step: int, diversity: float, nearest: float) -> list[Alarm]:
-        """The alarms that a sample grid starts; both figures as `Quality.diversity` gives them."""
+    def look_at_samples(self, step: int, diversity: float, nearest: float, last: bool = False) -> list[Alarm]:
+        """The alarms that a sample grid starts; both figures as `Quality.diversity` gives them.
+
+        Args:
+            last: of the run: no other one will come to confirm it.
+        """
         self.best_diversity = max(self.best_diversity, min(diversity, 1.0))
         settled = step - self.start >= SETTLED
-        gone = min(diversity, nearest) < SAME or diversity < FALLEN * self.best_diversity
+        alike = min(diversity, nearest) < SAME
         return self._judge(
             "collapse",
             step,
-            settled and gone,
-            2,
+            settled and (alike or diversity < FALLEN * self.best_diversity),
+            1 if last and alike else 2,
             f"the samples are nearly the same picture (apart by {diversity:.0%} of what real images are, each from its"
             f" nearest by {nearest:.0%}): the generator has collapsed. Try --spectral-norm, --r1 5,"
             f"{'' if self.loss == 'hinge' else ' --loss hinge,'} a smaller --lr-g, or --diffaugment",

@@ -265,7 +265,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             if samples:
                 with pace.measured("sample"):
                     if watch:
-                        raised += watch.sample(done, step)
+                        raised += watch.sample(done, step, last=done == total)
             if saves:
                 with pace.measured("checkpoint"):
                     distance = watch.quality.distance(step.average) if watch else None

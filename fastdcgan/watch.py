@@ -82,8 +82,12 @@ class Watch:
         return self.tell(self.alarms.look_at_metrics(int(figures["step"]), figures))
 
     @torch.no_grad()
-    def sample(self, done: int, step: TrainStep) -> list[Alarm]:
-        """Draw the grids, of the moving average and of the latest weights; the alarms that they raise."""
+    def sample(self, done: int, step: TrainStep, last: bool = False) -> list[Alarm]:
+        """Draw the grids, of the moving average and of the latest weights; the alarms that they raise.
+
+        Args:
+            last: these are the last ones of the run.
+        """
         pictures = step.average(self.latents)
         varied = self.quality.diversity(pictures)
         with self.writing():
@@ -91,7 +95,7 @@ class Watch:
             self.monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(self.latents), done)
         with self.writing():
             self.monitor.log({"step": done, **varied}, "quality")
-        return self.tell(self.alarms.look_at_samples(done, **varied))
+        return self.tell(self.alarms.look_at_samples(done, **varied, last=last))
 
     def tell(self, raised: list[Alarm]) -> list[Alarm]:
         """Write alarms down and say them; returns them."""

@@ -125,6 +125,13 @@ def test_a_fall_of_diversity_is_a_collapse_and_the_grey_start_is_none() -> None:
     assert alarm.kind == "collapse" and alarm.sound == 400
 
 
+@pytest.mark.parametrize(("diversity", "said"), [(0.01, ["collapse"]), (0.3, [])])  # the latter may be an accident
+def test_the_last_grid_of_a_run_need_not_be_confirmed(diversity: float, said: list[str]) -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    assert alarms.look_at_samples(400, 0.9, 0.9) == []
+    assert [alarm.kind for alarm in alarms.look_at_samples(800, diversity, diversity, last=True)] == said
+
+
 def test_diversity_against_the_formula() -> None:
     pictures = torch.randn(9, 1, 4, 4)
     quality = Quality(torch.randint(0, 256, (9, 4, 4, 1), dtype=torch.uint8), 2, 0, torch.device("cpu"))

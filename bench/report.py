@@ -186,7 +186,7 @@ def table(found: Results) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind, name in KINDS.items():
-        rows = [each.row() for each in comparisons(found) if each.content["device"]["kind"] == kind]
+        rows = [each.row() for each in comparisons(found, kind)]
         lines += rows or [f"| {name} | 64x64 | {' | '.join([MISSING] * 5)} | |"]
     lines += [
         "",
@@ -200,9 +200,9 @@ def headline(found: Results) -> str:
     """How many times as fast as the plain example, from the smallest ratio to the largest of each kind of device."""
     parts = []
     for kind in KINDS:
-        of_kind = [each for each in comparisons(found) if each.content["device"]["kind"] == kind]
-        ratios = sorted(each.ratio() for each in of_kind)
-        names = " and ".join(dict.fromkeys(machine(each.content) for each in of_kind))
+        measured = comparisons(found, kind)
+        ratios = sorted(each.ratio() for each in measured)
+        names = " and ".join(dict.fromkeys(machine(each.content) for each in measured))
         if ratios:
             parts.append(f"**{ratios[0]:.1f} to {ratios[-1]:.1f} times** as fast on {names}")
     return f"A training step, against the plain PyTorch example's: {', '.join(parts)} ([how fast](#how-fast))."
@@ -241,11 +241,11 @@ class Comparison:
         return f"| {' | '.join(cells)} |"
 
 
-def comparisons(found: Results) -> list[Comparison]:
-    """Those of all files, by batch size, then precision."""
+def comparisons(found: Results, kind: str) -> list[Comparison]:
+    """Those of all files of a kind of device, by batch size, then precision."""
     made = []
     for stem, content in found.items():
-        if not is_comparison(content):
+        if not is_comparison(content) or content["device"]["kind"] != kind:
             continue
         measured = [row for row in content["rows"] if row["rounds"]]
         for batch in sorted({row["batch_size"] for row in measured}):

@@ -25,8 +25,8 @@ class Quality:
         random = torch.Generator().manual_seed(seed)
         self.latents = torch.randn(len(self.real), latent_dim, generator=random).to(device)
         distinct = torch.unique(self.real[:CHUNK], dim=0)  # or those that are there twice have no distance at all
-        self.compared = max(len(distinct), 2)
         shown = distinct if len(distinct) > 1 else self.real[:2]
+        self.compared = len(shown)
         self.apart, self.nearest = (max(value, 1e-12) for value in distances_apart(shown))
 
     def diversity(self, pictures: Tensor) -> dict[str, float]:

@@ -180,9 +180,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     )
     done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
     if resumed and config.epochs is not None:
-        here, there = stream.state(), resumed.progress["data"][0]
         same = resumed.progress["of"] == [config.epochs, config.batch_size, world.size]
-        if same and all(here[name] == there[name] for name in ("count", "listing")):
+        if same and not data.changed(resumed.progress["data"][0]):
             total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
         else:
             seen = resumed.progress["images"]

@@ -137,26 +137,24 @@ def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Cen
 
 def remember(census: Census, source: EncodedSource, folder: Path) -> None:
     """Save the verdicts whole or not at all; a cache that cannot be written is no reason to stop."""
-    temporary: Path | None = None
-    try:
+    with suppress(OSError):
         memory = _memory(source, folder)
         temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
         memory.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            np.savez(
-                file,
-                format=FORMAT,
-                kind=census.kind,
-                sizes=census.sizes,
-                colour=census.colour,
-                encoded_bytes=census.encoded_bytes,
-                reasons=np.frombuffer(json.dumps(census.reasons).encode(), np.uint8),
-            )
-        os.replace(temporary, memory)
-    except OSError:
-        with suppress(OSError):
-            if temporary is not None:
-                temporary.unlink()
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(
+                    file,
+                    format=FORMAT,
+                    kind=census.kind,
+                    sizes=census.sizes,
+                    colour=census.colour,
+                    encoded_bytes=census.encoded_bytes,
+                    reasons=np.frombuffer(json.dumps(census.reasons).encode(), np.uint8),
+                )
+            os.replace(temporary, memory)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _memory(source: EncodedSource, folder: Path) -> Path:

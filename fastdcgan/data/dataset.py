@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastdcgan.data.order import Order
 from fastdcgan.errors import UserError
 
 LEFT_OUT = "left out since the run began"  # in a continued run the reason for a file that is, whatever was wrong
@@ -49,6 +50,11 @@ class Dataset(ABC):
     labels: list[int] | None  # one a usable image, indexing class_names
     class_names: list[str] | None
     skipped: list[tuple[str, str]]  # (file, reason); grows when a file breaks while it is decoded
+    _order: Order
+
+    def changed(self, state: dict[str, Any]) -> bool:
+        """Whether a `Stream.state()` is of other images than these."""
+        return self._order.changed(state)
 
     @abstractmethod
     def take(self, indices: Sequence[int]) -> torch.Tensor:

@@ -63,7 +63,7 @@ def test_ratios_are_to_the_plain_example_whatever_ran_first():
         row["ratio"] = row["cpu_ratio"] = 0.5
     assert "x1.30 | 65%" in report.table({"cpu-64": content})
     content["rows"][-1]["rounds"] = []
-    assert report.comparisons({"cpu-64": content}) == [], "nothing was measured that ours could be compared with"
+    assert report.comparisons({"cpu-64": content}, "cpu") == [], "nothing was measured that ours could be compared with"
 
 
 def test_example_fp32_does_not_stand_in_for_the_example():

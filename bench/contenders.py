@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from fastdcgan import reference
 from fastdcgan.bench.roofline import DTYPES
 from fastdcgan.errors import UserError, first_line
+from fastdcgan.executors import make_executor
 from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.processor import choose_precision, native_bf16
-from fastdcgan.step import TrainStep, make_executor
+from fastdcgan.step import TrainStep
 
 NAMES = ("example", "example-fp32", "skilled", "skilled-fp16", "fast-eager", "fast-compiled", "fast-captured")
 

@@ -89,7 +89,7 @@ PYTHON_END
     if has pytest; then
         section tests 120 bash -c "set -o pipefail; $PYTHON -m pytest -v -rf -m gpu -o addopts=--import-mode=importlib \
             -p no:cacheprovider $(has xdist && echo '-n 6') --continue-on-collection-errors \
-            tests/test_step.py tests/bench tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
+            tests/test_executors.py tests/test_step.py tests/bench tests/data tests/kernels > \$OUT/tests.txt 2>&1; code=\$?; \
             grep -E '^(FAILED|ERROR)|passed|failed' \$OUT/tests.txt | tail -40; exit \$code"
     else
         echo "== tests: skipped, no pytest here" | tee -a "$OUT/log.txt"

@@ -27,8 +27,9 @@ from fastdcgan.bench.environment import command_line, describe, write_json
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.distributed import join
+from fastdcgan.executors import make_executor
 from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.step import TrainStep, make_executor
+from fastdcgan.step import TrainStep
 
 ROUNDS = 3
 WARM_UP, STEPS = 5, 10  # on a GPU the graph is captured in the fourth

@@ -25,6 +25,7 @@ from fastdcgan.data import open_dataset, packed_size
 from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.distributed import World, join
 from fastdcgan.errors import UserError
+from fastdcgan.executors import make_executor
 from fastdcgan.files import replace_file
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
@@ -33,7 +34,7 @@ from fastdcgan.processor import choose_device, choose_precision, native_bf16
 from fastdcgan.quality import COMPARED
 from fastdcgan.runs import RunFolder, choose_folder, saved_config
 from fastdcgan.saver import Saver, position, restore
-from fastdcgan.step import TrainStep, make_executor
+from fastdcgan.step import TrainStep
 from fastdcgan.watch import Watch
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share

@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdcgan import checkpoint, models
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
+from fastdcgan.executors import make_executor
 from fastdcgan.objectives import make_objective
 from fastdcgan.runs import load_run
 from fastdcgan.stabilisers import DRAWS, REAL, SpectralNorm, Views, diff_augment, gradient_penalty, r1_penalty
-from fastdcgan.step import TrainStep, make_executor
+from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
 
 BATCH, SIZE = 6, 16

@@ -1,0 +1,136 @@
+"""The ways to run a training step: eager, compiled, or as one CUDA graph. What it computes is the same."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from typing import Protocol
+
+import torch
+
+from fastdcgan.errors import UserError, first_line
+from fastdcgan.step import TrainStep
+
+log = logging.getLogger("fastdcgan")
+
+
+class Executor(Protocol):
+    """Runs one update a call; what a step computes does not depend on which one runs it."""
+
+    name: str
+
+    def run(self) -> None: ...
+
+
+class Uncaptured:
+    """The update as Python runs it: operation by operation or, of a compiled step, in a few compiled functions."""
+
+    def __init__(self, step: TrainStep, name: str) -> None:
+        self.step, self.name = step, name
+
+    def run(self) -> None:
+        self.step.update()
+
+
+class Captured:
+    """The whole update as one CUDA graph, or as two where only some updates have a penalty.
+
+    The first `WARM_UP` runs of each are ordinary updates on a side stream, so that compilation, autotuning and the
+    allocator's first requests are over; the next one is recorded, which runs nothing, and replayed from then on.
+
+    Args:
+        require: whether a step that cannot be captured is an error, not a reason to go on without.
+
+    Raises:
+        UserError: from `run`, if so.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: TrainStep, require: bool) -> None:
+        self.step, self.name, self.require = step, "captured", require
+        self.runs = {True: 0, False: 0}  # by whether there is a penalty
+        self.stream = torch.cuda.Stream()
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def run(self) -> None:
+        penalised = self.step.penalised()
+        if self.name == "captured" and penalised not in self.graphs and self.runs[penalised] >= self.WARM_UP:
+            self.capture()
+        if penalised in self.graphs:
+            self.graphs[penalised].replay()
+            self.step.updates += 1
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.step.update()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        self.runs[penalised] += 1
+
+    def capture(self) -> None:
+        """Record one update; where that fails, say why once and stay with ordinary updates (or raise, if required)."""
+        graph, penalised, updates = torch.cuda.CUDAGraph(), self.step.penalised(), self.step.updates
+        random, current = self.step.rng.get_state(), torch.cuda.current_stream()
+        with warnings.catch_warnings():  # newer releases find the generator themselves and say that this is deprecated
+            warnings.simplefilter("ignore")
+            graph.register_generator_state(self.step.rng)  # so that every replay draws new numbers
+        try:
+            # thread_local: the data loader's threads may call CUDA meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.step.update()
+        except RuntimeError as error:
+            # Ending a spoilt capture fails too, and says less than what spoilt it.
+            reason = first_line(error.__context__ or error)
+            torch.cuda.set_stream(current)  # torch stays with the other one where ending the capture fails
+            # The update ended anywhere, and torch up to 2.11 leaves its generator in capture mode, where it is no use.
+            self.step.discriminator.requires_grad_(True)
+            self.step.rng = torch.Generator(self.step.source.device)
+            self.step.rng.set_state(random)
+            if self.require:
+                raise UserError(
+                    f"--cuda-graph on: the step cannot be captured ({reason}); try --cuda-graph auto"
+                ) from error
+            log.warning("the step cannot be captured as a CUDA graph (%s); going on without", reason)
+            self.name = "compiled"
+            self.graphs.clear()  # one that was captured before draws from the generator that was given up
+        else:
+            self.graphs[penalised] = graph
+        self.step.updates = updates  # recording runs nothing
+
+
+def make_executor(step: TrainStep, *, compile: bool, cuda_graph: str) -> Executor:
+    """The executor for a step: cuda_graph "auto" captures on a GPU when compiling, "on" always, "off" never.
+
+    Where torch.compile does not work, that is said and the step is not compiled.
+
+    Raises:
+        UserError: cuda_graph "on" without a GPU.
+    """
+    on_gpu = step.source.is_cuda
+    if cuda_graph == "on" and not on_gpu:
+        raise UserError("--cuda-graph on needs a GPU; leave it at auto to train on the CPU")
+    if compile and (reason := why_not_compiled(step.source.device.type)):
+        log.warning(
+            "the step cannot be compiled (%s); going on without. --compile needs a C++ compiler, such as g++, and"
+            " Python's headers",
+            reason,
+        )
+        compile = False
+    if compile:
+        step.compile()
+    if cuda_graph == "on" or (cuda_graph == "auto" and compile and on_gpu):
+        return Captured(step, require=cuda_graph == "on")
+    return Uncaptured(step, "compiled" if compile else "eager")
+
+
+@functools.cache
+def why_not_compiled(kind: str) -> str | None:
+    """What keeps torch.compile from working on this kind of device, found out by trying; None if nothing does."""
+    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import, which an eager run need not wait for
+
+    try:
+        torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=kind))
+    except TorchDynamoException as error:
+        return next((line for line in str(error).splitlines() if "error:" in line), first_line(error))
+    return None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Set
+from contextlib import ExitStack
 from pathlib import Path
-from threading import Event, Lock, current_thread, main_thread
+from threading import Lock
 from typing import NoReturn
 
 import torch
@@ -34,6 +32,7 @@ from fastdcgan.processor import choose_device, choose_precision, native_bf16
 from fastdcgan.quality import COMPARED
 from fastdcgan.runs import RunFolder, choose_folder, saved_config
 from fastdcgan.saver import Saver, position, restore
+from fastdcgan.signals import stop_signals
 from fastdcgan.step import TrainStep
 from fastdcgan.watch import Watch
 
@@ -373,41 +372,3 @@ def peak_memory(device: torch.device) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class Stop(Event):
-    """Set by a signal, which `number` then names."""
-
-    number = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turn the first SIGINT, SIGTERM or SIGHUP (unless nohup has it ignored) into an event, so that the step under way
-    ends first; a second one kills.
-
-    But for those that come twice from one cause: SIGHUP when a terminal closes, and under torchrun SIGTERM, from
-    whoever stops all processes and from torchrun, which itself kills those that take too long.
-    """
-    stop = Stop()
-    numbers = [signal.SIGINT, signal.SIGTERM] if current_thread() is main_thread() else []  # Python's rule
-    once = [signal.SIGTERM] if "TORCHELASTIC_RUN_ID" in os.environ else []
-    if numbers and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-        once.append(signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def handler(number: int, frame: object) -> None:
-        stop.number = number
-        stop.set()
-        for each, action in before.items():
-            if each not in once:
-                signal.signal(each, action)
-
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield stop
-    finally:
-        for number, action in before.items():
-            signal.signal(number, action)

@@ -23,7 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from fastdcgan import console, processor
-from fastdcgan.cli import asked, main
+from fastdcgan.cli import main
+from fastdcgan.commands import asked
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError, check_utf8, first_line
 from fastdcgan.processor import choose_device, choose_precision

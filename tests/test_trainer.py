@@ -39,6 +39,7 @@ from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.monitor import Monitor, save_grid
 from fastdcgan.runs import RunFolder, choose_folder, load_run
 from fastdcgan.saver import restore, write
+from fastdcgan.signals import stop_signals
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
 from fastdcgan.watch import Watch
@@ -600,7 +601,7 @@ def test_fewer_steps_than_there_are_is_a_mistake(straight: Path, tmp_path: Path)
 def test_a_second_sigterm_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     before = signal.getsignal(signal.SIGTERM)
-    with trainer.stop_signals() as stop:
+    with stop_signals() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5) and stop.number == signal.SIGTERM
@@ -883,7 +884,7 @@ def test_new_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkey
 def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
     found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     try:
-        with pytest.raises(KeyboardInterrupt), trainer.stop_signals() as stop:
+        with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.wait(5) and stop.number == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)

@@ -138,7 +138,7 @@ def join(device: torch.device) -> World:
     else:
         backend = "gloo"
     # A process group that is there when this module is imported is kept to the end, and its threads with it: they may
-    # then be freeing tensors while the interpreter ends, and abort. Any training imports it sooner or later.
+    # then be freeing tensors while the interpreter ends, and abort. A run that compiles imports it later.
     importlib.import_module("torch._dynamo")
     # torchrun's store outlives a restart: without a name of their own the new processes could read the addresses of
     # those that are gone.

@@ -102,9 +102,11 @@ def whole_tiles(grid: tuple[int, int]) -> bool:
     return all(side % 4 == 0 for side in grid)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile calls it while it traces
 def _limits(channels: int) -> Limits:
     return IN_TORCH if _library(channels) is None else IN_C
+
+
+_limits._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile calls it while it traces
 
 
 def _library(channels: int) -> ctypes.CDLL | None:
@@ -146,8 +148,18 @@ def conv_transpose2d(x: Tensor, weight: Tensor) -> Tensor:
     return transform(found.transpose(0, 1), "pixels", True, *grid)
 
 
-@torch.library.custom_op("fastdcgan::winograd_products", mutates_args=())
-def products(rows: Tensor, weight: Tensor) -> Tensor:
+# Operators, made without `torch.library.custom_op`: the first call of one imports the compiler, for two seconds.
+PRODUCTS, TRANSFORM = "fastdcgan::winograd_products", "fastdcgan::winograd_transform"
+torch.library.define(PRODUCTS, "(Tensor rows, Tensor weight) -> Tensor")
+torch.library.define(
+    TRANSFORM, "(Tensor x, str name, bool transposed, SymInt h, SymInt w, Tensor? kept=None) -> Tensor"
+)
+products = torch.ops.fastdcgan.winograd_products.default
+transform = torch.ops.fastdcgan.winograd_transform.default
+
+
+@torch.library.impl(PRODUCTS, "CPU")
+def _products(rows: Tensor, weight: Tensor) -> Tensor:
     """25 matrix products: rows (M, 25, 4C) and weight (K, 25, 4C) -> (M, 25, K).
 
     An operator, because autograd's own gradient for a transposed operand is transposed too, and then copied.
@@ -155,7 +167,7 @@ def products(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows.transpose(0, 1) @ weight.permute(1, 2, 0)).transpose(0, 1)
 
 
-@products.register_fake
+@torch.library.register_fake(PRODUCTS)  # type: ignore[untyped-decorator]
 def _(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.new_empty(25, len(rows), len(weight)).transpose(0, 1)
 
@@ -173,7 +185,7 @@ def _differentiate_products(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, 
     )
 
 
-products.register_autograd(_differentiate_products, setup_context=_remember_both)
+torch.library.register_autograd(PRODUCTS, _differentiate_products, setup_context=_remember_both)
 
 
 # The linear maps around the products, and their transposes; tiles are counted by M.
@@ -241,8 +253,8 @@ MAPS = {
 }
 
 
-@torch.library.custom_op("fastdcgan::winograd_transform", mutates_args=())
-def transform(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tensor | None = None) -> Tensor:
+@torch.library.impl(TRANSFORM, "CPU")
+def _transform(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tensor | None = None) -> Tensor:
     """One of MAPS. An operator, because the compiler makes nothing faster of them and takes twice as long.
 
     `kept` is not read. A gradient's call gets the x of its forward call there, so that x is kept for the backward
@@ -265,7 +277,7 @@ def transform(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tens
     return made
 
 
-@transform.register_fake
+@torch.library.register_fake(TRANSFORM)  # type: ignore[untyped-decorator]
 def _(x: Tensor, name: str, transposed: bool, h: int, w: int, kept: Tensor | None = None) -> Tensor:
     return _made(x, name, transposed, h, w)
 
@@ -296,4 +308,4 @@ def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return transform(gradient, name, not transposed, h, w, x), None, None, None, None, None
 
 
-transform.register_autograd(_differentiate, setup_context=_remember)
+torch.library.register_autograd(TRANSFORM, _differentiate, setup_context=_remember)

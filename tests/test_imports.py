@@ -94,6 +94,17 @@ def test_rooms(path: Path) -> None:
     assert "kernels" not in top and "tests" not in top and "profiles" not in top
 
 
+def test_a_run_that_compiles_nothing_starts_without_the_compiler(tmp_path: Path) -> None:
+    """Nor scikit-learn: each takes two seconds to import."""
+    code = (
+        "import sys; from fastdcgan import TrainConfig, train, winograd; winograd.PAYS_HERE = True\n"
+        f"train(TrainConfig(steps=2, gen_width=32, disc_width=32, device='cpu', run_dir={str(tmp_path / 'run')!r}))\n"
+        "print(*{'torch._dynamo', 'torchvision', 'sklearn'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "\n", done.stdout + done.stderr
+
+
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['fastdcgan', 'train', '--help']\ntry:\n import fastdcgan.cli; fastdcgan.cli.main()\n"

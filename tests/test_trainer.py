@@ -27,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.utils import make_grid
 
 from fastdcgan import checkpoint, saver, trainer
 from fastdcgan.config import TrainConfig
@@ -36,7 +37,7 @@ from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.monitor import Monitor, save_grid
+from fastdcgan.monitor import Monitor, grid, save_grid
 from fastdcgan.runs import RunFolder, choose_folder, load_run
 from fastdcgan.saver import restore, write
 from fastdcgan.signals import stop_signals
@@ -857,6 +858,14 @@ def test_a_grid_is_about_as_wide_as_high(tmp_path: Path) -> None:
     for height, width in ((8, 32), (32, 8)):
         grid = save_grid(torch.zeros(64, 3, height, width), tmp_path / "grid.png")
         assert 0.5 < grid.shape[2] / grid.shape[1] < 2
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 1, 8, 8), (64, 3, 32, 32), (5, 4, 40, 8), (7, 3, 8, 64)], ids=str)
+def test_a_grid_is_torchvisions(shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape) * 2 - 1
+    columns = max(1, round((shape[0] * shape[2] / shape[3]) ** 0.5))
+    expected = make_grid(images, nrow=columns, padding=2, pad_value=1.0)
+    assert torch.equal(grid(images).expand_as(expected), expected)  # make_grid triples a single channel
 
 
 def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:

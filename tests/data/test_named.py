@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+from sklearn.datasets import load_digits
 
 from fastdcgan.data import NAMES, Dataset, default_cache_dir
 from fastdcgan.data.check import check
@@ -27,6 +28,10 @@ def test_digits(opened: Callable[..., Dataset]) -> None:
     assert images.shape == (1797, 32, 32, 1)
     assert images.min() == 0
     assert images.max() == 255
+    scikit_learns = load_digits()
+    assert list(digits.labels) == scikit_learns.target.tolist()
+    eighths = torch.from_numpy(scikit_learns.images) * (255 / 16)
+    assert (opened("digits", image_size=(8, 8)).take(range(1797))[..., 0] - eighths).abs().max() <= 0.5
     by_class = [images[[i for i, label in enumerate(digits.labels) if label == digit]].float() for digit in (0, 1)]
     centre = [found[:, 14:18, 14:18].mean() for found in by_class]
     assert centre[1] > centre[0] + 100  # a one is inked where a zero is empty

@@ -156,8 +156,9 @@ def _check_batch_norm_act(
     if len(shape) == 4:
         assert y.is_contiguous(memory_format=torch.channels_last)
     room = {"tolerance": 3 * statistics_error} if statistics_error else {}
-    truth = torch.where(z > 0, z, slope * z).reshape(shape)
-    assert_close("y", y, truth, **room)
+    truth = torch.where(z > 0, z, slope * z)
+    usual = torch.where(z > 0, 1.0, slope) * ((normalized * w).square() + b.square()).sqrt()  # where they do not cancel
+    assert_close("y", y, truth.reshape(shape), scale=torch.maximum(truth.abs(), usual), **room)
     assert_close("dx", gradients[0], dx.reshape(shape), scale=terms, **room)
     over = (0, 1, 3)
     spread = (dz * normalized).abs().sum(over)
@@ -259,6 +260,11 @@ def _check_image_conv(
         dy = torch.where(z.abs() < 1e-4, 0.0, dy.double()).to(dtype)  # a gradient is one-sided at the kink
         dz = torch.where(z > 0, dy.double(), slope * dy.double())
     dx, dw = torch.autograd.grad(z, exact, dz)
+    # How large each is where its terms do not happen to cancel.
+    squares = [tensor.detach().square().requires_grad_() for tensor in exact]
+    z_squared = convolve(*squares, stride=2, padding=1)
+    usual = [each.sqrt() for each in (z_squared, *torch.autograd.grad(z_squared, squares, dz.square()))]
+    scales = [torch.maximum(right.abs(), each) for right, each in zip((y, dx, dw), usual, strict=True)]
 
     leaves = [tensor.requires_grad_() for tensor in (x, weight)]
     found = operation(*leaves) if transposed else operation(*leaves, slope)
@@ -266,10 +272,11 @@ def _check_image_conv(
 
     for tensor in (found, *gradients):
         assert tensor.dtype == dtype and tensor.permute(0, 2, 3, 1).is_contiguous()
-    assert_close("y", found, y, tolerance=tolerance)
-    assert_close("dx", gradients[0], dx, tolerance=tolerance)
+    assert_close("y", found, y, scale=scales[0], tolerance=tolerance)
+    assert_close("dx", gradients[0], dx, scale=scales[1], tolerance=tolerance)
     # A 16-bit dz is rounded before it is summed, and dw after: what `output` allows, not `sum`.
-    assert_close("dw", gradients[1], dw, "sum" if dtype == torch.float32 else "output", tolerance=tolerance)
+    sums = "sum" if dtype == torch.float32 else "output"
+    assert_close("dw", gradients[1], dw, sums, scale=scales[2], tolerance=tolerance)
 
 
 @pytest.fixture

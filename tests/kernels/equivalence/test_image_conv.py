@@ -56,7 +56,7 @@ def test_against_float64(check_image_conv, shape, features, dtype):
 )
 def test_drawn_shapes(check_image_conv, samples, channels, features, height, width, dtype, slope):
     shape = (samples, channels, 2 * height, 2 * width)
-    # A handful of values may cancel, or all lie where the rounding is largest.
+    # All of a handful of values may lie where the rounding is largest.
     tolerance = 2e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     check_image_conv(conv, False, shape, features, dtype, slope, tolerance=tolerance)
     check_image_conv(transposed_conv, True, shape, features, dtype, tolerance=tolerance)

@@ -7,11 +7,9 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import os
 import pty
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,7 +25,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.utils import make_grid
 
 from fastdcgan import checkpoint, saver, trainer
 from fastdcgan.config import TrainConfig
@@ -37,10 +34,8 @@ from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.monitor import Monitor, grid, save_grid
 from fastdcgan.runs import RunFolder, choose_folder, load_run
 from fastdcgan.saver import restore, write
-from fastdcgan.signals import stop_signals
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import train
 from fastdcgan.watch import Watch
@@ -599,35 +594,6 @@ def test_fewer_steps_than_there_are_is_a_mistake(straight: Path, tmp_path: Path)
         train(small(tmp_path / "run", steps=5, resume=True))
 
 
-def test_a_second_sigterm_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_signals() as stop:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.wait(5) and stop.number == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = Monitor(tmp_path, 0, "")
-    monitor.board.close()  # its thread, at any moment, would meet the limit too
-    monkeypatch.setattr(monitor.board, "add_scalar", lambda *_: None)
-    monitor.log({"step": 1, "loss": 2.0})
-    size, limits = (tmp_path / "metrics.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 9, limits[1]))
-    try:
-        with pytest.raises(OSError, match="no room for a whole line"):
-            monitor.log({"step": 2, "loss": 3.0})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
-    monitor.log({"step": 3, "loss": 4.0})
-    monitor.close()
-    assert [line["step"] for line in metrics(tmp_path)] == [1, 3]
-
-
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, steps=100_000)
@@ -854,30 +820,6 @@ def test_samples_are_the_moving_averages(tmp_path: Path) -> None:
         assert abs(drawn["step"] - drawn["raw-step"]).max() > 9
 
 
-def test_a_grid_is_about_as_wide_as_high(tmp_path: Path) -> None:
-    for height, width in ((8, 32), (32, 8)):
-        grid = save_grid(torch.zeros(64, 3, height, width), tmp_path / "grid.png")
-        assert 0.5 < grid.shape[2] / grid.shape[1] < 2
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (2, 1, 8, 8), (64, 3, 32, 32), (5, 4, 40, 8), (7, 3, 8, 64)], ids=str)
-def test_a_grid_is_torchvisions(shape: tuple[int, ...]) -> None:
-    images = torch.rand(shape) * 2 - 1
-    columns = max(1, round((shape[0] * shape[2] / shape[3]) ** 0.5))
-    expected = make_grid(images, nrow=columns, padding=2, pad_value=1.0)
-    assert torch.equal(grid(images).expand_as(expected), expected)  # make_grid triples a single channel
-
-
-def test_figures_that_are_not_finite_are_json(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, 0, "")
-    monitor.log({"step": 1, "loss": math.nan, "norm": math.inf})
-    monitor.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "norm": null}\n'
-    again = Monitor(tmp_path, 1, "")
-    again.close()
-    assert math.isnan(again.before["metrics"][0]["loss"])
-
-
 def test_new_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "now")
@@ -888,19 +830,6 @@ def test_new_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkey
     Path("runs").symlink_to("on a disk that is not mounted")
     with pytest.raises(UserError, match=r"--run-dir runs/digits-.* cannot be written"):
         train(dataclasses.replace(SMALL, run_dir=None))
-
-
-def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
-    try:
-        with pytest.raises(KeyboardInterrupt), stop_signals() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.wait(5) and stop.number == signal.SIGINT
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, found)
 
 
 def test_what_was_mended_is_no_longer_listed(tmp_path: Path) -> None:

@@ -231,10 +231,15 @@ def _put(finished: Path, folder: Path) -> None:
     """Give a finished folder its name. One that has it already (the same step again, after a stop or a resume from an
     older one) steps aside first, and is only deleted when the new one is there: a kill leaves one of the two."""
     replaced = folder.with_name(f".{folder.name}{REPLACED}")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    finished.rename(folder)
+    while finished.exists():
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        try:
+            finished.rename(folder)
+        except OSError:
+            if not folder.exists():  # else whoever reads the run meanwhile took it for killed, and brought that back
+                raise
     _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

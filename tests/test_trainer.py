@@ -246,6 +246,30 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(
     assert [p.name for p in (run / "checkpoints").iterdir()] == [folder.name]
 
 
+def test_who_reads_while_a_checkpoint_is_replaced_does_not_keep_it_out(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may find neither of the two, and take the run for one that was killed there."""
+    run, rename, looks = tmp_path / "run", Path.rename, 2
+    (run / "checkpoints").mkdir(parents=True)
+    older = checkpoint.load(checkpoint.complete(straight)[-1])
+    newer = dataclasses.replace(older, progress=older.progress | {"images": 7})
+    folder = checkpoint.save(run, 12, older, keep=1)
+
+    def read_before(self: Path, target: Path) -> Path:
+        nonlocal looks
+        if looks and target == folder and self.name.endswith(checkpoint.UNFINISHED):
+            looks -= 1
+            found = checkpoint.load_newest(run)
+            assert found is not None and found.progress["images"] == older.progress["images"]
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", read_before)
+    checkpoint.save(run, 12, newer, keep=1)
+    assert looks == 0 and checkpoint.load(folder).progress["images"] == 7
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [folder.name]
+
+
 @pytest.mark.parametrize(
     ("full", "left"),
     [

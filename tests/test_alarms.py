@@ -386,3 +386,27 @@ def test_figures_are_of_as_many_pictures_as_there_are_real_ones_each_once() -> N
         assert found == pytest.approx({"diversity": 1.0, "nearest": 1.0})
     of_one = Quality(real[:1].repeat(4, 1, 1, 1), 8, 0, cpu).diversity(alike[:1].repeat(4, 1, 1, 1))
     assert of_one == {"diversity": 0.0, "nearest": 0.0}
+
+
+def test_whose_gradients_are_steep_is_said() -> None:
+    for norm, network in (("grad_norm_d", "discriminator"), ("grad_norm_g", "generator")):
+        alarms = Alarms("bce", 0.0, 0)
+        points = [HEALTHY] * 10 + [{**HEALTHY, norm: 300.0}] * 3
+        said = [a.message for i, point in enumerate(points) for a in alarms.look_at_metrics(20 * (i + 1), point)]
+        assert len(said) == 1 and f"the {network}'s gradients" in said[0]
+
+
+def test_the_first_few_gradients_are_no_measure_of_the_rest() -> None:
+    assert watch([{"grad_norm_g": 0.001}, *[{}] * 20]) == []
+
+
+def test_a_discriminator_that_only_leads_under_hinge_has_not_won() -> None:
+    assert watch([{"loss_d": 0.2}] * 40, loss="hinge") == []
+    assert len(watch([{"loss_d": 0.03}] * 40, loss="hinge")) == 1
+
+
+def test_a_run_knows_its_last_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdcgan.alarms.SETTLED", 0)
+    monkeypatch.setattr(Quality, "diversity", lambda *_: {"diversity": 0.01, "nearest": 0.01})
+    run = train(small(tmp_path / "run", steps=6))
+    assert [(alarm["kind"], alarm["step"]) for alarm in lines(run, "alarms")] == [("collapse", 6)]

@@ -168,3 +168,13 @@ def test_numbers_of_numpy_and_sizes_as_pairs() -> None:
 
 def test_the_folder_one_is_in_can_be_the_run() -> None:
     assert TrainConfig(run_dir=Path(".")).run_dir == Path(".")
+
+
+def test_what_is_usual() -> None:
+    usual = TrainConfig()
+    assert (usual.lr, usual.beta1, usual.beta2, usual.ema_decay) == (2e-4, 0.5, 0.999, 0.999)
+    assert (usual.batch_size, usual.latent_dim, usual.r1_every, usual.keep) == (64, 100, 16, 3)
+    names = {"mnist": (28, 32, 4_000), "cifar10": (32, 64, 20_000), "svhn": (32, 64, 20_000), "fake": (32, 32, 1_000)}
+    for name, expected in names.items():
+        config = TrainConfig(data=name)
+        assert (config.size[0], config.widths[0], config.total_steps(9)) == expected

@@ -6,10 +6,13 @@ import json
 import math
 import resource
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import make_grid
 
 from fastdcgan.monitor import Monitor, grid, save_grid
@@ -56,3 +59,35 @@ def test_a_grid_is_torchvisions(shape: tuple[int, ...]) -> None:
     columns = max(1, round((shape[0] * shape[2] / shape[3]) ** 0.5))
     expected = make_grid(images, nrow=columns, padding=2, pad_value=1.0)
     assert torch.equal(grid(images).expand_as(expected), expected)  # make_grid triples a single channel
+
+
+def test_a_resumed_monitor_keeps_what_was_logged_at_its_step(tmp_path: Path) -> None:
+    monitor = Monitor(tmp_path, 0, "")
+    for step in (1, 2, 3):
+        monitor.log({"step": step, "loss": 2.0})
+    monitor.close()
+    again = Monitor(tmp_path, 2, "")
+    again.close()
+    kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in kept] == [line["step"] for line in again.before["metrics"]] == [1, 2]
+
+
+def test_tensorboard_shows_each_point_once_at_its_step(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for resumed, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        if resumed:
+            time.sleep(1.1)  # a file of events is named after its second
+        monitor = Monitor(tmp_path, resumed, "")
+        for step in steps:
+            monitor.log({"step": step, "loss": step / 2 + resumed})
+            monitor.picture(f"raw-step-{step:06d}", torch.zeros(4, 3, 8, 8), step)
+        monitor.close()
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert board.Tags()["images"] == ["raw"]
+    assert [(point.step, point.value) for point in board.Scalars("loss")] == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0)]
+
+
+def test_a_grid_has_the_colours_of_its_pictures(tmp_path: Path) -> None:
+    red = torch.tensor([1.0, -1.0, 0.0]).view(1, 3, 1, 1).expand(4, 3, 8, 8)
+    save_grid(red, tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").getpixel((5, 5)) == (255, 0, 128)

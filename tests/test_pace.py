@@ -71,3 +71,13 @@ def test_a_run_remembers_its_intervals(tmp_path: Path, monkeypatch: pytest.Monke
     assert config["checkpoint_every"] > 12 and config["checkpoint_every"] % 4 == 0
     drawn = sorted(path.stem for path in (run / "samples").glob("step-*"))
     assert drawn == ["step-000003", "step-000006", "step-000012"], "twice as usual, and at the end"
+
+
+def test_the_time_of_a_step_is_that_of_the_latest_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    tested = Pace({"log": None, "sample": None, "checkpoint": None}, ALONE, CPU)
+    for done, at, expected in ((20, 20.0, 1.0), (40, 22.0, 0.1)):
+        now[0] = at
+        tested.tick(done)
+        assert tested.step_seconds == pytest.approx(expected)

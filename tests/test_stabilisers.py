@@ -473,3 +473,8 @@ def test_impossible_values(values: dict[str, object], complaint: str) -> None:
 def test_spectral_norm_cannot_come_in_the_middle_of_a_run() -> None:
     with pytest.raises(UserError, match="--spectral-norm"):
         TrainConfig(spectral_norm=True).resumed(TrainConfig(), {"spectral_norm"})
+
+
+def test_spectral_norm_divides_linear_layers_too() -> None:
+    norm = SpectralNorm(dict(models.TutorialDiscriminator().named_parameters()), torch.Generator().manual_seed(0))
+    assert {weight.dim() for weight in norm.normalised().values()} == {2, 4}

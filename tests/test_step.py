@@ -470,3 +470,13 @@ def make_step_on_gpu() -> TrainStep:
     generator, discriminator = models.Generator(32, 3, 10, 32).cuda(), models.Discriminator(32, 3, 32).cuda()
     source = torch.randint(0, 256, (40, 32, 32, 3), dtype=torch.uint8).cuda()
     return TrainStep(generator, discriminator, source, torch.arange(16).cuda(), flip=True, seed=5, precision="bf16")
+
+
+def test_networks_in_bf16_compute_with_the_weights_that_have_moved() -> None:
+    step, other = make_step(precision="bf16"), make_step(precision="bf16")
+    step.update()
+    other.load_weights({kind: {n: v.clone() for n, v in w.items()} for kind, w in step.weights().items()})
+    for each in (step, other):
+        for network, adam in ((each.generator, each.adam_g), (each.discriminator, each.adam_d)):
+            for name, weight in network.named_parameters():
+                assert torch.equal(weight, adam.masters[name].to(weight.dtype)), name

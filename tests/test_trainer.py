@@ -953,3 +953,50 @@ def test_one_process_that_is_to_end_ends_all(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(trainer.Interrupted):
         train(small(tmp_path / "run"))
     assert [each.name for each in checkpoint.complete(tmp_path / "run")] == ["step-000001"]
+
+
+def test_what_the_bar_says_of_a_log_point(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    real = torch.zeros(4, 16, 16, 1, dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 0)
+    figures = {"loss_d": 1.25, "loss_g": 0.75, "d_real": 0.6, "d_fake": 0.4, "grad_norm_d": 1.0, "grad_norm_g": 1.0}
+    watch.log({"step": 4, "images_per_second": 1234.4, **figures})
+    watch.close()
+    assert watch.status == "1,234 images/s  loss D 1.25 G 0.75  D(x) 0.60  D(G(z)) 0.40"
+
+
+def test_a_run_computes_in_the_precision_that_was_asked_for(tmp_path: Path) -> None:
+    runs = [train(small(tmp_path / precision, steps=2, precision=precision)) for precision in ("fp32", "bf16")]
+    weights = [tensors(run, 2)["generator.main.0.weight"] for run in runs]
+    assert not torch.equal(*weights)
+
+
+def test_the_rate_is_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.Pace, "tick", lambda pace, done: setattr(pace, "step_seconds", 0.5))
+    last = json.loads((train(small(tmp_path / "run", steps=1)) / "metrics.jsonl").read_text())
+    assert last["images_per_second"] == 16 / 0.5
+
+
+def test_the_millionth_step_comes_after_the_one_before(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000, 999_000):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.complete(tmp_path)] == [999_000, 999_999, 1_000_000]
+
+
+def test_a_resumed_run_knows_how_varied_its_pictures_were(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "quality.jsonl").write_text('{"step": 300, "diversity": 0.01, "nearest": 0.01}\n')
+    real = torch.zeros(4, 16, 16, 1, dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 300)
+    watch.close()
+    assert watch.alarms.best_diversity == 0.01
+
+
+def test_epochs_are_whole_where_only_the_batches_change(tmp_path: Path) -> None:
+    run, images = tmp_path / "run", 1797
+    train(small(run, steps=None, epochs=0.3, checkpoint_every=9, keep=9))
+    for folder in checkpoint.complete(run)[1:]:
+        shutil.rmtree(folder)
+    train(small(run, resume=True, steps=None, batch_size=8))
+    seen = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["images"]
+    assert 0.3 * images <= seen < 0.3 * images + 8

@@ -294,3 +294,26 @@ def test_rows_are_on_the_disk_before_the_journal_and_the_name_say_so(
     written = [each for each in done if each != "replace"]
     assert written == ["sync", "journal", "sync"]
     assert done[-1] == "replace"
+
+
+def test_a_packed_set_is_whole_and_has_its_note_when_it_gets_its_name(
+    make_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, replace, shapes = tmp_path / "set.npy", os.replace, []
+
+    def look(source: Path, target: Path) -> None:
+        if target == out:
+            shapes.append(np.load(source).shape)
+            assert (tmp_path / "set.npy.json").exists() and not (tmp_path / "set.npy.part.json").exists()
+        replace(source, target)
+
+    monkeypatch.setattr(packing.os, "replace", look)
+    pack(str(make_folder(5)), image_size=SIZE, out=out)
+    assert shapes == [(5, 16, 16, 3)]
+
+
+def test_a_set_packed_with_other_channels_is_something_else(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder, out = make_folder(3), tmp_path / "set.npy"
+    pack(str(folder), image_size=SIZE, out=out)
+    with pytest.raises(UserError, match="holds something else"):
+        pack(str(folder), image_size=SIZE, out=out, channels=1)

@@ -10,13 +10,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fastdcgan.alarms import Alarm
 from fastdcgan.files import replace_file
-from fastdcgan.pixels import to_uint8
+from fastdcgan.pixels import as_picture, to_uint8
 
 GRID = 64  # pictures in a grid
 GAP = 2  # pixels between them
@@ -70,11 +69,10 @@ class Monitor:
 
 def save_grid(images: Tensor, path: Path) -> Tensor:
     """Save images (N, C, H, W) in -1..1 as one PNG, laid out as by `grid`; returns it, uint8 (C, height, width)."""
-    picture = to_uint8(grid(images.detach().float().cpu()))
-    pixels, buffer = picture.permute(1, 2, 0).numpy(), io.BytesIO()
-    Image.fromarray(pixels[..., 0] if len(picture) == 1 else pixels).save(buffer, "PNG")
+    pixels, buffer = to_uint8(grid(images.detach().float().cpu())), io.BytesIO()
+    as_picture(pixels).save(buffer, "PNG")
     replace_file(path, buffer.getvalue())
-    return picture
+    return pixels
 
 
 def grid(images: Tensor) -> Tensor:

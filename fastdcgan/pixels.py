@@ -32,3 +32,9 @@ def to_floats(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """Floats in -1..1 to uint8 0..255, rounded; what lies beyond is cut off."""
     return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """uint8 (C, H, W) -> a picture in mode L, RGB or RGBA."""
+    array = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdcgan.errors import UserError
 from fastdcgan.files import make_writable, replace_file
 from fastdcgan.models import AnyGenerator
-from fastdcgan.pixels import in_8_bits, to_uint8, without_range
+from fastdcgan.pixels import as_picture, in_8_bits, to_uint8, without_range
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
@@ -96,8 +96,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def to_picture(image: Tensor) -> Image.Image:
     """(C, H, W) in -1..1 -> a picture in mode L, RGB or RGBA."""
-    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return as_picture(to_uint8(image))
 
 
 def sheet(rows: Sequence[Sequence[Tensor | None]], headings: Sequence[str] = ()) -> Image.Image:

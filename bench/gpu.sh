@@ -5,7 +5,7 @@
 #     OUT=more bench/gpu.sh kernels "tuned example"     # or just these sections
 #
 # Needs Python with torch, triton and numpy; pytest, tyro, DALI and Pillow where they are. First the tests, and beside them, on
-# the other cores, everything is compiled that is timed later. Each section has a time limit and costs nothing but itself
+# the other cores, most of what is timed later is compiled. Each section has a time limit and costs nothing but itself
 # when it fails; the most wanted come first. $OUT gets log.txt, tests.txt, JSON files and the profile.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

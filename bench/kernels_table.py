@@ -35,7 +35,7 @@ LAYERS = {  # image size: (channels, pixels a side) of each BatchNorm layer, wid
 Operation = Callable[..., Tensor]
 Shape = tuple[int, int, int, int]
 BATCHES = [64, 128, 1024]
-BEYOND_L2 = 120e6  # bytes: twice the L2 cache of an H200
+BEYOND_L2 = 120e6  # bytes: over twice the L2 cache of an H200
 TUNED: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 12,
     "triton.force_cooperative_reductions": True,

@@ -4,7 +4,7 @@ checkpoints/step-000500/
     generator.safetensors        full-precision weights, plain names
     average.safetensors          the generator's moving average, same names
     discriminator.safetensors
-    state.safetensors            optimizers, random state, running sums
+    state.safetensors            optimizers, random state, running sums; with spectral norm D's own weights
     state.json                   step, position in the data, SHA-256 of these and of the other files
 checkpoints/best/                a copy of the one whose pictures were nearest to the data
 """

@@ -176,7 +176,8 @@ def interpolate(
 
     Args:
         run: a run folder, a checkpoint folder, an exported folder, or a generator's .pth or .safetensors file.
-        seeds: the points to walk through, separated by commas: seeds, or image files, which are inverted first.
+        seeds: the points to walk through, separated by commas: seeds, or image files, which are inverted first; that
+            needs a run or a checkpoint.
         steps: pictures from each point to the next.
         out: .gif, .mp4 (needs ffmpeg), both of which return to the first point, or .png, a row for each way.
         truncation: as in `sample`.
@@ -199,7 +200,8 @@ def arithmetic(
 
     Args:
         run: a run folder, a checkpoint folder, an exported folder, or a generator's .pth or .safetensors file.
-        plus: a group whose mean is added: seeds or image files (which are inverted first), separated by commas.
+        plus: a group whose mean is added: seeds or image files (which are inverted first, for which `run` must have its
+            discriminator), separated by commas.
         minus: a group whose mean is taken away.
         out: a .png file: each group with its mean, and the result with eight neighbours.
         truncation: as in `sample`.
@@ -449,7 +451,8 @@ def stylize(
     """Redraw a photograph with what a generator has learned to draw.
 
     Args:
-        run: a run folder, a checkpoint folder or a generator's file, trained on the domain whose style is wanted.
+        run: a run folder, a checkpoint folder, an exported folder or a generator's file, trained on the domain
+            whose style is wanted.
         photo: an image file of any size.
         strength: from 0, the photograph, to 1, only what the generator draws.
         tiles: pictures of the generator across the photograph's shorter side: many follow it closely, few look more
@@ -535,7 +538,7 @@ def export(
     """Write the generator as a folder to give away: weights, model card, samples.
 
     Args:
-        run: a run folder, a checkpoint folder, or a generator's .pth or .safetensors file.
+        run: a run folder, a checkpoint folder, an exported folder, or a generator's .pth or .safetensors file.
         format: what to write beside the safetensors: onnx and torchscript run without fastdcgan, pth loads in the
             PyTorch example.
         out: a new folder.
@@ -565,7 +568,7 @@ def compare(
     """Lay the curves of several runs over one another, in one HTML file.
 
     Args:
-        runs: two run folders or more.
+        runs: two to eight run folders.
         out: the file.
     """
     from fastdcgan.report import compare as run_compare

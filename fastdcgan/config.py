@@ -51,8 +51,8 @@ class TrainConfig:
     #: Pixels, a side or HEIGHTxWIDTH; each b * 2^k with b in 4..7 (28, 32, 48, 64, 96, 128, 64x96, ...).
     #: Default: 64; 32 for digits, fake, cifar10 and svhn, 28 for mnist and fashion-mnist; a packed .npy's own.
     image_size: str | None = None
-    #: 1 grayscale, 3 colour, 4 colour with transparency. Default: 1 or 3, as the data has it; what is transparent then
-    #: lies on white.
+    #: 1 grayscale, 3 colour, 4 colour with transparency. Default: 1 or 3, as the data has it, and what is
+    #: transparent lies on white; a packed .npy's own.
     channels: Literal[1, 3, 4] | None = None
     #: Mirror each image with probability 1/2 (--flip, --no-flip). Default: for colour pictures, not for digits.
     flip: bool | None = None

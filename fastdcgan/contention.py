@@ -28,7 +28,7 @@ class Contention:
     """Looks at every log point; two looks in a row that find the cores shared tell, once.
 
     OpenMP's threads wait for one another by spinning. Where another program holds the core of one, the others spin for
-    nothing, so that half the cores gave a fifth of the speed. With ADVICE they sleep.
+    nothing, so that half the cores gave a quarter of the speed. With ADVICE they sleep.
     """
 
     ADVICE = (

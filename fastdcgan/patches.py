@@ -1,8 +1,9 @@
 """A k4 s2 p1 convolution by im2col and one matrix product, for grids too small for a direct convolution on a CPU.
 
 On a 4x4 output grid a direct convolution on a CPU reaches about half the speed of a matrix product (its inner loop runs
-along rows of 4 pixels); copying the 4x4 patches out first costs a tenth of what that gains. In float32 that holds on
-Intel's processors alone: matrix products come from MKL, which on others is the slower of the two. `unfold` and `fold`
+along rows of 4 pixels); copying the 4x4 patches out first costs a tenth of what that gains. In float32 they are taken
+on Intel's processors alone: matrix products come from MKL, which was the slower of the two on AMD with AVX-512 (with
+AVX2, where it is not, most of these convolutions are Winograd's). `unfold` and `fold`
 are each other's transpose, so each is the other's gradient, to any order.
 """
 

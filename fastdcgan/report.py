@@ -123,7 +123,8 @@ def compare(runs: list[Path], out: Path) -> Path:
     """Write a page with the same curves of several runs over one another and what is set differently in them.
 
     Raises:
-        UserError: fewer than two runs, something that is not a run folder, or the file cannot be written.
+        UserError: fewer than two runs or more than eight, something that is not a run folder, or the file cannot be
+            written.
     """
     if not 2 <= len(runs) <= len(COLOURS):
         raise UserError(f"compare takes 2 to {len(COLOURS)} run folders, not {len(runs)}")

@@ -49,7 +49,8 @@ class Views:
 
 
 def diff_augment(images: Tensor, draws: Tensor) -> Tensor:
-    """Colour, translation and cutout that gradients pass through: Zhao et al. 2020, "DiffAugment", section 4.
+    """Colour, translation and cutout that gradients pass through: Zhao et al. 2020, "DiffAugment",
+    with the ranges of their code.
 
     Args:
         images: (B, C, H, W).
@@ -119,7 +120,7 @@ class SpectralNorm:
     def normalised(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The network's weights (or their full-precision masters), each over its singular value, which has a gradient.
 
-        The singular vectors are constants, as in the paper (section 2.1).
+        The singular vectors are constants, as in the paper's gradient (equation 12).
         """
         weights = self.parameters if weights is None else weights
         found = {}

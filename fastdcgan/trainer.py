@@ -85,11 +85,12 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
             are not at their defaults.
 
     Raises:
-        UserError: a mistake in the configuration or the data, before anything is written; an alarm that ends the run.
+        UserError: a mistake in the configuration or the data, before anything is written; what ends a run that has
+            begun, saved as far as it can be: an alarm, images that are no longer there, a full disk.
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint is saved and the way to go on has been said.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # complains where there is no GPU
     with ExitStack() as at_end:
+        quiet(at_end, "torch.utils.cpp_extension")  # complains where there is no GPU
         at_end.callback(torch.set_num_threads, torch.get_num_threads())
         device = choose_device(config.device)
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
@@ -100,10 +101,15 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         world = join(device)
         at_end.callback(world.leave)
         if not speaks():  # warnings are the first process's to give, too
-            log = logging.getLogger("fastdcgan")
-            at_end.callback(log.setLevel, log.level)
-            log.setLevel(logging.ERROR)
+            quiet(at_end, "fastdcgan")
         return train_in(world, config, config.differs() if asked is None else asked, device, at_end)
+
+
+def quiet(at_end: ExitStack, logger: str) -> None:
+    """No warnings from a logger, until `at_end`."""
+    log = logging.getLogger(logger)
+    at_end.callback(log.setLevel, log.level)
+    log.setLevel(logging.ERROR)
 
 
 def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.device, at_end: ExitStack) -> Path:

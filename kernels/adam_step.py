@@ -52,7 +52,8 @@ def adam_step(
         step: () float32, on the parameters' device: updates done so far; one more afterwards.
         lr: learning rate, a number or a () float32 or float64 tensor on the parameters' device.
         betas, eps: as in torch.optim.Adam.
-        copies: for each parameter None or a bfloat16 or float16 tensor with its shape and strides.
+        copies: for each parameter None or a bfloat16 or float16 tensor with its shape and strides. For Triton one of
+            these two dtypes in a call, with that of `grads`.
         emas: for each parameter None or a tensor with its shape, dtype and strides.
         ema_decay: in 0..1, a number or a () tensor as `lr`; needed with `emas`.
         backend: "auto" (Triton on CUDA tensors, the reference elsewhere), "triton" or "reference".

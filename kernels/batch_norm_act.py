@@ -67,8 +67,9 @@ def batch_norm_act(
         y of x's shape and dtype: channels_last from a channels_last x (from the Triton implementation, always).
 
     Raises:
-        ValueError: shapes, dtypes, groups or a slope that do not fit; one value a channel and group in training mode.
-        RuntimeError: backend="triton" where Triton cannot run; sync without an initialised process group.
+        ValueError: shapes, dtypes, groups or a slope that do not fit; one value a channel and group in training mode;
+            sync without an initialised process group.
+        RuntimeError: backend="triton" where Triton cannot run.
 
     Source: Ioffe and Szegedy, "Batch normalization", 2015, algorithm 1 and the gradients of its section 3. Statistics
     are combined with the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",

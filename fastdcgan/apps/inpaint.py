@@ -22,7 +22,7 @@ from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
-WINDOW = 7  # pixels a side: known pixels within it of a hole count (the paper's section 3.2)
+WINDOW = 7  # pixels a side: known pixels within it of a hole count (the paper's equation 3)
 PRIOR = 0.003  # the paper's lambda, though its loss is a sum where this one is a mean
 
 

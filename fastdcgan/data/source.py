@@ -80,7 +80,10 @@ def is_hidden(name: str) -> bool:
 
 
 class FolderSource(EncodedSource):
-    """A folder of images, flat or nested. Links are followed, each folder is visited once, hidden files stay out."""
+    """A folder of images, flat or nested. Links are followed, each folder is visited once.
+
+    Hidden files and folders of runs stay out.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.unusable, self._root = path, [], str(path)

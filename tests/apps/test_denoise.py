@@ -1,4 +1,4 @@
-"""`denoise`: nearer to the clean picture than the noisy one, and than a filter that knows no digits."""
+"""`denoise`: nearer to the clean picture than the noisy one, under strong noise also than a filter without digits."""
 
 from __future__ import annotations
 

@@ -70,13 +70,15 @@ def test_sliced_wasserstein_is_small_for_one_distribution_and_finds_blur_at_the_
     assert as_bytes[16] == pytest.approx(sliced_wasserstein(a.clamp(-1, 1), b.clamp(-1, 1))[16], rel=0.05)
 
 
-def test_sliced_wasserstein_in_one_dimension_is_exact():
-    """Two values a pixel: after normalisation both sets are the same, so a scale and an offset do not count."""
-    a = images(50, 16, channels=1)
-    assert sliced_wasserstein(a, 0.5 * a + 0.1)[16] < sliced_wasserstein(a, images(50, 16, 5, 1))[16]
+def test_a_scale_and_an_offset_do_not_count_in_the_sliced_wasserstein_distance():
+    """Each channel is normalised over its set. Patches of 7x7 of images of 7x7 are the whole image in both sets."""
+    a = images(50, 7, channels=2)
+    moved = a * torch.tensor([0.5, 3.0])[:, None, None] + torch.tensor([0.1, -0.2])[:, None, None]
+    assert sliced_wasserstein(a, moved)[7] < 1e-5
+    assert sliced_wasserstein(a, images(50, 7, 5, 2))[7] > 0.01
 
 
-def test_a_laplacian_pyramid_adds_up_and_ends_at_16():
+def test_a_laplacian_pyramid_ends_at_16_and_is_flat_where_the_image_is():
     x = images(2, 64)
     levels = laplacian_pyramid(x)
     assert [level.shape[2] for level in levels] == [64, 32, 16]

@@ -1,4 +1,4 @@
-"""`probe`: the features beat the baselines, which are fair; the interval is right."""
+"""`probe`: the features beat raw pixels, which are a fair baseline; the interval is right."""
 
 from __future__ import annotations
 

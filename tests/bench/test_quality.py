@@ -37,7 +37,7 @@ def test_worse_or_uncertain_or_a_single_seed_is_not(differences: tuple[float, ..
 
 @pytest.mark.slow
 def test_the_fast_step_reaches_the_references_quality(tmp_path: Path) -> None:
-    """Real digits, 16x16, four seeds; a discriminator that never moves is told apart by the same measure."""
+    """Real digits, 16x16, four seeds; what has trained is told from what has not by the same measure."""
     torch.set_num_threads(2)
     options = {"data": "digits", "device": torch.device("cpu"), "seeds": 4, "command": "", "json": tmp_path / "q.json"}
     shape = Shape(64, (16, 16), 1, latent_dim=32, width=16)

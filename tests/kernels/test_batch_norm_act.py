@@ -60,7 +60,7 @@ def test_gradients_of_gradients():
 
 
 def test_compile_sees_through_it():
-    """One graph, fused: what Inductor generates for both directions, with eager's numbers and statistics."""
+    """One graph: what Inductor generates for both directions, with eager's numbers and statistics."""
     x = torch.randn(8, 6, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     weight, bias, running_mean, running_var = channels(6)
     weight.requires_grad_()

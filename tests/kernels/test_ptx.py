@@ -1,4 +1,4 @@
-"""What the kernels compile to for sm_90 gives the right numbers and has no hazards, interpreted without a GPU."""
+"""What most kernels compile to for sm_90 gives the right numbers and has no hazards, interpreted without a GPU."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_gradient_penalty(device, training):
-    """The gradients with create_graph=True are the kernels' own, and their gradients are the reference's."""
+    """With create_graph=True gradients are those of the kernels, and their gradients those of the reference."""
     shape, groups = (4, 5, 3, 3), 2
     x = torch.randn(shape, dtype=torch.float64, device=device)
     channels = [torch.rand(5, dtype=torch.float64, device=device) + 0.5 for _ in range(4)]

@@ -11,6 +11,7 @@ from PIL import Image
 from fastdcgan.apps import denoise as denoise_module
 from fastdcgan.apps.denoise import denoise, denoise_images, wiener
 from fastdcgan.apps.distances import psnr, ssim
+from fastdcgan.apps.latent import Inversion
 from fastdcgan.apps.pictures import open_picture, save, sheet, to_picture, to_tensor
 from fastdcgan.errors import UserError
 
@@ -37,6 +38,23 @@ def test_wiener_takes_noise_away_and_leaves_edges():
     assert (wiener(edge, 0.1) - edge).abs().max() < 0.02
 
 
+def test_what_the_generator_misses_is_filtered_by_the_noise_there_is(networks, digits, monkeypatch):
+    """The noise's deviation is twice as large where black is -1; differences above it count linearly."""
+    asked = []
+
+    def found(generator, discriminator, loss, count, **settings):
+        asked.append(loss(digits[4:8], torch.arange(4)))
+        return Inversion(torch.zeros(4, 100), digits[4:8], torch.zeros(4))
+
+    monkeypatch.setattr(denoise_module, "invert", found)
+    noisy = digits[:4]
+    result = denoise(*networks, noisy, 0.2)
+    assert torch.allclose(result, (digits[4:8] + wiener(noisy - digits[4:8], 0.4)).clamp(-1, 1))
+    away = (digits[4:8] - noisy).abs().flatten(1)
+    huber = torch.where(away < 0.4, away.square() / 2, 0.4 * (away - 0.2)).mean(1)
+    assert torch.allclose(asked[0], huber, atol=1e-6)
+
+
 def test_outputs_and_report(run, digit_files, tmp_path, capsys):
     denoise_images(run, digit_files, out=tmp_path / "a", sigma=0.1, add_noise=True, restarts=2, steps=40)
     assert Image.open(tmp_path / "a" / "sheet.png").size == (3 * 98 - 2, 20 + 4 * 98 - 2)
@@ -53,6 +71,22 @@ def test_impossible_settings_are_explained(run, digit_files, tmp_path, setting):
     with pytest.raises(UserError, match="--clean names 1"):
         denoise_images(run, digit_files, out=tmp_path / "out", clean=digit_files[:1])
     assert not (tmp_path / "out").exists()
+
+
+def test_clean_ones_twice_is_explained(run, digit_files, tmp_path):
+    with pytest.raises(UserError, match="leave --clean out"):
+        denoise_images(run, digit_files, out=tmp_path / "out", add_noise=True, clean=digit_files)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_another_kind_are_denoised_with_fit(run, tmp_path, capsys):
+    Image.new("RGB", (30, 20), "gray").save(tmp_path / "noisy.png")
+    Image.new("RGB", (40, 24), "gray").save(tmp_path / "clean.png")
+    given = {"clean": [tmp_path / "clean.png"], "out": tmp_path / "out", "restarts": 1, "steps": 4}
+    with pytest.raises(UserError, match="--fit"):
+        denoise_images(run, [tmp_path / "noisy.png"], **given)
+    denoise_images(run, [tmp_path / "noisy.png"], fit=True, **given)
+    assert "noisy: PSNR 126.0" in capsys.readouterr().out  # the same grey
 
 
 FIGURES = r"(\w+): PSNR (.*) -> (.*) dB \(a filter alone: (.*)\), SSIM (.*) -> (.*)"
@@ -91,6 +125,18 @@ def test_noise_that_is_added_is_as_strong_as_said_and_of_the_seed(run, tmp_path,
     assert [names for _, names in shown] == [["clean", "noisy", "denoised"]] * 3
     (clean, first, _), (_, again, _), (_, other, _) = (rows[0] for rows, _ in shown)
     assert clean.std() == 0 and torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_noise_does_not_go_beyond_black_and_white(run, tmp_path, monkeypatch):
+    """As in any file of a noisy picture: what is measured and denoised is what could have been given."""
+    Image.new("L", (16, 16), 250).save(tmp_path / "pale.png")
+    shown = []
+    monkeypatch.setattr(denoise_module, "sheet", lambda rows, names: shown.append(rows) or sheet(rows, names))
+    given = {"sigma": 0.5, "add_noise": True, "restarts": 1, "steps": 4}
+    denoise_images(run, [tmp_path / "pale.png"], out=tmp_path / "out", **given)
+    ((_, noisy, denoised),) = shown[0]
+    assert noisy.amax() == 1 and noisy.amin() == -1
+    assert denoised.abs().max() <= 1
 
 
 def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkeypatch):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn.functional import avg_pool2d
 
 from fastdcgan.apps import distances
@@ -20,14 +23,16 @@ from fastdcgan.apps.distances import (
     sliced_wasserstein,
     ssim,
 )
-from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure, table
+from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure, side_by_side, table
+from fastdcgan.apps.export import export
 from fastdcgan.apps.features import untrained as fresh_discriminator
 from fastdcgan.apps.image_sets import shuffled
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.neighbours import _reach, nearest, prdc
+from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
-from fastdcgan.models import Generator
+from fastdcgan.models import Discriminator, Generator
 
 
 def test_trained_ranks_above_untrained(networks):
@@ -54,6 +59,18 @@ def test_outputs(run, tmp_path):
         assert Image.open(tmp_path / name).size == (13 * 98 - 2, 20 + 5 * 98 - 2)
 
 
+def test_a_small_set_is_compared_with_half_of_itself(run, digits, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for i, image in enumerate(digits):
+        save(to_picture(image), folder / f"{i}.png")
+    evaluate(run, data=str(folder), out=tmp_path / "e.json")
+    assert json.loads((tmp_path / "e.json").read_text())["images"] == 32
+    (folder / "0.png").unlink()
+    with pytest.raises(UserError, match="has 63 usable images: at least 64 are needed"):
+        evaluate(run, data=str(folder), out=tmp_path / "e.json")
+
+
 def images(count, size, seed=0, channels=3):
     noise = torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 4 - 2
@@ -78,6 +95,19 @@ def test_a_scale_and_an_offset_do_not_count_in_the_sliced_wasserstein_distance()
     assert sliced_wasserstein(a, images(50, 7, 5, 2))[7] > 0.01
 
 
+def test_of_unequal_sets_the_first_of_the_larger_count():
+    a, b = images(40, 16), images(60, 16, seed=1)
+    assert sliced_wasserstein(a, b) == sliced_wasserstein(a, b[:40])
+    assert sliced_wasserstein(b, a) == sliced_wasserstein(b[:40], a)
+
+
+def test_distances_between_oblong_pictures():
+    for turn in (False, True):
+        a, b = (images(40, 32, seed)[..., :16] for seed in (0, 1))
+        a, b = (a.mT, b.mT) if turn else (a, b)
+        assert list(sliced_wasserstein(a, b)) == [a.shape[2]]
+
+
 def test_a_laplacian_pyramid_ends_at_16_and_is_flat_where_the_image_is():
     x = images(2, 64)
     levels = laplacian_pyramid(x)
@@ -97,6 +127,13 @@ def test_similarities():
     assert ms_ssim_diversity(a[:1].expand(8, -1, -1, -1)) == pytest.approx(1, abs=1e-4)
     assert ms_ssim_diversity(torch.cat([a, b])) < 0.4
     assert psnr(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20)
+
+
+@pytest.mark.parametrize("similarity", [ssim, ms_ssim])
+def test_oblong_pictures_are_as_alike_as_turned(similarity):
+    a = images(4, 64)[..., :40].clamp(-1, 1)
+    b = (a + 0.3 * images(4, 64, seed=1)[..., :40]).clamp(-1, 1)
+    assert torch.allclose(similarity(a, b), similarity(a.mT, b.mT), atol=1e-5)
 
 
 def test_ssim_agrees_with_its_formula_on_constants():
@@ -185,6 +222,18 @@ def test_impossible_settings_are_explained(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_features_of_other_channels_are_refused(run, tmp_path, monkeypatch):
+    open_both, colour = evaluate_module.open_both, Discriminator(16, 3, 8)
+    monkeypatch.setattr(
+        evaluate_module,
+        "open_both",
+        lambda path, ema=True: (None, None, colour) if path != run else open_both(path, ema),
+    )
+    with pytest.raises(UserError, match="--features other was trained at another size or number of channels"):
+        evaluate(run, data="digits", images=32, out=tmp_path / "e.json", features=Path("other"))
+    assert not (tmp_path / "e.json").exists()
+
+
 def test_multi_scale_similarity_weighs_its_scales():
     """Two scales at 32 pixels: contrast and structure of the fine one, all of SSIM of the coarse one (Wang et al.)."""
     a, b = images(4, 32).clamp(-1, 1), images(4, 32, seed=1).clamp(-1, 1)
@@ -264,6 +313,23 @@ def test_what_is_compared_with_what(evaluated, networks):
     assert not torch.equal(judge.main[0].weight, networks[1].main[0].weight), "not the run's own discriminator"
 
 
+def test_two_sets_stand_beside_each_other():
+    black, grey = torch.full((30, 1, 16, 16), -1.0), torch.zeros(30, 1, 16, 16)
+    page = np.asarray(side_by_side({"black": black, "grey": grey}))[20:]
+    assert (page[:96, : 6 * 98 - 2 : 98] == 0).all() and (page[-96:, : 6 * 98 - 2 : 98] == 0).all()
+    assert (page[:, 6 * 98 : 7 * 98 - 2] == 255).all()  # between them
+    assert (page[:96, 7 * 98 :: 98] == 128).all() and (page[-96:, 7 * 98 :: 98] == 128).all()
+
+
+def test_each_set_has_its_own_inception_scores(evaluated, tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    scores = {"generated": {"fid": 3.0}, "other real images": {"fid": 1.0}}
+    monkeypatch.setattr(evaluate_module, "inception_scores", lambda *_: scores)
+    evaluated(fid=True)
+    results = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert {name: each["fid"] for name, each in results.items()} == {"generated": 3.0, "other real images": 1.0}
+
+
 def test_latest_weights_and_another_runs_features_can_be_asked_for(evaluated, run, networks, tmp_path):
     (_, average, *_), (_, latest, judge, _) = (
         evaluated(**settings)[0]["generated"] for settings in ({}, {"ema": False, "features": run})
@@ -273,6 +339,15 @@ def test_latest_weights_and_another_runs_features_can_be_asked_for(evaluated, ru
     assert json.loads((tmp_path / "e.json").read_text())["features"] == str(run)
 
 
+def test_a_report_says_which_weights_were_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "measure", lambda *_: {"swd_16": 1.0})
+    for ema in (True, False):
+        out = tmp_path / f"{ema}.json"
+        evaluate(run, data="digits", images=32, out=out, ema=ema)
+        assert json.loads(out.read_text())["ema"] is ema
+        export(run, format="safetensors", out=tmp_path / f"model-{ema}", evaluation=out, ema=ema)
+
+
 def test_the_untrained_judge_is_always_the_same_one(networks, digits):
     before = torch.get_rng_state()
     one = fresh_discriminator(networks[1], digits)
@@ -280,6 +355,14 @@ def test_the_untrained_judge_is_always_the_same_one(networks, digits):
     torch.manual_seed(5)
     other = fresh_discriminator(networks[1], digits)
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_the_untrained_judge_has_the_statistics_of_the_images(networks, digits):
+    judge = fresh_discriminator(networks[1], digits)
+    place, norm = next((i, layer) for i, layer in enumerate(judge.main) if isinstance(layer, nn.BatchNorm2d))
+    found = judge.main[:place](digits)
+    assert torch.allclose(norm.running_mean, found.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(norm.running_var, found.transpose(0, 1).flatten(1).var(1), rtol=1e-3)
 
 
 def test_every_stage_counts_the_same(networks, digits):

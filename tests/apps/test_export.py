@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -139,10 +141,38 @@ def test_the_card_has_the_numbers(run, networks, tmp_path):
             export(run, format="safetensors", out=tmp_path / "new", evaluation=tmp_path / "other.json")
 
 
+@pytest.mark.parametrize(
+    "content",
+    [[1], {"results": []}, {"results": {"a": 1}}, {"results": {"a": {"b": None}}}, {"results": {}, "step": None}],
+)
+def test_what_is_no_evaluation_is_a_line(run, tmp_path, content):
+    (tmp_path / "e.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is not a file made by fastdcgan evaluate"):
+        export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "e.json")
+
+
 def test_what_differs_from_the_run_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "AGREEMENT", -1.0)
     with pytest.raises(UserError, match="differs"):
         export(run, format="torchscript", out=tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_number_does_not_agree():
+    network = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(UserError, match="the ONNX file differs from the run by nan"):
+        export_module._agree("ONNX", lambda z: network(z) * float("nan"), network)
+
+
+def test_a_full_disk_is_a_line(run, tmp_path, monkeypatch):
+    """safetensors has an error of its own for it."""
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(export_module, "save_file", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        export(run, format="safetensors", out=tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -156,6 +186,30 @@ def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path):
     with pytest.raises(UserError, match="made by fastdcgan export"):
         fastdcgan.from_pretrained(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine.txt"]
+
+
+def test_a_file_in_the_way_is_kept(run, tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(UserError, match="model exists already"):
+        export(run, format="safetensors", out=tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_packages_that_are_missing_are_named(run, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else find_spec(name, *rest)
+    )
+    with pytest.raises(UserError, match="--format onnx needs onnxscript: pip install"):
+        export(run, format="onnx", out=tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_cleared_away(run, tmp_path):
+    (tmp_path / ".model.unfinished").mkdir()
+    (tmp_path / ".model.unfinished" / "generator.pt").write_text("half")
+    export(run, format="safetensors", out=tmp_path / "model")
+    assert not (tmp_path / "model" / "generator.pt").exists() and not (tmp_path / ".model.unfinished").exists()
 
 
 def test_the_latest_weights_can_be_exported_and_others_can_read_them(run, tmp_path):

@@ -102,6 +102,16 @@ def test_impossible_holes_are_explained_and_nothing_is_written(run, digit_files,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mask_has_the_size_of_every_image(run, digit_files, tmp_path):
+    Image.new("L", (20, 16), 128).save(tmp_path / "wide.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (4, 4, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    with pytest.raises(UserError, match=r"mask\.png is 16x16, and .*wide\.png is 20x16"):
+        images = [digit_files[0], tmp_path / "wide.png"]
+        inpaint_images(run, images, mask=tmp_path / "mask.png", out=tmp_path / "out", fit=True, restarts=1, steps=4)
+
+
 def test_images_of_another_kind_are_explained_and_fitted_on_demand(run, tmp_path):
     Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
     Image.new("RGB", (16, 16), "red").save(tmp_path / "colour.png")
@@ -118,6 +128,18 @@ def test_a_box_is_x_y_width_height():
     assert hole.shape == (6, 9) and hole.sum() == 8 and hole[1:3, 3:7].all()
 
 
+@pytest.mark.parametrize("box", [(-1, 0, 3, 3), (0, -4, 3, 2), (7, 0, 3, 3), (0, 4, 3, 3), (1, 1, 0, 2), (1, 1, 2, 0)])
+def test_a_box_lies_inside_the_picture(box):
+    with pytest.raises(UserError, match="is not inside the picture, which is 9x6"):
+        box_mask(box, (6, 9))
+
+
+def test_a_share_is_of_the_pixels_and_of_each_image():
+    hole = random_mask(0.2, 3, (40, 40), seed=0)
+    assert hole.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert not torch.equal(hole[0], hole[1]) and not torch.equal(hole[1], hole[2])
+
+
 def test_a_mask_is_white_where_the_hole_is_whatever_its_kind(tmp_path):
     Image.new("L", (8, 6), 50).save(tmp_path / "image.png")
     grey, clear = Image.new("L", (8, 6), 60), Image.new("RGBA", (8, 6), (255, 255, 255, 0))
@@ -128,6 +150,14 @@ def test_a_mask_is_white_where_the_hole_is_whatever_its_kind(tmp_path):
         assert hole.sum() == 16 and hole[2:6, 1:5].all(), name
     fitted = read_mask(tmp_path / "grey.png", tmp_path / "image.png", (3, 3), fit=True)  # of 8x6 the middle 6x6
     assert fitted.tolist() == [[False] * 3, [True, True, False], [True, True, False]]
+
+
+def test_a_mask_is_fitted_to_an_oblong_picture(tmp_path):
+    mask = Image.new("L", (24, 12), 0)
+    mask.paste(255, (12, 0, 24, 12))
+    mask.save(tmp_path / "mask.png")
+    hole = read_mask(tmp_path / "mask.png", tmp_path / "mask.png", (4, 8), fit=True)
+    assert hole.tolist() == [[False] * 4 + [True] * 4] * 4
 
 
 def test_the_sheet_shows_what_was_taken_out(run, digit_files, digits, tmp_path, monkeypatch):

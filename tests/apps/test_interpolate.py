@@ -53,6 +53,19 @@ def test_an_animation_goes_round(run, tmp_path):
     assert durations == [500, 50, 50, 50] * 3  # milliseconds: it rests at the points
 
 
+def test_a_film_of_oblong_pictures_keeps_their_proportions(tmp_path):
+    torch.save(Generator((8, 12), channels=1, latent_dim=5, width=4).state_dict(), tmp_path / "netG.pth")
+    interpolate(tmp_path / "netG.pth", ["1", "2"], out=tmp_path / "walk.gif", steps=2)
+    assert Image.open(tmp_path / "walk.gif").size == (192, 128)  # 16 times 12 x 8
+
+
+def test_the_case_of_a_suffix_does_not_matter(run, tmp_path):
+    interpolate(run, ["1", "2"], out=tmp_path / "walk.GIF", steps=2)
+    assert (tmp_path / "walk.GIF").read_bytes()[:4] == b"GIF8"
+    interpolate(run, ["1", "2"], out=tmp_path / "walk.PNG", steps=2)
+    assert Image.open(tmp_path / "walk.PNG").format == "PNG"
+
+
 def test_what_is_transparent_lies_on_white_in_a_film(tmp_path, monkeypatch):
     generator = Generator(8, channels=4, latent_dim=5, width=4)
     torch.save(generator.state_dict(), tmp_path / "netG.pth")
@@ -95,6 +108,12 @@ def test_a_group_less_itself_leaves_the_other(run, tmp_path):
     assert combine(torch.tensor([[1.0], [2.0], [10.0]]), 2).item() == -7
 
 
+def test_all_groups_count_the_same():
+    means = torch.tensor([[1.0, 2.0], [10.0, 20.0], [100.0, 200.0], [1000.0, 2000.0]])
+    assert combine(means, 2).tolist() == [-1089, -2178]
+    assert combine(means, 4).tolist() == [1111, 2222]
+
+
 @pytest.mark.parametrize(
     ("points", "out", "complaint"),
     [
@@ -114,6 +133,13 @@ def test_impossible_walks_are_explained(run, tmp_path, points, out, complaint):
 def test_nothing_to_add_is_explained(run, tmp_path):
     with pytest.raises(UserError, match="nothing to add"):
         arithmetic(run, [], [["1"]], out=tmp_path / "sum.png")
+
+
+@pytest.mark.parametrize(("plus", "minus"), [([["1"], []], []), ([["1"]], [[]])])
+def test_an_empty_group_is_explained(run, tmp_path, plus, minus):
+    with pytest.raises(UserError, match="a group is empty"):
+        arithmetic(run, plus, minus, out=tmp_path / "sum.png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("truncation", [0.0, -1.0, float("nan"), float("inf")])
@@ -139,6 +165,26 @@ def test_a_film_has_its_frames_size(monkeypatch):
 
     monkeypatch.setattr(interpolate_module.subprocess, "run", run)
     assert mp4(frames) == b"film"
+
+
+def test_a_film_can_be_played_everywhere(monkeypatch):
+    """Players know 4:2:0 alone, which ffmpeg does not make of RGB by itself, and it takes even sides."""
+
+    def run(command, input, capture_output):
+        told = dict(pairwise(command[command.index("-") + 1 :]))
+        assert told["-pix_fmt"] == "yuv420p" and told["-vf"] == "pad=ceil(iw/2)*2:ceil(ih/2)*2"
+        Path(command[-1]).write_bytes(b"film")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(interpolate_module.subprocess, "run", run)
+    assert mp4([Image.new("RGB", (5, 4))]) == b"film"
+
+
+def test_what_ffmpeg_cannot_do_is_explained(monkeypatch):
+    done = subprocess.CompletedProcess([], 1, stderr=b"some words\nUnknown encoder\n")
+    monkeypatch.setattr(interpolate_module.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match=r"ffmpeg cannot write the film \(Unknown encoder\)"):
+        mp4([Image.new("RGB", (4, 4))])
 
 
 def test_a_film_rests_at_its_points(run, monkeypatch, tmp_path):
@@ -200,6 +246,16 @@ def test_a_sum_says_what_is_where(run, networks, tmp_path, monkeypatch):
     assert away[4] < 1e-6
     assert all(0.2 < each <= 0.25 + 1e-6 for i, each in enumerate(away.tolist()) if i != 4)
     assert len(drawn[0].unique(dim=0)) == 9
+
+
+def test_the_same_sum_is_the_same_picture(run, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(arithmetic_module, "sheet", lambda rows, _: drawn.append(rows) or Image.new("L", (4, 4)))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        arithmetic(run, [["1"]], [], out=tmp_path / "sum.png")
+    first, again = ([image for row in rows for image in row if image is not None] for rows in drawn)
+    assert torch.equal(torch.stack(first), torch.stack(again))
 
 
 def test_an_impossible_out_is_said_before_images_are_inverted(run, digit_files, tmp_path, monkeypatch):

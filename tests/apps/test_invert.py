@@ -8,9 +8,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdcgan.apps import invert as invert_module
-from fastdcgan.apps.invert import invert_images, nearest, rms
+from fastdcgan.apps.features import activations
+from fastdcgan.apps.invert import PRIOR, invert_images, nearest, rms
 from fastdcgan.apps.latent import generate, invert, latents, slerp, walk
 from fastdcgan.apps.pictures import open_picture, sheet, to_tensor
+from fastdcgan.errors import UserError
 
 
 def test_generated_pictures_are_recovered(networks):
@@ -39,6 +41,17 @@ def test_the_feature_loss_brings_features_nearer(networks, digits):
     assert distance(1.0) < distance(0.0)
 
 
+def test_features_weigh_relative_to_their_size(networks, digits):
+    """Each stage by its own mean square, so that a weight means the same for any discriminator."""
+    found = nearest(*networks, digits[:2], restarts=1, steps=4, feature_weight=0.5)
+    pixels = (found.pictures - digits[:2]).square().flatten(1).mean(1)
+    goals, got = (activations(networks[1], images) for images in (digits[:2], found.pictures))
+    features = [(a - b).square().flatten(1).mean(1) / b.square().mean() for a, b in zip(got, goals, strict=True)]
+    prior = torch.nn.functional.softplus(-networks[1](found.pictures)) + found.latent.square().mean(1) / 2
+    expected = pixels + 0.5 * torch.stack(features).mean(0) + PRIOR * prior
+    assert torch.allclose(found.loss, expected, rtol=1e-3)
+
+
 def test_outputs_belong_together(run, networks, digit_files, tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(invert_module, "sheet", lambda rows, names: shown.append((rows, names)) or sheet(rows, names))
@@ -56,6 +69,14 @@ def test_outputs_belong_together(run, networks, digit_files, tmp_path, monkeypat
     assert f"digit2: root-mean-square error {error:.1f} of 255" in capsys.readouterr().out.splitlines()
 
 
+def test_images_of_another_kind_are_inverted_with_fit(run, tmp_path):
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match="--fit"):
+        invert_images(run, [tmp_path / "photo.png"], out=tmp_path / "out", restarts=1, steps=4)
+    invert_images(run, [tmp_path / "photo.png"], out=tmp_path / "out", restarts=1, steps=4, fit=True)
+    assert open_picture(tmp_path / "out" / "photo.png").size == (16, 16)
+
+
 def test_the_best_start_of_each_target_wins(networks):
     """Each target is the picture of another start, and with so few steps no start gets far."""
     starts = latents(range(20, 24), 100)
@@ -66,9 +87,24 @@ def test_the_best_start_of_each_target_wins(networks):
     assert (found.loss < 0.1).all()
 
 
+def test_the_loss_is_that_of_the_start_that_is_taken(networks, digits):
+    """Also where several have come to the last stage."""
+    found = nearest(*networks, digits[:2], restarts=16, steps=4)
+    pixels = (found.pictures - digits[:2]).square().flatten(1).mean(1)
+    prior = torch.nn.functional.softplus(-networks[1](found.pictures)) + found.latent.square().mean(1) / 2
+    assert torch.allclose(found.loss, pixels + PRIOR * prior, rtol=1e-3)
+
+
 def test_the_seed_is_that_of_the_starts(networks, digits):
     found = [nearest(*networks, digits[:1], restarts=2, steps=4, seed=seed).latent for seed in (3, 3, 4)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7])
+def test_as_many_steps_are_taken_as_asked_for(networks, digits, steps):
+    taken = []
+    nearest(*networks, digits[:1], restarts=1, steps=steps, advance=taken.append)
+    assert sum(taken) == steps
 
 
 def test_the_prior_prefers_what_looks_real_and_is_near_the_middle(networks):
@@ -118,3 +154,10 @@ def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkey
     settings = {"restarts": 1, "steps": 5, "feature_weight": 0.5, "seed": 3}
     invert_images(run, digit_files[:1], out=tmp_path / "out", **settings)
     assert asked[0].items() >= settings.items()
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), 1e9])
+def test_impossible_weights_are_explained(run, digit_files, tmp_path, weight):
+    with pytest.raises(UserError, match="--feature-weight"):
+        invert_images(run, digit_files[:1], out=tmp_path / "out", feature_weight=weight)
+    assert not (tmp_path / "out").exists()

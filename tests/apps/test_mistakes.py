@@ -13,12 +13,24 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastdcgan.apps.pictures import HEADING, check_out, fitted, names, open_picture, sheet, to_picture, to_tensor
+from fastdcgan.apps.pictures import (
+    HEADING,
+    check_out,
+    fitted,
+    names,
+    open_picture,
+    read_pictures,
+    save,
+    sheet,
+    to_picture,
+    to_tensor,
+)
 from fastdcgan.apps.sample import sample
 from fastdcgan.apps.stylize import stylize
 from fastdcgan.apps.trained import open_both, open_run
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
+from fastdcgan.models import Generator
 
 COMMANDS = {
     "sample": [],
@@ -73,6 +85,12 @@ def test_a_generator_alone_is_enough_to_sample_and_not_to_invert(run, tmp_path):
         open_both(tmp_path / "g.safetensors")
 
 
+def test_channels_that_no_picture_has_are_explained(tmp_path):
+    torch.save(Generator(8, channels=2, latent_dim=5, width=4).state_dict(), tmp_path / "netG.pth")
+    with pytest.raises(UserError, match="makes pictures of 2 channels, which no picture file has"):
+        open_run(tmp_path / "netG.pth")
+
+
 def test_networks_are_frozen(networks):
     assert not any(value.requires_grad for network in networks for value in network.parameters())
     z = torch.zeros(1, 100, requires_grad=True)
@@ -101,10 +119,25 @@ def test_results_take_nobodys_place(tmp_path):
         names([tmp_path / "a.png"], tmp_path)
 
 
+def test_results_take_nobodys_place_by_another_path(tmp_path, monkeypatch):
+    """The same folder under another name, and a link to it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for given, out in ((Path("a.png"), tmp_path), (tmp_path / "a.png", Path(".")), (Path("a.png"), Path("link"))):
+        with pytest.raises(UserError, match="would replace the pictures themselves"):
+            names([given], out)
+
+
 def test_a_picture_of_16_bits_keeps_its_upper_8(tmp_path):
     ramp = np.arange(256, dtype=np.uint8)[None].repeat(4, 0)
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(open_picture(tmp_path / "deep.png")), ramp)
+
+
+def test_black_and_white_is_grey(tmp_path):
+    Image.new("1", (16, 16), 1).save(tmp_path / "line.png")
+    (found,) = read_pictures([tmp_path / "line.png"], Generator(16, 1, 5, 4), fit=False)
+    assert found.shape == (1, 16, 16) and (found == 1).all()
 
 
 @pytest.mark.parametrize(("mode", "why"), [("F", "floating-point pixels"), ("I", "32-bit pixels")])
@@ -112,6 +145,13 @@ def test_a_picture_whose_range_nobody_knows(tmp_path, mode, why):
     Image.new(mode, (8, 8), 200).save(tmp_path / "x.tiff")
     with pytest.raises(UserError, match=f"x.tiff has .*{why}: convert"):
         open_picture(tmp_path / "x.tiff")
+
+
+def test_a_picture_too_large_to_open_is_a_line(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "vast.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"vast\.png is not a picture that can be read: .*bomb"):
+        open_picture(tmp_path / "vast.png")
 
 
 def test_a_strip_is_too_narrow_to_stylize(run, tmp_path):
@@ -139,6 +179,18 @@ def test_a_picture_is_turned_as_its_camera_says(tmp_path):
     assert (turned.getpixel((2, 1)), turned.getpixel((2, 6))) == ((0, 0, 255), (255, 0, 0))
 
 
+def test_what_is_transparent_is_so_in_every_kind_of_file(tmp_path):
+    """Also where a palette or one grey says so, without a channel of its own."""
+    clear = Image.new("RGBA", (6, 4), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 3, 4))
+    clear.quantize(16).save(tmp_path / "palette.png")
+    clear.convert("LA").save(tmp_path / "grey.png")
+    for name in ("palette", "grey"):
+        picture = open_picture(tmp_path / f"{name}.png")
+        assert picture.mode == "RGBA"
+        assert (picture.getpixel((1, 1))[3], picture.getpixel((5, 1))[3]) == (255, 0), name
+
+
 def test_colours_keep_their_places():
     orange = Image.new("RGB", (3, 2), (255, 128, 0))
     assert to_tensor(orange)[:, 1, 2].tolist() == pytest.approx([1, 1 / 255, -1], abs=1e-6)
@@ -155,12 +207,34 @@ def test_fitting_crops_the_centre_and_puts_transparency_on_white():
     assert fitted(clear, (6, 4), 4).tobytes() == clear.tobytes()
 
 
+def test_pictures_are_read_at_the_size_of_an_oblong_generator(tmp_path):
+    Image.fromarray(np.arange(16 * 24, dtype=np.uint8).reshape(16, 24)).save(tmp_path / "wide.png")
+    generator = Generator((16, 24), 1, 5, 4)
+    for fit in (False, True):
+        assert read_pictures([tmp_path / "wide.png"], generator, fit).shape == (1, 1, 16, 24)
+    Image.new("L", (16, 24)).save(tmp_path / "high.png")
+    with pytest.raises(UserError, match=r"high\.png is 16x24, and this run draws 24x16"):
+        read_pictures([tmp_path / "high.png"], generator, fit=False)
+
+
 def test_headings_stand_over_their_columns():
     black = torch.full((1, 16, 16), -1.0)
     for column in range(3):
         page = np.asarray(sheet([[black, None, black]], [*[""] * column, "heading"]))
         (found,) = np.nonzero((page[:HEADING] < 128).any(0))
         assert column * 98 <= found.min() < column * 98 + 10
+
+
+def test_a_sheet_of_oblong_pictures_keeps_their_proportions():
+    left, right = torch.full((1, 16, 24), -1.0), torch.full((1, 16, 24), -1.0)
+    left[:, :, 0], right[:, 15] = 1, 1  # one has a white first column, the other a white last line
+    page = sheet([[left, right], [right, left]], ["a", "b"])
+    width, height = 24 * 6, 16 * 6
+    assert page.size == (2 * width + 2, HEADING + 2 * height + 2)
+    for x, y, image in ((0, 0, left), (1, 0, right), (0, 1, right), (1, 1, left)):
+        corner = x * (width + 2), HEADING + y * (height + 2)
+        part = page.crop((*corner, corner[0] + width, corner[1] + height))
+        assert torch.equal(to_tensor(part.resize((24, 16), Image.Resampling.NEAREST)), image)
 
 
 def test_what_is_in_the_way_of_a_result_is_named(tmp_path):
@@ -170,3 +244,10 @@ def test_what_is_in_the_way_of_a_result_is_named(tmp_path):
         with pytest.raises(UserError, match=f"{place} is a {what} already: choose another name"):
             check_out(tmp_path / place, suffixes)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_case_of_a_suffix_does_not_matter(tmp_path):
+    check_out(tmp_path / "A.PNG", (".png",))
+    for name, format in (("A.PNG", "PNG"), ("B.JPG", "JPEG")):
+        save(Image.new("RGB", (4, 4)), tmp_path / name)
+        assert Image.open(tmp_path / name).format == format

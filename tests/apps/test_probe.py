@@ -28,6 +28,20 @@ def labelled(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def set_of(tmp_path):
+    """set_of({"a": 3}): a folder of that many pictures a class."""
+
+    def make(counts):
+        for name, count in counts.items():
+            (tmp_path / "set" / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (16, 16), i).save(tmp_path / "set" / name / f"{i}.png")
+        return str(tmp_path / "set")
+
+    return make
+
+
 def test_the_features_beat_raw_pixels(run, labelled, tmp_path):
     probe(run, data=str(labelled), out=tmp_path / "probe.json")
     report = json.loads((tmp_path / "probe.json").read_text())
@@ -43,6 +57,14 @@ def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelle
     train, train_numbers, test, test_numbers = choose(str(labelled), None, networks[1], 10_000, seed=0)
     assert train is test and not set(train_numbers) & set(test_numbers)
     assert {train.labels[i] for i in test_numbers} == set(range(10))
+
+
+def test_few_images_are_of_all_classes_and_no_more_than_asked_for(networks, set_of):
+    data = set_of(dict.fromkeys("abcd", 50))
+    train, train_numbers, _, test_numbers = choose(data, None, networks[1], 30, seed=0)
+    assert len(train_numbers) == len(test_numbers) == 30
+    for numbers in (train_numbers, test_numbers):
+        assert {train.labels[i] for i in numbers} == set(range(4))
 
 
 def test_features_are_every_layer_at_4x4(networks, digits):
@@ -142,6 +164,11 @@ def test_one_class_alone_is_explained(run, tmp_path):
             Image.new("L", (16, 16), i % 256).save(tmp_path / "set" / name / f"{i}.png")
     with pytest.raises(UserError, match="of one class: give more --images"):
         probe(run, data=str(tmp_path / "set"), out=tmp_path / "probe.json", images=10)
+
+
+def test_a_class_of_a_single_image_is_explained(networks, set_of):
+    with pytest.raises(UserError, match=r"class lone of .* has a single image: at least 2 are needed"):
+        choose(set_of({"many": 10, "lone": 1}), None, networks[1], 100, seed=0)
 
 
 def test_bars_are_as_long_as_they_say():

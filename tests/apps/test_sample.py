@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdcgan.apps import sample as sample_module
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import open_picture, to_tensor
 from fastdcgan.apps.sample import sample
@@ -17,6 +18,11 @@ from fastdcgan.errors import UserError
 def test_a_grid_has_room_for_every_picture(run, tmp_path):
     sample(run, out=tmp_path / "grid.png", count=10)
     assert Image.open(tmp_path / "grid.png").size == (3 * 18 + 2, 4 * 18 + 2)
+
+
+def test_a_grid_may_have_a_suffix_in_capitals(run, tmp_path):
+    sample(run, out=tmp_path / "GRID.PNG", count=4)
+    assert Image.open(tmp_path / "GRID.PNG").size == (2 * 18 + 2, 2 * 18 + 2)
 
 
 def test_a_folder_has_one_picture_a_seed_across_batches(run, tmp_path):
@@ -57,6 +63,15 @@ def test_impossible_settings_are_named_and_nothing_is_written(run, tmp_path, set
     with pytest.raises(UserError, match=complaint):
         sample(run, **setting | {"out": tmp_path / "new" / setting.get("out", "grid.png")})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_grid_that_cannot_be_written_is_a_line(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample_module, "save_grid", full)
+    with pytest.raises(UserError, match=r"grid\.png cannot be written: No space left on device"):
+        sample(run, out=tmp_path / "grid.png", count=1)
 
 
 def test_pictures_are_drawn_from_truncated_latents(run, networks, tmp_path):

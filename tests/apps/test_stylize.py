@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fastdcgan.apps import stylize as stylize_module
 from fastdcgan.apps.features import activations
 from fastdcgan.apps.pictures import open_picture, save, to_picture
-from fastdcgan.apps.stylize import beyond_seam, canvas_size, quilt, recoloured, redraw, stylize
+from fastdcgan.apps.stylize import beyond_seam, canvas_size, cut_out, quilt, recoloured, redraw, stylize
 from fastdcgan.errors import UserError
 from fastdcgan.models import Generator
 
@@ -37,6 +37,14 @@ def test_what_is_transparent_lies_on_white_in_a_jpeg(tmp_path):
     stylize(tmp_path / "netG.pth", tmp_path / "nothing.png", out=tmp_path / "out.jpg", strength=0.0, tiles=2)
     with Image.open(tmp_path / "out.jpg") as picture:
         assert picture.getextrema() == ((255, 255),) * 3
+
+
+def test_what_is_transparent_lies_on_white_in_a_jpeg_of_any_suffix(tmp_path):
+    torch.save(Generator(8, channels=4, latent_dim=5, width=4).state_dict(), tmp_path / "netG.pth")
+    Image.new("RGBA", (16, 16)).save(tmp_path / "nothing.png")
+    for name in ("out.jpeg", "out.JPG"):
+        stylize(tmp_path / "netG.pth", tmp_path / "nothing.png", out=tmp_path / name, strength=0, tiles=1)
+        assert Image.open(tmp_path / name).getextrema() == ((255, 255),) * 3
 
 
 def test_style_moves_to_the_domain_and_content_stays(networks, digits):
@@ -107,12 +115,37 @@ def test_colours_become_the_samples():
     assert torch.isfinite(recoloured(torch.full((3, 8, 8), 0.5), samples)).all()
 
 
+@pytest.mark.parametrize("size", [(8, 20), (20, 8)])
+def test_pieces_are_cut_from_anywhere_in_oblong_pictures(size):
+    samples = torch.arange(2 * size[0] * size[1]).float().view(2, 1, *size)
+    pieces = cut_out(samples, 4, torch.Generator().manual_seed(0))
+    corners = pieces[:, 0, 0, 0].long() % (size[0] * size[1])
+    y, x = corners // size[1], corners % size[1]
+    assert (y.min(), y.max(), x.min(), x.max()) == (0, size[0] - 4, 0, size[1] - 4)
+    assert (pieces[:, 0, 3, 3] - pieces[:, 0, 0, 0] == 3 * size[1] + 3).all()
+
+
 def test_the_seam_takes_the_cheapest_way():
     cost = torch.ones(4, 5)
     for row, column in enumerate((1, 2, 2, 3)):
         cost[row, column] = 0
     assert beyond_seam(cost).int().argmax(1).tolist() == [1, 2, 2, 3]
     assert beyond_seam(cost)[0].tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("downwards", [True, False])
+def test_a_piece_is_cut_from_its_neighbour_along_the_seam(downwards):
+    """Above it as well as to the left."""
+    random = torch.Generator().manual_seed(0)
+    pieces = torch.randn(20, 1, 8, 8, generator=random)  # which overlap by 2
+    quilted = quilt(torch.zeros(1, 14, 8) if downwards else torch.zeros(1, 8, 14), pieces, random)
+    if not downwards:
+        quilted, pieces = quilted.mT, pieces.mT
+    (first,) = (piece for piece in pieces if torch.equal(piece[:, :6], quilted[:, :6]))
+    (second,) = (piece for piece in pieces if torch.equal(piece[:, 2:], quilted[:, 8:]))
+    new = beyond_seam((second[:, :2] - first[:, 6:]).square().sum(0).T).T
+    assert 0 < new.sum() < new.numel()
+    assert torch.equal(quilted[:, 6:8], torch.where(new, second[:, :2], first[:, 6:]))
 
 
 def test_a_quilt_of_pieces_of_the_image_is_the_image():
@@ -159,3 +192,23 @@ def test_the_result_of_a_large_photo_has_its_proportions(run, tmp_path, monkeypa
     save(to_picture(photograph(40, 64)), tmp_path / "photo.png")
     stylize(run, tmp_path / "photo.png", out=tmp_path / "out.png", tiles=1)
     assert open_picture(tmp_path / "out.png").size == (48, 30)
+
+
+def test_an_oblong_photo_is_drawn_on_an_oblong_canvas(tmp_path, monkeypatch):
+    """And the limit of what is drawn is that of the canvas that is used."""
+    torch.save(Generator((8, 12), channels=1, latent_dim=5, width=4).state_dict(), tmp_path / "netG.pth")
+    Image.new("L", (60, 20), 99).save(tmp_path / "wide.png")
+    total = []
+
+    def redraw(generator, image, *, tiles, seed, advance):
+        total.append(stylize_module.canvas_size(tuple(image.shape[1:]), generator.image_size, tiles))
+        return image
+
+    asked = []
+    as_ever = stylize_module.progress
+    monkeypatch.setattr(stylize_module, "redraw", redraw)
+    monkeypatch.setattr(
+        stylize_module, "progress", lambda what, count, unit: asked.append(count) or as_ever(what, count, unit)
+    )
+    stylize(tmp_path / "netG.pth", tmp_path / "wide.png", out=tmp_path / "out.png", tiles=2)
+    assert asked == [total[0][0]] == [16]

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from fastdcgan.data import Dataset, archives
-from fastdcgan.data.archives import LmdbSource, ZipSource
+from fastdcgan.data.archives import LmdbSource, TarSource, ZipSource
 from fastdcgan.data.pack import pack
+from fastdcgan.data.source import HEAD_BYTES, TAIL_BYTES
 from fastdcgan.errors import UserError
 from fastdcgan.files import expand_braces
 
@@ -185,6 +186,21 @@ def test_several_tars_have_classes_from_their_folders(
     with tarfile.open(tmp_path / "s-2.tar", "w") as archive:
         add(archive, "alone.jpg", files["a/0.jpg"])
     assert opened(tmp_path).labels is None
+
+
+def test_the_end_of_a_long_file_is_its_own(files: dict[str, bytes], tmp_path: Path) -> None:
+    """Not what comes behind it in the archive."""
+    contents = [files["b/long.jpg"], files["a/0.jpg"]]
+    assert len(contents[0]) > HEAD_BYTES
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive, tarfile.open(tmp_path / "set.tar", "w") as shard:
+        for name, data in zip(("a.jpg", "b.jpg"), contents, strict=True):
+            archive.writestr(name, data)
+            add(shard, name, data)
+    for source in (ZipSource(tmp_path / "set.zip"), TarSource(tmp_path / "set.tar", [tmp_path / "set.tar"])):
+        for i, data in enumerate(contents):
+            glimpse = source.glimpse(i)
+            assert (glimpse.head, glimpse.tail) == (data[:HEAD_BYTES], data[-TAIL_BYTES:])
+            assert (glimpse.size, glimpse.whole()) == (len(data), data)
 
 
 def test_webdataset_shards_as_written_by_webdataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from fastdcgan.data import Dataset, default_cache_dir, room
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.order import Order
-from fastdcgan.data.store import DiskStore, is_whole
+from fastdcgan.data.store import DiskStore, is_whole, reserve
 from fastdcgan.errors import UserError
 
 Batches = Callable[..., list[torch.Tensor]]
@@ -148,6 +149,21 @@ def test_a_file_that_breaks_is_not_taken_for_a_black_picture_next_time(
     assert [name for name, _ in data.skipped] == ["breaks.jpg"]
 
 
+def test_a_file_that_breaks_does_not_keep_the_others_from_being_complete(
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    batches: Batches,
+) -> None:
+    broken = {"empty.jpg": b"", "good-0003-breaks.jpg": encoded(1).replace(b"\xff\xdb", b"\xff\xfe")}
+    stream = opened(make_folder(COUNT, broken), loader=loader, cache="disk").stream(4)
+    batches(stream, 6)
+    assert kept_files() == [".json", ".npy"]
+    (note,) = (default_cache_dir() / "images").glob("*.json")
+    assert json.loads(note.read_text())["absent"] == [0, 4]
+
+
 SLOW_RUN = """
 import sys, time, torch
 from pathlib import Path
@@ -245,6 +261,18 @@ def test_a_damaged_file_is_made_anew(damage: str, finished: bool, tmp_path: Path
     assert not DiskStore(path, shape, "print").array.any()
 
 
+@pytest.mark.parametrize("absent", [[99], ["a"], "a", {"a": 1}, [0.5]])
+def test_a_file_whose_note_says_nonsense_is_made_anew(absent: object, tmp_path: Path) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    store = DiskStore(path, shape, "print")
+    store.write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
+    store.finish()
+    note = path.with_suffix(".json")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"absent": absent}))
+    assert not DiskStore(path, shape, "print").present.any()
+    assert not is_whole(path, "print")
+
+
 def test_without_its_rows_an_unfinished_file_is_made_anew(tmp_path: Path) -> None:
     shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
     DiskStore(path, shape, "print").write(np.arange(2), torch.ones(shape, dtype=torch.uint8))
@@ -334,6 +362,15 @@ def test_no_room_on_the_disk_is_said_before_anything_is_written(make_folder: Cal
     assert "cannot keep 0 MB of decoded images" in run.stdout
     assert "choose another --cache-dir, or --cache off" in run.stdout
     assert kept_files() == [".json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space is claimed by writing there")
+def test_space_on_the_disk_is_claimed(tmp_path: Path) -> None:
+    """A file that is only said to be so long would end the process, not with an error, where the disk is full."""
+    with open(tmp_path / "file", "wb") as file:
+        reserve(file, 1 << 20)
+    status = (tmp_path / "file").stat()
+    assert status.st_size == 1 << 20 and status.st_blocks * 512 >= 1 << 20
 
 
 def test_auto_takes_the_first_place_with_room(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastdcgan.data.check import check
 
@@ -51,9 +54,55 @@ def test_the_table_and_the_list(
     assert "checking: 1,206 of 1,206 files" in printed.err
 
 
+def test_what_is_out_of_the_ordinary_is_counted(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(1)
+    for orientation in (1, 2, 8):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (9, 8)).save(folder / f"turned-{orientation}.jpg", exif=exif)
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "deep.png")
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "film.gif", save_all=True, append_images=frames[1:])
+    assert check(str(folder)).traits == {
+        "JPEG": 4,
+        "PNG": 1,
+        "GIF": 1,
+        "rotated by EXIF": 2,
+        "16 bits": 1,
+        "animated (its first frame is used)": 1,
+    }
+
+
+def test_what_cannot_be_read_is_named(make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, as_ever = make_folder(3), os.open
+
+    def refuse(path: str, *rest: int) -> int:
+        if str(path).endswith("good-0001.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return as_ever(path, *rest)
+
+    with monkeypatch.context() as patched:  # not chmod: tests may run as root
+        patched.setattr(os, "open", refuse)
+        report = check(str(folder))
+    assert (report.files, report.usable, report.unusable) == (3, 2, [("good-0001.jpg", "no permission to read it")])
+
+
 def test_archives_are_checked_as_well(encoded: Callable[..., bytes], tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         archive.writestr("good.jpg", encoded(1))
         archive.writestr("bad.jpg", b"text")
     report = check(str(tmp_path / "set.zip"))
     assert (report.usable, report.unusable) == (1, [("bad.jpg", "not an image (text)")])
+
+
+def test_a_broken_entry_of_an_archive_is_named(encoded: Callable[..., bytes], tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.jpg", encoded(number))
+        place = archive.infolist()[1].header_offset
+    content = bytearray(path.read_bytes())
+    content[place] = 0
+    path.write_bytes(content)
+    report = check(str(path))
+    assert report.unusable == [("1.jpg", "broken in the zip: no header where one should be")]

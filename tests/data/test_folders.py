@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +33,16 @@ def test_class_names_come_from_the_innermost_folder_and_duplicates_are_one(
     assert data.name == "pictures"
 
 
+def test_one_name_in_two_ways_of_writing_is_one_class(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    """As macOS and others write an é."""
+    names = ("train/caf\u00e9/1.jpg", "test/cafe\u0301/2.jpg", "train/dog/3.jpg")
+    data = opened(make_folder(0, {name: encoded(k) for k, name in enumerate(names)}))
+    assert data.class_names == ["caf\u00e9", "dog"]
+    assert data.labels is not None and sorted(data.labels) == [0, 0, 1]
+
+
 def test_a_flat_folder_has_no_labels(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
     data = opened(make_folder(3))
     assert data.labels is None
@@ -52,6 +64,29 @@ def test_hidden_files_are_left_out_without_a_word(
     assert (data.count, data.skipped) == (3, [])
 
 
+def test_images_without_a_suffix_are_known_by_how_they_begin(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    formats = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+    files = {format.lower(): encoded(k, format) for k, format in enumerate(formats)}
+    data = opened(make_folder(0, files | {"text": b"not an image"}))
+    assert (data.count, data.skipped) == (len(formats), [])
+
+
+def test_a_file_of_no_kind_that_cannot_be_read_is_no_image(
+    make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(2, {"notes": b"private"})
+
+    def refuse(path: Path, *rest: object, **options: object) -> object:
+        if Path(path).name == "notes":
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *rest, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("fastdcgan.data.source.open", refuse, raising=False)  # not chmod: tests may run as root
+    assert FolderSource(folder).names == ["good-0000.jpg", "good-0001.jpg"]
+
+
 def test_links_are_followed_and_loops_end(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
     folder, elsewhere = make_folder(3), make_folder(2, name="elsewhere")
     (folder / "loop").symlink_to(folder)
@@ -63,6 +98,24 @@ def test_links_are_followed_and_loops_end(make_folder: Callable[..., Path], open
     assert data.count == 5
     assert elsewhere.exists()
     assert sorted(data.skipped) == [("gone.jpg", "broken link"), ("self.jpg", "broken link")]
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, scandir = make_folder(3, {"private/a.jpg": encoded(9)}), os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # not chmod: tests may run as root
+    data = opened(folder)
+    assert (data.count, data.skipped) == (3, [("private", "folder cannot be read (Permission denied)")])
 
 
 names = st.text(
@@ -132,6 +185,16 @@ def test_the_fingerprint_changes_with_every_change(make_folder: Callable[..., Pa
     assert len(set(prints)) == 4
 
 
+def test_a_file_of_another_size_and_the_same_time_is_noticed(make_folder: Callable[..., Path]) -> None:
+    """As programs write that keep a file's time."""
+    folder = make_folder(2)
+    file, before = folder / "good-0000.jpg", FolderSource(folder).fingerprint()
+    time = file.stat().st_mtime_ns
+    file.write_bytes(file.read_bytes() + b"more")
+    os.utime(file, ns=(time, time))
+    assert FolderSource(folder).fingerprint() != before
+
+
 def test_names_can_always_be_printed() -> None:
     assert printable(os.fsdecode(b"caf\xe9.jpg")) == "caf\\xe9.jpg"
     assert printable("фото.jpg") == "фото.jpg"
@@ -151,6 +214,34 @@ def test_a_tar_beside_images_does_not_hide_them(
 ) -> None:
     assert opened(make_folder(3, {"notes.tar": b"x"})).count == 3
     assert opened(make_folder(0, {"odd.tar/a.jpg": encoded(), "b/c.jpg": encoded(1)}, "another")).count == 2
+
+
+def test_a_home_is_found_and_hidden_shards_are_not(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_folder(3)
+    (tmp_path / "shards").mkdir()
+    for name in ("s-0.tar", "s-1.tar"):
+        with tarfile.open(tmp_path / "shards" / name, "w") as archive:
+            archive.add(tmp_path / "pictures" / "good-0000.jpg", "a.jpg")
+    (tmp_path / "shards" / "._s-0.tar").write_bytes(b"what macOS adds")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert opened("~/pictures").count == 3
+    assert opened("~/shards").count == 2
+    assert opened("~/shards/s-{0..1}.tar").count == 2
+
+
+def test_the_case_of_the_suffix_of_an_archive_does_not_matter(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_folder(1)
+    with zipfile.ZipFile(tmp_path / "SET.ZIP", "w") as archive:
+        archive.write(folder / "good-0000.jpg", "a.JPG")
+    with tarfile.open(tmp_path / "SET.TAR", "w") as tar:
+        tar.add(folder / "good-0000.jpg", "a.JPG")
+    assert [open_source(str(tmp_path / name)).names for name in ("SET.ZIP", "SET.TAR")] == [["a.JPG"], ["a.JPG"]]
 
 
 def test_verdicts_are_of_one_folder(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
@@ -246,6 +337,19 @@ def test_too_few_images_for_a_batch(make_folder: Callable[..., Path], opened: Ca
 
 def data_path(data: Dataset) -> str:
     return str(data._source.path)  # type: ignore[attr-defined]
+
+
+def test_images_that_broke_do_not_count_for_a_batch(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    """Although they were usable when the set was opened."""
+    broken = {f"breaks-{k}.jpg": encoded(k).replace(b"\xff\xdb", b"\xff\xfe") for k in range(3)}
+    data = opened(make_folder(5, broken))
+    data.take(range(8))
+    assert len(data.skipped) == 3
+    with pytest.raises(UserError, match="has 5 usable images, fewer than one batch of 6"):
+        data.stream(6)
+    data.stream(5).advance()
 
 
 @pytest.mark.usefixtures("nothing_held")

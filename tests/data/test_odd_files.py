@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fastdcgan.data import Dataset
+from fastdcgan.data.census import Census
 from fastdcgan.data.check import check
+from fastdcgan.data.header import JPEG, OTHER, Glimpse, examine
 from fastdcgan.errors import UserError
 
 Encode = Callable[..., bytes]
@@ -204,6 +207,16 @@ def test_what_cannot_be_used_is_left_out_and_named(
     assert reason in report.unusable[0][1]
 
 
+def test_a_file_that_breaks_is_named_once(
+    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
+) -> None:
+    """However often it is asked for."""
+    data = opened(make_folder(3, {"breaks.jpg": encoded(1).replace(b"\xff\xdb", b"\xff\xfe")}), loader=loader)
+    for _ in range(2):
+        data.take(range(4))
+    assert [name for name, _ in data.skipped] == ["breaks.jpg"]
+
+
 @pytest.mark.parametrize("kind", ["truncated JPEG", "JPEG that breaks while decoding"])
 def test_strict_stops_at_the_first_unusable_file(
     kind: str, loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
@@ -308,6 +321,19 @@ def test_a_huge_progressive_jpeg_is_not_used(make_folder: Callable[..., Path], o
     assert "decompression bomb" in dict(opened(make_folder(2, {"huge.jpg": progressive})).skipped)["huge.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("image_size", "too_large"),
+    [(64, []), (1024, []), (4096, []), (8192, [0, 1]), (20_000, [0, 1, 2])],
+)
+def test_jpegs_are_as_large_as_scaled_decoding_allows(image_size: int, too_large: list[int]) -> None:
+    census = Census.empty(3)
+    census.kind[:] = JPEG
+    census.sizes[:] = [(16_000, 16_000), (30_000, 30_000), (20_000, 20_000)]
+    reasons = census.oversized((image_size, image_size))
+    assert sorted(reasons) == too_large
+    assert all("too large" in reason for reason in reasons.values())
+
+
 def huge_jpeg(side: int) -> bytes:
     """A grey JPEG of side x side pixels, all 128, without ever holding them: every block has the same six bits."""
     data = bytearray(file_of(Image.new("L", (8, 8), 128), "JPEG"))
@@ -342,6 +368,34 @@ def test_what_exif_turns_is_cropped_as_it_is_shown(
     assert (straight - turned).abs().float().mean() < 3
 
 
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_is_read_in_both_byte_orders(
+    order: Literal["little", "big"],
+    orientation: int,
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    picture: Picture,
+) -> None:
+    """As cameras of different makers write it."""
+
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, order)
+
+    mark = {"little": b"II*\0", "big": b"MM\0*"}[order]
+    entry = number(0x0112, 2) + number(3, 2) + number(1, 4) + number(orientation, 2) + bytes(2)
+    exif = b"Exif\0\0" + mark + number(8, 4) + number(1, 2) + entry + bytes(4)
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # what undoes each turn, as Pillow numbers them
+    stored = picture(5) if orientation == 1 else picture(5).transpose(Image.Transpose(back[orientation]))
+    data = file_of(stored, "JPEG", quality=95, exif=exif)
+    facts = examine(Glimpse(data, data[-64:], len(data), lambda: data))
+    assert (facts.kind, facts.height, facts.width) == (JPEG if orientation == 1 else OTHER, 24, 30)
+    folder = make_folder(0, {"a.png": file_of(picture(5), "PNG"), "b.jpg": data})
+    straight, turned = opened(folder, loader=loader).take([0, 1]).int()
+    assert (straight - turned).abs().float().mean() < 3
+
+
 def test_colour_and_grey_mix(
     loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode
 ) -> None:
@@ -354,6 +408,19 @@ def test_colour_and_grey_mix(
     assert opened(folder, loader=loader, channels=1).take(range(4)).shape == (4, 16, 16, 1)
     only_grey = opened(make_folder(0, {"grey.jpg": encoded(4, mode="L")}, "grey"), loader=loader)
     assert (only_grey.channels, only_grey.flip) == (1, False)
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "with transparency", "black and white"])
+def test_what_has_shades_of_grey_alone_is_grey(
+    kind: str, loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], picture: Picture
+) -> None:
+    image = {
+        "16 bits": Image.fromarray(np.asarray(picture(1, mode="L")).astype(np.uint16) * 256),
+        "with transparency": picture(1).convert("LA"),
+        "black and white": picture(1).convert("1"),
+    }[kind]
+    data = opened(make_folder(0, {"a.png": file_of(image, "PNG")}), loader=loader)
+    assert (data.channels, data.flip) == (1, False)
 
 
 def test_four_channels_keep_transparency(

@@ -77,3 +77,11 @@ def test_a_position_in_a_set_that_has_grown_begins_a_new_epoch(capsys: pytest.Ca
     state = Position(taken=70, images=70).state(Order(50, 0), np.ones(50, dtype=bool))
     assert Position.resume(Order(60, 0), state).taken == 120
     assert "the data changed: 60 files where there were 50" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "now"), [(10, 5), (10, 25), (10, 9)])
+def test_a_new_epoch_of_a_set_that_has_changed_is_the_next_one(before: int, now: int) -> None:
+    """Counted in the epochs that there were, whether the set has grown or shrunk."""
+    for taken, epoch in ((0, 0), (1, 1), (10, 1), (17, 2)):
+        state = Position(taken, taken).state(Order(before, 0), np.ones(before, dtype=bool))
+        assert Position.resume(Order(now, 0), state) == Position(epoch * now, taken)

@@ -89,6 +89,16 @@ def test_a_packed_set_that_has_changed_is_packed_anew(tmp_path: Path) -> None:
         pack(str(tmp_path / "mine.npy"), image_size=SIZE, out=tmp_path / "set-7.npy")
 
 
+def test_other_labels_are_other_content(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    """So that a set whose labels have changed is packed anew."""
+    np.save(tmp_path / "mine.npy", np.full((4, 16, 16, 1), 7, np.uint8))
+    contents = []
+    for labels in ([0, 0, 1, 1], [0, 1, 1, 1]):
+        (tmp_path / "mine.npy.json").write_text(json.dumps({"labels": labels, "class_names": ["a", "b"]}))
+        contents.append(opened(tmp_path / "mine.npy").content())
+    assert contents[0] != contents[1]
+
+
 SLOW_PACK = """
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the values of pixels mean: in a file whose format leaves that open, and in tensors."""
+"""What the values of pixels mean, in a file whose format leaves that open and in tensors, and which way up they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,38 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+TURNS = {  # by EXIF's orientation: what brings a picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def orientation(picture: Image.Image) -> int:
+    """1..8 as in EXIF; 1, "as it is", also where what should say so is damaged: viewers take no notice of that.
+
+    Raises:
+        What Pillow raises for damaged pixels, of a PNG, whose EXIF may stand behind them.
+    """
+    if picture.format == "PNG" and "exif" not in picture.info:
+        picture.load()  # as getexif would
+    try:
+        value = picture.getexif().get(0x0112)
+    except Exception:
+        return 1
+    return value if value in TURNS else 1
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """As EXIF says that it is to be shown. Not by `ImageOps.exif_transpose`, which writes the rest of EXIF anew, and
+    fails where that is damaged."""
+    turn = TURNS.get(orientation(picture))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def without_range(picture: Image.Image) -> str:

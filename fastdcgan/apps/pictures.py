@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 from fastdcgan.files import make_writable, replace_file
 from fastdcgan.models import AnyGenerator
-from fastdcgan.pixels import as_picture, in_8_bits, to_uint8, without_range
+from fastdcgan.pixels import as_picture, in_8_bits, to_uint8, upright, without_range
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
@@ -32,11 +32,14 @@ def open_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as file:
             why = without_range(file)
-            picture = ImageOps.exif_transpose(file)
+            file.load()
+            picture = upright(file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: give the path of a picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a picture that can be read: {error}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins raise almost anything on damaged files
+        raise UserError(f"{path} is not a picture that can be read: {first_line(error)}") from None
     if why:
         raise UserError(f"{path} has {why}")
     picture = in_8_bits(picture)

@@ -25,7 +25,7 @@ def sample(
         UserError: not a run, or a count, seed or truncation that is not possible, or `out` cannot be written.
     """
     check_at_least("--count", count, 1)
-    latents([seed], 1, truncation)  # what is not possible is said before anything is written
+    latents([seed, seed + count - 1], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
     one_grid = out.suffix.lower() in Image.registered_extensions()  # of which it can be one
     check_out(out, (".png",) if one_grid else ())

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastdcgan.console import say
 from fastdcgan.data.dataset import Dataset, Stream
 from fastdcgan.data.packed import open_packed, packed_size
 from fastdcgan.errors import UserError
@@ -142,6 +144,11 @@ def open_source(data: str) -> EncodedSource:
             shards = sorted(entry for entry in entries if entry.suffix == ".tar" and entry.is_file())
             if not shards or any(entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file() for entry in entries):
                 return FolderSource(path)
+            if any(entry.is_dir() for entry in entries):
+                with suppress(UserError):  # no images there: in the shards, then
+                    folder = FolderSource(path)
+                    say(f"{path}: taking the images in its folders, and not what is in its .tar files")
+                    return folder
             return TarSource(path, shards)
         if path.is_file():
             with open(path, "rb"):

@@ -10,14 +10,14 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 from weakref import WeakValueDictionary
 
 from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse
-from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, EncodedSource, is_hidden
+from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, TOO_LARGE, EncodedSource, is_hidden
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable
 
@@ -27,22 +27,29 @@ OPEN_SHARDS = 256  # at a time: a process may have some 1,000 files open
 class ArchiveFile:
     """An open file read at given places, from any thread; closed when nobody holds it any more."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
+    def __init__(self, path: Path, stamp: str | None = None) -> None:
+        """Open it; `stamp` is what `stamp_of` said when its content was listed.
+
+        Raises:
+            OSError: it cannot be opened, or is another file by now.
+        """
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115
         self._lock = threading.Lock()
+        if stamp not in (None, stamp_of(self.file)):
+            raise OSError("the archive was replaced after it was listed")
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
+        if hasattr(self, "file"):
+            self.file.close()
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes from `offset` on; OSError where the file ends before."""
         if hasattr(os, "pread"):
-            data = os.pread(self._file.fileno(), size, offset)
+            data = os.pread(self.file.fileno(), size, offset) if offset < 1 << 62 else b""
         else:
             with self._lock:
-                self._file.seek(offset)
-                data = self._file.read(size) or b""
+                self.file.seek(offset)
+                data = self.file.read(size) or b""
         if len(data) != size:
             raise OSError("the archive ends in the middle of this file")
         return data
@@ -54,17 +61,19 @@ class ZipSource(EncodedSource):
     def __init__(self, path: Path) -> None:
         self.path, self.names, self.unusable = path, [], []
         try:
-            archive = zipfile.ZipFile(path)
+            self._file = ArchiveFile(path)
+            archive = zipfile.ZipFile(self._file.file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{path} is not a readable zip file ({error}): unpack it yourself, or fetch it again"
             ) from None
-        self._file, self._entries = ArchiveFile(path), []
+        self._stamp, self._entries = stamp_of(self._file.file), []
         with archive:
-            newest = {entry.filename: entry for entry in archive.infolist()}  # of a name that was added again
+            # Of a name that was added again the newest. Some programs on Windows write its backslashes.
+            newest = {entry.filename.replace("\\", "/"): entry for entry in archive.infolist()}
             for name, entry in sorted(newest.items()):
                 hidden = is_hidden(name.removeprefix("./"))
-                if entry.is_dir() or hidden or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                if name.endswith("/") or hidden or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
                     continue
                 if entry.flag_bits & 1:
                     self.unusable.append((printable(name), "encrypted"))
@@ -72,7 +81,7 @@ class ZipSource(EncodedSource):
                     method = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}.get(entry.compress_type, "unknown")
                     self.unusable.append((printable(name), f"compressed ({method}) in a way that is not read in place"))
                 elif max(entry.file_size, entry.compress_size) > MOST_ENCODED_BYTES:
-                    self.unusable.append((printable(name), "larger than 1 GiB"))
+                    self.unusable.append((printable(name), TOO_LARGE))
                 else:
                     self.names.append(name)
                     self._entries.append(entry)
@@ -110,7 +119,7 @@ class ZipSource(EncodedSource):
         return int(entry.header_offset + 30 + name_length + extra_length)
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files([self.path])
+        return _fingerprint_of_files({self.path: self._stamp})
 
 
 class TarSource(EncodedSource):
@@ -119,20 +128,29 @@ class TarSource(EncodedSource):
     def __init__(self, path: Path, shards: Sequence[Path]) -> None:
         self.path, self.names, self.unusable = path, [], []
         self._shards = list(dict.fromkeys(shards))
-        self._file = functools.lru_cache(OPEN_SHARDS)(lambda number: ArchiveFile(self._shards[number]))
+        self._stamps: dict[Path, str] = {}
+        self._file = functools.lru_cache(OPEN_SHARDS)(self._open)
         self._places: list[tuple[int, int, int]] = []  # (shard, offset, size)
         self._labels: list[str | None] = []
         for number, shard in enumerate(self._shards):
             self._index(number, shard)
         _require_images(self)
 
+    def _open(self, number: int) -> ArchiveFile:
+        shard = self._shards[number]
+        return ArchiveFile(shard, self._stamps[shard])
+
     def _index(self, number: int, shard: Path) -> None:
-        prefix = f"{shard.name}/" if len(self._shards) > 1 else ""
+        alike = len({each.name for each in self._shards}) < len(self._shards)  # in several folders
+        prefix = f"{shard if alike else shard.name}/" if len(self._shards) > 1 else ""
         found: dict[str, tarfile.TarInfo] = {}  # by name: one that was added again takes the place of the one before
         label_of: dict[str, tarfile.TarInfo] = {}
         try:
-            with tarfile.open(shard, "r:") as archive:
+            with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                self._stamps[shard] = stamp_of(file)
                 for member in archive:
+                    if member.size < 0:  # of which tarfile goes backwards, for ever
+                        raise tarfile.ReadError("a negative size")
                     suffix = PurePosixPath(member.name).suffix.lower()
                     if is_hidden(member.name.removeprefix("./")):
                         continue
@@ -144,17 +162,21 @@ class TarSource(EncodedSource):
                         label_of[member.name[:-4]] = member
                     elif suffix in IMAGE_SUFFIXES:
                         found[member.name] = member
-        except (tarfile.TarError, OSError) as error:
+                file.seek(archive.offset)
+                if why := _why_no_end(file):
+                    raise tarfile.ReadError(why)
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             if not found:
                 what = f"{shard} is not a readable tar file ({error})"
                 raise UserError(f"{what}: shards must be uncompressed .tar files; unpack it into a folder") from None
-            self.unusable.append((printable(shard.name), f"the shard is broken behind {list(found)[-1]} ({error})"))
+            last = printable(list(found)[-1])
+            self.unusable.append((printable(shard.name), f"the shard is broken behind {last} ({error})"))
         for member in found.values():
             if member.issparse():
                 self.unusable.append((printable(prefix + member.name), "stored as a sparse file (tar --sparse)"))
                 continue
             if member.size > MOST_ENCODED_BYTES:
-                self.unusable.append((printable(prefix + member.name), "larger than 1 GiB"))
+                self.unusable.append((printable(prefix + member.name), TOO_LARGE))
                 continue
             self.names.append(prefix + member.name)
             self._places.append((number, member.offset_data, member.size))
@@ -189,7 +211,7 @@ class TarSource(EncodedSource):
         return Glimpse(head, file.read_at(offset + size - tail, tail), size, lambda: self.read(i))
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files(self._shards)
+        return _fingerprint_of_files(self._stamps)
 
 
 # By the file's resolved path: LMDB refuses to open a database twice in one process, and several data sets may read one.
@@ -209,8 +231,9 @@ class LmdbSource(EncodedSource):
         try:
             self._damaged: type[Exception] = lmdb.Error
             self._env: Any = _environments.get(self._file.resolve())
+            self._stamp = stamp_of(self._file)
             if self._env is None:
-                self._env = lmdb.open(str(self._file), subdir=False, readonly=True, lock=False, readahead=False)
+                self._env = lmdb.open(os.fsencode(self._file), subdir=False, readonly=True, lock=False, readahead=False)
                 _environments[self._file.resolve()] = self._env
             # LMDB maps the file as long as it says it is: reading behind its end would kill the process (SIGBUS).
             if self._file.stat().st_size < (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]:
@@ -240,7 +263,7 @@ class LmdbSource(EncodedSource):
         return None
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files([self._file])
+        return _fingerprint_of_files({self._file: self._stamp})
 
 
 def _require_images(source: EncodedSource) -> None:
@@ -249,9 +272,28 @@ def _require_images(source: EncodedSource) -> None:
         raise UserError(f"no images in {source.path}: {found}give an archive with .jpg or .png files in it")
 
 
-def _fingerprint_of_files(paths: Sequence[Path]) -> str:
+def _why_no_end(file: IO[bytes]) -> str:
+    """Why a tar file is not whole, of which tarfile says nothing, from what follows its last member; '' where it is."""
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return "it ends without an end mark"
+    if any(block):
+        return "a damaged header"
+    for piece in iter(functools.partial(file.read, 1 << 20), b""):
+        if any(piece):
+            return "more follows its end mark, as of another archive appended"
+    return ""
+
+
+def stamp_of(file: IO[bytes] | Path) -> str:
+    """Of a file as it is now: another one when it is written to or replaced."""
+    status = os.stat(file if isinstance(file, Path) else file.fileno())
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _fingerprint_of_files(stamps: Mapping[Path, str]) -> str:
+    """Of files and what `stamp_of` said of each when it was listed, not of what lies there by now."""
     digest = hashlib.sha256()
-    for path in paths:
-        status = path.stat()
-        digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode() + os.fsencode(path.name) + b"\n")
+    for path, stamp in stamps.items():
+        digest.update(f"{stamp} ".encode() + os.fsencode(path.name) + b"\n")
     return digest.hexdigest()

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from fastdcgan.console import progress
 from fastdcgan.data.header import UNUSABLE, Facts, examine, unusable
 from fastdcgan.data.pillow_decode import MOST_PIXELS, cover_box, too_many_pixels
-from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, EncodedSource, why_unreadable
+from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, TOO_LARGE, EncodedSource, why_unreadable
 
 FILES_AT_ONCE = 256
 QUICK = 50e-6  # seconds a file: it comes from memory, and threads would only take turns at the interpreter
 SHOW_PROGRESS_FROM = 20_000  # files; fewer are done before a bar could be read
-FORMAT = f"3 {PIL.__version__}"  # of the remembered verdicts; raise it when `examine` judges differently
+FORMAT = f"4 {PIL.__version__}"  # of the remembered verdicts; raise it when `examine` judges differently
 
 
 class Census:
@@ -89,7 +89,7 @@ def look_at(source: EncodedSource, i: int) -> tuple[Facts, int]:
     try:
         glimpse = source.glimpse(i)
         if glimpse.size > MOST_ENCODED_BYTES:
-            return unusable("larger than 1 GiB"), glimpse.size
+            return unusable(TOO_LARGE), glimpse.size
         return examine(glimpse), glimpse.size
     except OSError as error:
         return unusable(why_unreadable(error)), 0

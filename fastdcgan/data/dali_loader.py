@@ -166,6 +166,7 @@ class DaliLoader(Loader):
                 axes=(0, 1),
                 device="cpu" if device_id is None else "mixed",
                 output_type=types.GRAY if self.channels == 1 else types.RGB,
+                adjust_orientation=False,  # what is turned is Pillow's: where DALI turned it, the slice would not fit
                 jpeg_fancy_upsampling=True,  # as libjpeg does by default, hence Pillow and torchvision
             )
             if device_id is not None:

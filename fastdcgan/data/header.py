@@ -43,8 +43,16 @@ IMAGE_SUFFIXES = frozenset(
 TURNED_BY_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)[2-8]")  # as Pillow has it, where EXIF says nothing
 # JPEG markers that no segment of a plain file has: nothing, filling, its end, frames neither baseline nor progressive
 NO_SEGMENT = frozenset(b"\x00\xff\xd9\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")
+# Chunks of a PNG's text in which Pillow finds that it is turned: EXIF as ImageMagick writes it, and XMP in other chunks
+# or compressed.
+ASKS_PILLOW = re.compile(
+    rb"(?:tEXt|zTXt|iTXt)(?:Raw profile type exif|exif)\0|zTXtXML:com\.adobe\.xmp\0|iTXtXML:com\.adobe\.xmp\0[^\0]"
+)
 LONGEST_HEADER, HEADERS = 4096, 512  # bytes of a JPEG's header, and how many of them, that are worth remembering
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*", b"P5", b"P6")
+MAGIC = re.compile(  # text can begin with the letters of a BMP or of a PPM
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*|P[56]\s[\d#]|RIFF....WEBP|....ftypavif",
+    re.DOTALL,
+)
 
 
 class Facts(NamedTuple):
@@ -72,7 +80,7 @@ def unusable(reason: str) -> Facts:
 
 def has_image_magic(head: bytes) -> bool:
     """Whether a file starts like an image (for files whose name does not say so)."""
-    return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP") or head[4:12] == b"ftypavif"
+    return MAGIC.match(head) is not None
 
 
 def examine(glimpse: Glimpse) -> Facts:
@@ -143,13 +151,18 @@ def _leads_to_pixels(data: bytes, size: tuple[int, int]) -> bool:
 
 def _jpeg(data: bytes) -> Facts | None:
     """Facts from a JPEG's segments up to the pixels, None where they do not suffice."""
-    at, orientation, adobe_transform, facts = 2, 1, -1, None
+    at, orientation, adobe_transform, frame = 2, 0, -1, None
     while at + 4 <= len(data):
         marker = data[at + 1]
         if data[at] != 0xFF or marker == 0xFF:
             return None
         if marker == 0xDA:
-            return facts
+            if frame is None or (frame[2] == 3 and adobe_transform == 0):
+                return None
+            height, width, components = frame
+            if orientation >= 5:
+                height, width = width, height
+            return Facts(JPEG if orientation <= 1 else OTHER, height, width, components == 3)
         length = (data[at + 2] << 8) | data[at + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             if at + 10 > len(data):
@@ -157,15 +170,15 @@ def _jpeg(data: bytes) -> Facts | None:
             precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
             baseline, progressive = marker in (0xC0, 0xC1), marker == 0xC2
             plain = (baseline or progressive) and precision == 8 and components in (1, 3) and height and width
-            if not plain or (components == 3 and adobe_transform == 0):
+            if not plain or frame is not None:
                 return None
             # Only a baseline image can be decoded at 1/8 size without holding all of it.
             if height * width > (MOST_PIXELS * 64 if baseline else MOST_PIXELS):
                 return unusable(too_many_pixels(height, width))
-            if orientation >= 5:
-                height, width = width, height
-            facts = Facts(JPEG if orientation == 1 else OTHER, height, width, components == 3)
+            frame = height, width, components
         elif marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
+            if orientation:  # a second block, which Pillow takes for a part of the first
+                return None
             orientation = _exif_orientation(data[at + 10 : at + 2 + length])
         elif marker == 0xE1 and TURNED_BY_XMP.search(data, at + 4, at + 2 + length):
             return None
@@ -211,7 +224,9 @@ def _png(head: bytes, whole: bool) -> Facts | None:
         pixels = pixels or name == b"IDAT"
         if not pixels and zlib.crc32(head[at + 4 : at + 8 + length]) != int.from_bytes(head[at + 8 + length :][:4]):
             return None  # Pillow takes such a file for broken, DALI does not
-        if name in (b"tRNS", b"eXIf") or (name == b"iTXt" and TURNED_BY_XMP.search(head, at + 8, at + 8 + length)):
+        if name in (b"tRNS", b"eXIf", b"acTL") or ASKS_PILLOW.match(head, at + 4):
+            return None
+        if name in (b"tEXt", b"iTXt") and TURNED_BY_XMP.search(head, at + 8, at + 8 + length):
             return None
         at += 12 + length
         if name == b"IEND" or (pixels and not whole):

@@ -117,7 +117,7 @@ def _write_rows(file: BinaryIO, journal: Path, done: dict[str, Any], dataset: Da
         for start, stop, good, images in dataset.pieces(done["next"]):
             for name, reason in dataset.skipped[known:]:
                 if reason.startswith(PASSING):
-                    raise UserError(f"{name}: {reason}: bring it back and give the same command to go on, or remove it")
+                    raise UserError(f"{name}: {reason}: put it right and give the same command to go on, or remove it")
             known = len(dataset.skipped)
             file.write(images.numpy().data)
             done["broken"] += sorted(set(range(start, stop)) - set(good))

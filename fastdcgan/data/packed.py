@@ -62,7 +62,8 @@ def open_packed(path: Path, image_size: tuple[int, int], channels: int | None, *
     note = read_json(note_path(path))
     flip = bool(note.get("flip", array.shape[3] >= 3))
     labels, class_names = note.get("labels"), note.get("class_names")
-    if not isinstance(labels, list) or len(labels) != len(array):  # none, or the note of another array
+    whole = isinstance(labels, list) and len(labels) == len(array) and isinstance(class_names, list | None)
+    if not whole:  # none, or the note of another array
         labels = class_names = None
     status = path.stat()
     content = f"{path.stem} {status.st_size} {status.st_mtime_ns}"

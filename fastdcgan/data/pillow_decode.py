@@ -13,16 +13,18 @@ import threading
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from fastdcgan.errors import first_line
-from fastdcgan.pixels import in_8_bits, without_range
+from fastdcgan.pixels import in_8_bits, orientation, upright, without_range
 
 # Pillow refuses more than this as a decompression bomb; as 8-bit colour it is half a gigabyte.
 MOST_PIXELS = 178_956_970
 LARGE_PIXELS = 16_000_000  # images that unpack to more take turns, so threads do not multiply the memory
 
 EMPTY = "empty file (0 bytes)"
+
+NO_MEMORY = "too large for the memory that is free"
 
 _one_large_image = threading.Lock()
 Image.init()  # registers the formats now: doing it lazily is not safe from several threads
@@ -66,8 +68,7 @@ def decode(
     """
     try:
         image = _open(data)
-        turned = image.getexif().get(0x0112, 1) >= 5
-        shown = image.size if turned else image.size[::-1]
+        shown = image.size if orientation(image) >= 5 else image.size[::-1]
         _, _, box_height, box_width = cover_box(shown, image_size)
         shrink = min(box_height / image_size[0], box_width / image_size[1])
         if isinstance(image, JpegImagePlugin.JpegImageFile) and shrink >= 2:
@@ -90,7 +91,7 @@ def measure(data: bytes) -> tuple[int, int, bool]:
     """(height, width, whether it has colour) as shown, from the header alone. Raises UnusableImage."""
     try:
         image = _open(data)
-        turned = image.getexif().get(0x0112, 1) >= 5
+        turned = orientation(image) >= 5
     except UnusableImage:
         raise
     except Exception as error:
@@ -122,9 +123,9 @@ def traits(name: str, data: bytes) -> list[str]:
         found.append("CMYK")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         found.append("transparent")
-    if getattr(image, "is_animated", False) and image.format != "MPO":
+    if _is_animated(image) and image.format != "MPO":
         found.append("animated (its first frame is used)")
-    if image.getexif().get(0x0112, 1) in range(2, 9):
+    if orientation(image) != 1:
         found.append("rotated by EXIF")
     return found
 
@@ -149,11 +150,18 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # it has more frames, and they are damaged
+        return True
+
+
 def _finish(
     image: Image.Image, image_size: tuple[int, int], channels: int, place: tuple[float, float]
 ) -> NDArray[np.uint8]:
     image.load()
-    image = ImageOps.exif_transpose(image)
+    image = upright(image)
     top, left, height, width = cover_box((image.height, image.width), image_size, place)
     if (height, width) != (image.height, image.width):
         image = image.crop((left, top, left + width, top + height))
@@ -164,7 +172,11 @@ def _finish(
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+    clear = image.info.get("transparency") if image.mode.startswith("I") else None
+    hidden = None if clear is None else np.asarray(image) == clear  # the one of 65,536 greys that is transparent
     image = in_8_bits(image)
+    if hidden is not None:
+        image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     if channels == 4:
         return image.convert("RGBA")
@@ -172,6 +184,8 @@ def _with_channels(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     wanted = "L" if channels == 1 else "RGB"
+    if image.mode == "LAB":  # which Pillow converts to RGB alone
+        image = image.convert("RGB")
     return image if image.mode == wanted else image.convert(wanted)
 
 
@@ -181,7 +195,7 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return "too large (possibly a decompression bomb)"
     if isinstance(error, MemoryError):
-        return "too large for the memory of this machine"
+        return NO_MEMORY
     if isinstance(error, UnidentifiedImageError) or (isinstance(error, SyntaxError) and len(data) < 64):
         start = data[:512]
         is_text = not any(byte < 9 or 13 < byte < 32 for byte in start)

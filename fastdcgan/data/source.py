@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse, has_image_magic
+from fastdcgan.data.pillow_decode import NO_MEMORY
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable
 
@@ -18,6 +19,7 @@ HEAD_BYTES = 65536  # most files are read whole by this; a frame header behind l
 TAIL_BYTES = 64
 KEPT_BYTES = 256 << 20  # of small files, held in memory from the first look at them until they are decoded
 MOST_ENCODED_BYTES = 1 << 30
+TOO_LARGE = "larger than 1 GiB"
 READ_BYTES = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would translate line ends
 
 
@@ -70,7 +72,7 @@ def why_unreadable(error: OSError) -> str:
 
 
 # How the reasons begin that may be gone the next time, without the file having changed.
-PASSING = ("vanished", "no permission", "cannot be read")
+PASSING = ("vanished", "no permission", "cannot be read", NO_MEMORY)
 
 
 def is_hidden(name: str) -> bool:
@@ -135,7 +137,8 @@ class FolderSource(EncodedSource):
                         yield name, status.st_size, status.st_mtime_ns
                 except OSError as error:
                     reason = "broken link" if entry.is_symlink() else f"cannot be read ({error.strerror})"
-                    self.unusable.append((printable(name), reason))
+                    if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES or not entry.is_symlink():
+                        self.unusable.append((printable(name), reason))
             waiting += reversed(folders)  # in the order of their names, each with all that is in it
 
     def _starts_like_an_image(self, name: str) -> bool:
@@ -150,6 +153,8 @@ class FolderSource(EncodedSource):
         if kept is not None:
             self._room += len(kept)
             return kept
+        if self._sizes[i] > MOST_ENCODED_BYTES:
+            raise OSError(TOO_LARGE)
         # Plain system calls: for small files a Python file object costs as much as decoding the header.
         handle = os.open(f"{self._root}/{self.names[i]}", READ_BYTES)
         try:
@@ -157,7 +162,10 @@ class FolderSource(EncodedSource):
             if len(data) == self._sizes[i]:
                 return data
             with open(handle, "rb", closefd=False) as file:  # grown, or a read cut short
-                return data + file.read()
+                data += file.read(MOST_ENCODED_BYTES + 1 - len(data))
+            if len(data) > MOST_ENCODED_BYTES:
+                raise OSError(TOO_LARGE)
+            return data
         finally:
             os.close(handle)
 

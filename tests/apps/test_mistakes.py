@@ -191,6 +191,26 @@ def test_what_is_transparent_is_so_in_every_kind_of_file(tmp_path):
         assert (picture.getpixel((1, 1))[3], picture.getpixel((5, 1))[3]) == (255, 0), name
 
 
+def test_a_picture_is_turned_where_the_rest_of_its_exif_is_damaged(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    data = bytearray((tmp_path / "a.jpg").read_bytes())
+    data[data.index(b"\x01\x0e\x00\x02") + 1] = 0  # its description becomes a width, in words
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert open_picture(tmp_path / "a.jpg").size == (4, 8)
+
+
+def test_whatever_pillow_raises_for_a_damaged_picture_is_one_line(tmp_path, monkeypatch):
+    def damaged(*given, **options):
+        raise RuntimeError("what a plugin in C says\nin two lines")
+
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", damaged)
+    with pytest.raises(UserError, match=r"a\.png is not a picture that can be read: what a plugin in C says$"):
+        open_picture(tmp_path / "a.png")
+
+
 def test_colours_keep_their_places():
     orange = Image.new("RGB", (3, 2), (255, 128, 0))
     assert to_tensor(orange)[:, 1, 2].tolist() == pytest.approx([1, 1 / 255, -1], abs=1e-6)

@@ -12,7 +12,7 @@ from fastdcgan.apps import sample as sample_module
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import open_picture, to_tensor
 from fastdcgan.apps.sample import sample
-from fastdcgan.errors import UserError
+from fastdcgan.errors import LAST_SEED, UserError
 
 
 def test_a_grid_has_room_for_every_picture(run, tmp_path):
@@ -31,6 +31,12 @@ def test_a_folder_has_one_picture_a_seed_across_batches(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == [f"seed-{i:06d}.png" for i in range(5, 75)]
     many, one = (to_tensor(open_picture(tmp_path / folder / "seed-000074.png")) for folder in ("many", "one"))
     assert (many - one).abs().max() <= 2 / 127.5  # a matrix product rounds otherwise in another batch
+
+
+def test_a_last_seed_that_is_not_possible_is_said_before_anything_is_written(run, tmp_path):
+    with pytest.raises(UserError, match="is not possible: from 0 to"):
+        sample(run, out=tmp_path / "many", count=70, seed=LAST_SEED - 66)
+    assert not (tmp_path / "many").exists()
 
 
 def test_the_average_is_not_the_latest_weights(run, tmp_path):

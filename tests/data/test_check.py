@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastdcgan.data import Dataset
 from fastdcgan.data.check import check
 
 
@@ -52,6 +54,35 @@ def test_the_table_and_the_list(
         "empty.jpg: empty file (0 bytes)",
     ]
     assert "checking: 1,206 of 1,206 files" in printed.err
+
+
+def test_a_film_with_damage_behind_its_first_picture(make_folder: Callable[..., Path]) -> None:
+    frames = [Image.effect_noise((20, 16), 99) for _ in range(3)]
+    film = io.BytesIO()
+    frames[0].save(film, "GIF", save_all=True, append_images=frames[1:])
+    whole = film.getvalue()
+    cuts = {f"{at}.gif": whole[:at] + b";" for at in range(len(whole) // 2, len(whole) - 1, 7)}
+    report = check(str(make_folder(0, cuts)))
+    assert report.usable == len(cuts) and report.traits["animated (its first frame is used)"] > 0
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_the_largest_file_is_the_same_as_for_training(
+    make_folder: Callable[..., Path],
+    encoded: Callable[..., bytes],
+    opened: Callable[..., Dataset],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_folder(2, {"large.bmp": encoded(1, "BMP", size=(300, 300)), "grows.jpg": encoded(2)})
+    monkeypatch.setattr("fastdcgan.data.source.MOST_ENCODED_BYTES", 100_000)
+    monkeypatch.setattr("fastdcgan.data.census.MOST_ENCODED_BYTES", 100_000)
+    assert check(str(folder)).unusable == [("large.bmp", "larger than 1 GiB")]
+    data = opened(folder, cache="off")
+    assert data.skipped == [("large.bmp", "larger than 1 GiB")]
+    with open(folder / "grows.jpg", "ab") as file:
+        file.write(bytes(200_000))
+    data.take(range(3))
+    assert data.skipped[1:] == [("grows.jpg", "larger than 1 GiB")]
 
 
 def test_what_is_out_of_the_ordinary_is_counted(make_folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -244,6 +244,33 @@ def test_the_case_of_the_suffix_of_an_archive_does_not_matter(make_folder: Calla
     assert [open_source(str(tmp_path / name)).names for name in ("SET.ZIP", "SET.TAR")] == [["a.JPG"], ["a.JPG"]]
 
 
+def test_a_tar_beside_folders_of_images_does_not_hide_them(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    encoded: Callable[..., bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = make_folder(0, {"images/a.jpg": encoded(1), "images/b.jpg": encoded(2)})
+    with tarfile.open(folder / "previews.tar", "w") as archive:
+        archive.add(folder / "images" / "a.jpg", "preview.jpg")
+    assert opened(folder).count == 2 and "taking the images in its folders" in capsys.readouterr().err
+    for image in (folder / "images").iterdir():
+        image.unlink()
+    assert opened(folder).count == 1 and capsys.readouterr().err == ""
+
+
+def test_what_only_begins_like_an_image_is_none(make_folder: Callable[..., Path]) -> None:
+    """Text can begin with the letters of a BMP or a PPM, and a link to nowhere can be of anything."""
+    texts = {"BMW.txt": b"BMW series 3, 200 pictures\n", "labels.csv": b"P5,P6,P7\n", "more.csv": b"P6 front\n"}
+    images = {"bitmap": bytes.fromhex("424d1234567800000000") + bytes(60), "pixmap": b"P6 1 1 255 abc"}
+    folder = make_folder(1, texts | images)
+    (folder / "notes.md").symlink_to("gone.md")
+    (folder / "photo.jpg").symlink_to("gone.jpg")
+    source = FolderSource(folder)
+    assert source.names == ["bitmap", "good-0000.jpg", "pixmap"]
+    assert source.unusable == [("photo.jpg", "broken link")]
+
+
 def test_verdicts_are_of_one_folder(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
     """Two folders whose files have the same names, sizes and times, as unpacked archives may have."""
     good, bad = make_folder(3, name="good"), make_folder(3, name="bad")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -49,6 +51,57 @@ def turned_by_xmp(picture: Image.Image, format: str) -> bytes:
     return file_of(stored, "PNG", pnginfo=chunks)
 
 
+def exif_block(orientation: int) -> bytes:
+    return b"II" + struct.pack("<HIHHHII", 42, 8, 1, 0x112, 3, 1, orientation) + bytes(4)
+
+
+def app1(data: bytes) -> bytes:
+    """A JPEG's segment of EXIF."""
+    return b"\xff\xe1" + struct.pack(">H", len(data) + 8) + b"Exif\0\0" + data
+
+
+def stored_turned(picture: Image.Image, format: str) -> bytes:
+    return file_of(picture.transpose(Image.Transpose.ROTATE_90), format, quality=95)
+
+
+def with_segments(jpeg: bytes, *segments: bytes, behind_frame: bool = False) -> bytes:
+    at = 2
+    if behind_frame:
+        frame = jpeg.index(b"\xff\xc0")
+        at = frame + 2 + int.from_bytes(jpeg[frame + 2 : frame + 4])
+    return jpeg[:at] + b"".join(segments) + jpeg[at:]
+
+
+def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
+    at = png.index(b"IDAT") - 4
+    return png[:at] + struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) + png[at:]
+
+
+def raw_profile(exif: bytes) -> bytes:
+    """EXIF as ImageMagick writes it into a PNG's text."""
+    return b"Raw profile type exif\0" + f"\nexif\n{len(exif) + 6:8}\n".encode() + (b"Exif\0\0" + exif).hex().encode()
+
+
+XMP = b'<x tiff:Orientation="6"/>'
+NONSENSE = b"garbage garbage garbage"
+
+
+def one_clear_grey(picture: Image.Image) -> bytes:
+    """16 bits a pixel, of which the left half has the one value that is transparent."""
+    grey = np.asarray(picture.convert("L")).astype(np.uint16) * 256 + 7
+    grey[:, : grey.shape[1] // 2] = 1000
+    return with_chunk(file_of(Image.fromarray(grey), "PNG"), b"tRNS", struct.pack(">H", 1000))
+
+
+def oddly_described(picture: Image.Image) -> bytes:
+    """A turned JPEG whose EXIF has an entry besides of which one byte is damaged."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    data = bytearray(file_of(picture.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif))
+    data[data.index(b"\x01\x0e\x00\x02") + 1] = 0  # its description becomes a width, in words
+    return bytes(data)
+
+
 def half_transparent(picture: Image.Image) -> Image.Image:
     image = picture.convert("RGBA")
     image.paste((255, 0, 0, 0), (0, 0, image.width // 2, image.height))
@@ -84,6 +137,59 @@ USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Ima
     "large EXIF-rotated JPEG": ("a.jpg", lambda p: rotated(p(5, (400, 320))), lambda p: p(5)),
     "XMP-rotated JPEG": ("a.jpg", lambda p: turned_by_xmp(p(5), "JPEG"), lambda p: p(5)),
     "XMP-rotated PNG": ("a.png", lambda p: turned_by_xmp(p(5), "PNG"), lambda p: p(5)),
+    "JPEG turned by EXIF behind its frame": (
+        "a.jpg",
+        lambda p: with_segments(stored_turned(p(5), "JPEG"), app1(exif_block(6)), behind_frame=True),
+        lambda p: p(5),
+    ),
+    "JPEG with two blocks of EXIF": (  # Pillow takes the second for a part of the first
+        "a.jpg",
+        lambda p: with_segments(stored_turned(p(5), "JPEG"), app1(exif_block(6)), app1(exif_block(1))),
+        lambda p: p(5),
+    ),
+    "turned JPEG with odd EXIF": ("a.jpg", lambda p: oddly_described(p(5)), lambda p: p(5)),
+    "JPEG with damaged EXIF": (
+        "a.jpg",
+        lambda p: with_segments(file_of(p(5, (400, 320)), "JPEG"), app1(NONSENSE)),
+        lambda p: p(5),
+    ),
+    "PNG turned as ImageMagick says it": (
+        "a.png",
+        lambda p: with_chunk(stored_turned(p(5), "PNG"), b"tEXt", raw_profile(exif_block(6))),
+        lambda p: p(5),
+    ),
+    "PNG turned by XMP in plain text": (
+        "a.png",
+        lambda p: with_chunk(stored_turned(p(5), "PNG"), b"tEXt", b"XML:com.adobe.xmp\0" + XMP),
+        lambda p: p(5),
+    ),
+    "PNG turned by compressed XMP": (
+        "a.png",
+        lambda p: with_chunk(stored_turned(p(5), "PNG"), b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)),
+        lambda p: p(5),
+    ),
+    "PNG with damaged EXIF": ("a.png", lambda p: with_chunk(file_of(p(5), "PNG"), b"eXIf", NONSENSE), lambda p: p(5)),
+    "PNG with a damaged raw profile": (
+        "a.png",
+        lambda p: with_chunk(file_of(p(5), "PNG"), b"tEXt", b"Raw profile type exif\0a\n1\n2\nzz"),
+        lambda p: p(5),
+    ),
+    "WebP with damaged EXIF": ("a.webp", lambda p: file_of(p(5), "WEBP", quality=95, exif=NONSENSE), lambda p: p(5)),
+    "animated PNG with a picture before its film": (
+        "a.png",
+        lambda p: file_of(p(7), "PNG", save_all=True, append_images=[p(5), p(6)], default_image=True),
+        lambda p: p(7),
+    ),
+    "16-bit PNG with one transparent grey": (
+        "a.png",
+        lambda p: one_clear_grey(p(5)),
+        lambda p: on_white(grey(p(5))),
+    ),
+    "TIFF in L*a*b*": (
+        "a.tiff",
+        lambda p: file_of(Image.new("LAB", (9, 9), (200, 128, 128)), "TIFF"),
+        lambda p: Image.new("LAB", (9, 9), (200, 128, 128)).convert("RGB"),
+    ),
     "PNG": ("a.png", lambda p: file_of(p(5), "PNG"), lambda p: p(5)),
     "16-bit PNG": ("a.png", lambda p: sixteen_bits(p(5)), lambda p: grey(p(5))),
     "RGBA PNG": ("a.png", lambda p: file_of(half_transparent(p(5)), "PNG"), lambda p: on_white(p(5))),
@@ -294,6 +400,32 @@ def test_a_file_without_read_permission_is_named_and_looked_at_again_next_time(
         patched.setattr(os, "open", refuse)
         assert opened(folder, loader=loader).skipped == [("good-0002.jpg", "no permission to read it")]
     assert opened(folder, loader=loader).skipped == []
+
+
+def test_what_was_too_large_for_the_memory_is_tried_again_next_time(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Encode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(GOOD, {"large.webp": encoded(5, "WEBP")})
+
+    def too_much(*given: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastdcgan.data.pillow_decode._finish", too_much)
+        data = opened(folder)
+        data.take(range(GOOD + 1))
+        assert data.skipped == [("large.webp", "too large for the memory that is free")]
+    assert opened(folder).skipped == []
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_colours_in_lab_become_any_number_of_channels(
+    channels: int, make_folder: Callable[..., Path], opened: Callable[..., Dataset]
+) -> None:
+    lab = Image.new("LAB", (9, 9), (200, 128, 128))
+    (pixels,) = opened(make_folder(0, {"a.tiff": file_of(lab, "TIFF")}), channels=channels).take([0])
+    grey = lab.convert("RGB").convert("L").getpixel((0, 0))
+    assert (pixels[..., 0].float() - grey).abs().max() <= 2
 
 
 def test_a_huge_jpeg_is_used_and_a_huge_png_is_not(

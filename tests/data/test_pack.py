@@ -157,7 +157,7 @@ def test_images_that_are_gone_for_a_while_are_waited_for(
         return read(loader, i)
 
     monkeypatch.setattr(Loader, "read", away)
-    with pytest.raises(UserError, match=r"good-0007\.jpg: vanished.*: bring it back and give the same command"):
+    with pytest.raises(UserError, match=r"good-0007\.jpg: vanished.*: put it right and give the same command"):
         pack(str(folder), image_size=SIZE, out=out, loader="torch")
     assert not out.exists()
     gone.clear()
@@ -249,6 +249,8 @@ def test_a_note_that_says_nonsense_is_not_believed(tmp_path: Path, opened: Calla
     for labels in ("5", '{"a": 1}', '"abcde"', "[1]"):
         (tmp_path / "set.npy.json").write_text(f'{{"labels": {labels}, "class_names": ["a"]}}')
         assert opened(tmp_path / "set.npy").labels is None
+    (tmp_path / "set.npy.json").write_text(f'{{"labels": {[0] * 5}, "class_names": 5}}')
+    assert opened(tmp_path / "set.npy").labels is None
 
 
 def test_a_folder_is_not_packed_into(tmp_path: Path, make_folder: Callable[..., Path]) -> None:

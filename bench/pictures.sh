@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Draws the README's pictures of CIFAR-10 runs, the probe and the evaluation again: an hour and a half on two cores.
+# Draws the README's pictures of trained models, the probe and the evaluation again: two hours on two cores.
 #
-#     bench/pictures.sh CIFAR10      # a folder with train/<class>/*.jpg and test/<class>/*.jpg
+#     bench/pictures.sh CIFAR10 DOMAIN PHOTO      # a folder with train/<class>/*.jpg and test/<class>/*.jpg, the
+#                                                 # photograph whose style is taken, the photograph that gets it
 #
 # The runs stay in runs/; stopped, they go on where they were. Needs fastdcgan installed (`.venv/bin/pip install -e .`).
 set -euo pipefail
 cifar=$(realpath "${1:?name the folder with CIFAR-10}")
+domain=$(realpath "${2:?name a photograph of the domain}") photo=$(realpath "${3:?name a photograph to stylize}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 fastdcgan=${FASTDCGAN:-.venv/bin/fastdcgan}
 python=${PYTHON:-.venv/bin/python}
@@ -27,6 +29,33 @@ $fastdcgan invert $run "${images[@]}" --out "$work/invert"
 $fastdcgan inpaint $run "${images[@]}" --box 10,10,12,12 --out "$work/inpaint"
 $fastdcgan denoise $run "${images[@]}" --sigma 0.1 --add-noise --out "$work/denoise"
 for name in invert inpaint denoise; do cp "$work/$name/sheet.png" $out/$name.png; done
+
+$python - "$domain" runs/domain-pieces <<'PYTHON_END'
+import sys
+from pathlib import Path
+from PIL import Image
+domain, pieces = Image.open(sys.argv[1]).convert("RGB"), Path(sys.argv[2])
+pieces.mkdir(parents=True, exist_ok=True)
+for y in range(0, domain.height - 63, 8):
+    for x in range(0, domain.width - 63, 8):
+        domain.crop((x, y, x + 64, y + 64)).save(pieces / f"{y:04}-{x:04}.png")
+PYTHON_END
+$fastdcgan train runs/domain-pieces --image-size 64 --steps 3000 --run-dir runs/domain --resume
+$fastdcgan sample runs/domain --count 6 --out "$work/drawn"
+$fastdcgan stylize runs/domain "$photo" --strength 1 --tiles 12 --out "$work/stylized.png"
+$python - "$photo" "$work/drawn" "$work/stylized.png" $out/stylize.png <<'PYTHON_END'
+import sys
+from pathlib import Path
+from PIL import Image
+photo, result = Image.open(sys.argv[1]).convert("RGB"), Image.open(sys.argv[3])
+width, height = photo.width // 2, photo.height // 2
+page = Image.new("RGB", (2 * width + 134, height), "white")
+for picture, x in ((photo, 0), (result, width + 134)):
+    page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, 0))
+for i, drawn in enumerate(sorted(Path(sys.argv[2]).iterdir())):
+    page.paste(Image.open(drawn).resize((60, 60)), (width + 6 + i % 2 * 62, i // 2 * 63))
+page.save(sys.argv[4])
+PYTHON_END
 
 # The settings of the probe were chosen on the 5,000 test images that it takes by itself: here it gets the others.
 $python - "$cifar/test" "$work/test-unused" <<'PYTHON_END'

@@ -132,17 +132,19 @@ class TarSource(EncodedSource):
         self._file = functools.lru_cache(OPEN_SHARDS)(self._open)
         self._places: list[tuple[int, int, int]] = []  # (shard, offset, size)
         self._labels: list[str | None] = []
-        for number, shard in enumerate(self._shards):
-            self._index(number, shard)
+        prefixes = [f"{shard.name}/" for shard in self._shards] if len(self._shards) > 1 else [""]
+        if len(set(prefixes)) < len(prefixes):  # shards of one name, in several folders
+            prefixes = [f"{shard}/" for shard in self._shards]
+        for number, prefix in enumerate(prefixes):
+            self._index(number, prefix)
         _require_images(self)
 
     def _open(self, number: int) -> ArchiveFile:
         shard = self._shards[number]
         return ArchiveFile(shard, self._stamps[shard])
 
-    def _index(self, number: int, shard: Path) -> None:
-        alike = len({each.name for each in self._shards}) < len(self._shards)  # in several folders
-        prefix = f"{shard if alike else shard.name}/" if len(self._shards) > 1 else ""
+    def _index(self, number: int, prefix: str) -> None:
+        shard = self._shards[number]
         found: dict[str, tarfile.TarInfo] = {}  # by name: one that was added again takes the place of the one before
         label_of: dict[str, tarfile.TarInfo] = {}
         try:

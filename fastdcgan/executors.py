@@ -83,8 +83,7 @@ class Captured:
             # Ending a spoilt capture fails too, and says less than what spoilt it.
             reason = first_line(error.__context__ or error)
             torch.cuda.set_stream(current)  # torch stays with the other one where ending the capture fails
-            # The update ended anywhere, and torch up to 2.11 leaves its generator in capture mode, where it is no use.
-            self.step.discriminator.requires_grad_(True)
+            # Torch up to 2.11 leaves its generator in capture mode, where it is no use.
             self.step.rng = torch.Generator(self.step.source.device)
             self.step.rng.set_state(random)
             if self.require:
@@ -106,7 +105,10 @@ def make_executor(step: TrainStep, *, compile: bool, cuda_graph: str) -> Executo
 
     Raises:
         UserError: cuda_graph "on" without a GPU.
+        ValueError: another cuda_graph.
     """
+    if cuda_graph not in ("auto", "on", "off"):
+        raise ValueError(f"there is no cuda_graph {cuda_graph!r}: auto, on or off")
     on_gpu = step.source.is_cuda
     if cuda_graph == "on" and not on_gpu:
         raise UserError("--cuda-graph on needs a GPU; leave it at auto to train on the CPU")

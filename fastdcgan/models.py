@@ -43,21 +43,33 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def forward(self, x: Tensor, groups: int = 1) -> Tensor:
         """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
         and the running statistics move as if the slices had come one after another."""
-        assert self.momentum is not None
+        momentum = self.share(groups)
         if self.weight.dtype in (torch.float16, torch.bfloat16) and not self.sync:  # after .half() or .bfloat16()
             return batch_norm_act_reference(
-                x, *self.tensors(), self.training, self.momentum, self.eps, self.negative_slope, groups
+                x, *self.tensors(), self.training, momentum, self.eps, self.negative_slope, groups
             )
         return batch_norm_act(
             x,
             *self.tensors(),
             training=self.training,
-            momentum=self.momentum,
+            momentum=momentum,
             eps=self.eps,
             negative_slope=self.negative_slope,
             groups=groups,
             sync=self.sync,
         )
+
+    def share(self, groups: int = 1) -> float:
+        """What this batch counts for in the running statistics: `momentum`, or as much as each batch before, for None.
+
+        Raises:
+            ValueError: momentum None with several groups, which would count differently.
+        """
+        if self.momentum is not None:
+            return self.momentum
+        if groups > 1:
+            raise ValueError("BatchNorm with momentum=None, a plain mean over batches, takes one group at a time")
+        return 1 / max(1, int(self.num_batches_tracked or 0))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Weight, bias, running mean and running variance, (C,) each."""
@@ -93,12 +105,13 @@ class Conv(nn.Conv2d):
     """k4 s2 p1, by the algorithm that is fastest."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, C_in, 2h, 2w) -> (N, C_out, h, w)."""
+        """x (N, C_in, 2h, 2w) -> (N, C_out, h, w); an odd side's last pixel counts as for torch."""
         height, width = x.shape[-2:]
-        if self.training and winograd.is_faster(x, (height // 2, width // 2), self.in_channels):
-            return winograd.conv2d(x, self.weight)
-        if patches.are_faster(x, width // 2):
-            return patches.conv2d(x, self.weight)
+        if height % 2 == width % 2 == 0:
+            if self.training and winograd.is_faster(x, (height // 2, width // 2), self.in_channels):
+                return winograd.conv2d(x, self.weight)
+            if patches.are_faster(x, width // 2):
+                return patches.conv2d(x, self.weight)
         return super().forward(x)
 
 
@@ -138,12 +151,11 @@ class ImageConvTranspose(nn.ConvTranspose2d):
         """The same of norm(x), in training mode without keeping that."""
         if not norm.training or norm.sync or norm.weight.dtype != torch.float32 or _hooked(norm) or _hooked(self):
             return self(norm(x))
-        assert norm.momentum is not None
         return batch_norm_image_conv_transpose(
             x,
             *norm.tensors(),
             self.weight_for(x),
-            momentum=norm.momentum,
+            momentum=norm.share(),
             eps=norm.eps,
             negative_slope=norm.negative_slope,
         )
@@ -213,17 +225,24 @@ AnyDiscriminator = Discriminator | TutorialDiscriminator
 
 
 def build_generator(arch: str, image_size: tuple[int, int], channels: int, latent_dim: int, width: int) -> AnyGenerator:
-    """The generator of architecture "dcgan" or "tutorial" (which has one size and no width)."""
+    """The generator of architecture "dcgan" or "tutorial" (which has one size and no width); ValueError for others."""
+    _check_arch(arch)
     if arch == "tutorial":
         return TutorialGenerator(channels, latent_dim)
     return Generator(image_size, channels, latent_dim, width)
 
 
 def build_discriminator(arch: str, image_size: tuple[int, int], channels: int, width: int) -> AnyDiscriminator:
-    """The discriminator of architecture "dcgan" or "tutorial"."""
+    """The discriminator of architecture "dcgan" or "tutorial"; ValueError for others."""
+    _check_arch(arch)
     if arch == "tutorial":
         return TutorialDiscriminator(channels)
     return Discriminator(image_size, channels, width)
+
+
+def _check_arch(arch: str) -> None:
+    if arch not in ("dcgan", "tutorial"):
+        raise ValueError(f"there is no architecture {arch!r}: dcgan or tutorial")
 
 
 def sync_batch_norm(network: nn.Module) -> None:

@@ -27,12 +27,16 @@ def make_objective(loss: str, label_smoothing: float = 0.0) -> Objective:
     """The objective called `loss`, a key of OBJECTIVES.
 
     Args:
-        label_smoothing: s in 0..1: real images have the target 1 - s (Salimans et al. 2016, section 3.4: one-sided);
-            for "bce" and "lsgan", the losses with targets.
+        label_smoothing: s, at least 0 and below 1: real images have the target 1 - s (Salimans et al. 2016, section
+            3.4: one-sided); for "bce" and "lsgan", the losses with targets.
 
     Raises:
-        ValueError: label_smoothing for another loss.
+        ValueError: there is no such loss; label_smoothing for another one, or out of range.
     """
+    if loss not in OBJECTIVES:
+        raise ValueError(f"there is no loss {loss!r}: {', '.join(OBJECTIVES)}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is at least 0 and below 1, not {label_smoothing}")
     if label_smoothing == 0:
         return OBJECTIVES[loss]
     smoothed = {"bce": _bce_discriminator, "lsgan": _lsgan_discriminator}

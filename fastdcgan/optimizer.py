@@ -24,6 +24,9 @@ class Adam:
         average: a network of the same kind in float32 whose parameters follow as an exponential moving average.
         average_decay: () tensor, the average's decay; needed with `average`.
         world: the processes whose gradients are averaged.
+
+    Raises:
+        ValueError: a parameter that requires no gradient.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class Adam:
         world: World = ALONE,
     ) -> None:
         self.parameters = dict(network.named_parameters())
+        if frozen := [name for name, p in self.parameters.items() if not p.requires_grad]:
+            raise ValueError(f"{frozen[0]} is frozen: all parameters of both networks are trained")
         self.masters = {name: masters.get(name, p.detach()) for name, p in self.parameters.items()}
         self.copies = [p.detach() if name in masters else None for name, p in self.parameters.items()]
         self.averages = None if average is None else [p.detach() for p in average.parameters()]
@@ -44,7 +49,7 @@ class Adam:
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.masters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.masters.items()}
         device = next(iter(self.masters.values())).device
-        self.steps = torch.zeros((), device=device)
+        self.steps = torch.zeros((), dtype=torch.float32, device=device)
         self.lr = torch.tensor(lr, dtype=torch.float64, device=device)  # 2e-4 has no exact float32
         self.betas = betas
         self.averager = Averager(world, list(self.masters.values())) if world.size > 1 else None

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastdcgan import derivatives
+
 WIDEST_GRID = 7  # output columns up to which the matrix product is faster
 
 
@@ -31,7 +33,8 @@ FAST_SGEMM = _is_intel()  # of the processor alone, never measured: the bits of 
 
 def are_faster(x: Tensor, columns: int) -> bool:
     """Whether patches are faster than the direct convolution of x, on a smaller grid of so many columns."""
-    return not x.is_cuda and columns <= WIDEST_GRID and (FAST_SGEMM or x.dtype != torch.float32)
+    wanted = not x.is_cuda and columns <= WIDEST_GRID and (FAST_SGEMM or x.dtype != torch.float32)
+    return wanted and derivatives.are_ordinary()
 
 
 class _Unfold(torch.autograd.Function):

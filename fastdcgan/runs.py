@@ -8,9 +8,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,8 +245,10 @@ def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:
     else:
         k = len(layers) - 1
         size = first.shape[2] << k, first.shape[3] << k
+        plan = "dcgan", size, last.shape[1], first.shape[0], last.shape[0]
         try:
-            generator = build_generator("dcgan", size, last.shape[1], first.shape[0], last.shape[0])
+            _require_alike(partial(build_generator, *plan), weights, f"{path} does not hold a DCGAN's generator")
+            generator = build_generator(*plan)
         except ValueError:
             raise UserError(f"{path} does not hold a DCGAN's generator: its layers make {size[0]}x{size[1]}") from None
     _fill(generator, weights, f"{path} does not hold a DCGAN's generator")
@@ -261,7 +264,9 @@ def _discriminator(weights: dict[str, Tensor], path: Path) -> AnyDiscriminator:
     else:
         k = len(layers) - 1
         size = last.shape[2] << k, last.shape[3] << k
-        discriminator = build_discriminator("dcgan", size, first.shape[1], first.shape[0])
+        plan = "dcgan", size, first.shape[1], first.shape[0]
+        _require_alike(partial(build_discriminator, *plan), weights, f"{path} does not hold a DCGAN's discriminator")
+        discriminator = build_discriminator(*plan)
     _fill(discriminator, weights, f"{path} does not hold a DCGAN's discriminator")
     return discriminator
 
@@ -274,12 +279,20 @@ def _layers(weights: dict[str, Tensor]) -> list[Tensor]:
     return [value for _, value in numbered if value.ndim in (2, 4)]
 
 
+def _require_alike(build: Callable[[], torch.nn.Module], weights: dict[str, Tensor], complaint: str) -> None:
+    """Raises UserError where the network is much larger than the weights: that of another kind may not fit memory."""
+    with torch.device("meta"):
+        numbers = sum(value.numel() for value in build().state_dict().values())
+    if numbers > 2 * sum(value.numel() for value in weights.values()):
+        raise UserError(f"{complaint}: its layers do not follow one another as that one's do")
+
+
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{complaint}: {str(error).splitlines()[-1].strip()}") from error
-    if not all(value.isfinite().all() for value in weights.values()):
+    if not all(value.float().isfinite().all() for value in weights.values()):  # some types cannot say
         raise UserError(f"{complaint} that can be used: some of its weights are not finite; take an older checkpoint")
 
 

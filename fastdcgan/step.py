@@ -76,7 +76,7 @@ class TrainStep:
         lr_decay: both learning rates fall linearly to 0 at the end of the run.
 
     Raises:
-        ValueError: label smoothing with a loss that has no targets.
+        ValueError: an option that there is not, is out of range, or does not go with another; a frozen parameter.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class TrainStep:
         lr_decay: bool = False,
         world: World = ALONE,
     ) -> None:
+        if not 0 <= ema_decay <= 1 or not r1 >= 0 or r1_every < 1:
+            raise ValueError(f"ema_decay={ema_decay}, r1={r1}, r1_every={r1_every}: in 0..1, at least 0, at least 1")
         device = source.device
         heap.keeps = device.type == "cpu"
         if device.type == "cuda":
@@ -112,7 +114,7 @@ class TrainStep:
         self.objective = make_objective(loss, label_smoothing)
         self.average = copy.deepcopy(generator).eval().requires_grad_(False)
         self.ema_decay = ema_decay
-        self.average_decay = torch.zeros((), device=device)
+        self.average_decay = torch.zeros((), dtype=torch.float32, device=device)
         masters_g, masters_d = set_precision(generator, precision), set_precision(discriminator, precision)
         self.adam_g = Adam(generator, lr_g, betas, masters_g, self.average, self.average_decay, world)
         self.adam_d = Adam(discriminator, lr_d, betas, masters_d, world=world)
@@ -120,7 +122,7 @@ class TrainStep:
         self.rng = torch.Generator(device).manual_seed(world.seed(seed))
         self.noise = torch.zeros(len(index), generator.latent_dim, device=device, dtype=self.dtype)
         self.flips = torch.zeros(len(index), device=device, dtype=torch.uint8) if flip else None
-        self.sums = torch.zeros(len(METRICS) + 1, device=device)  # of METRICS, and the number of steps in them
+        self.sums = torch.zeros(len(METRICS) + 1, dtype=torch.float32, device=device)  # of METRICS; how many steps
 
         self.rates = (lr_g, lr_d)
         self.lr_decay, self.instance_noise = lr_decay, instance_noise
@@ -148,9 +150,12 @@ class TrainStep:
             self.adam_d.update(loss_d + self.penalty(real, fake.detach()) if penalised else loss_d)
 
         self.discriminator.requires_grad_(False)  # while G's autograd graph is built: D's weights stay out of it
-        with span("generator"):
-            loss_g = self.generator_loss(fake)
+        try:
+            with span("generator"):
+                loss_g = self.generator_loss(fake)
+        finally:
             self.discriminator.requires_grad_(True)
+        with span("generator"):
             self.keep_books(loss_d.detach(), loss_g.detach(), outputs)
             self.adam_g.update(loss_g)
         self.updates += 1
@@ -326,6 +331,7 @@ class TrainStep:
         """
         for kind, own in self.learned_weights().items():
             _check_fit(own, weights[kind])
+        for kind, own in self.learned_weights().items():
             for name, value in own.items():
                 value.copy_(weights[kind][name])
         self.refresh_copies()
@@ -343,7 +349,12 @@ def set_precision(network: nn.Module, precision: str) -> dict[str, Tensor]:
     """Make the network compute in "fp32", "tf32" or "bf16"; returns float32 copies of the weights that this casts.
 
     BatchNorm keeps its float32 parameters. TF32 is a switch of the whole process, not of one network.
+
+    Raises:
+        ValueError: another precision.
     """
+    if precision not in ("fp32", "tf32", "bf16"):
+        raise ValueError(f"there is no precision {precision!r}: fp32, tf32 or bf16")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     # Sizes never change: let cuDNN try its algorithms in the first step, and all of them, not the ten it thinks best.
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0

@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from fastdcgan import native
+from fastdcgan import derivatives, native
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -64,15 +63,9 @@ IN_TORCH = Limits(16, 64, 32)  # on longer sides `_rows`, which are mostly zeros
 
 
 def is_faster(x: Tensor, grid: tuple[int, int], channels: int) -> bool:
-    """Whether this is faster than the direct convolution of x; `grid` and `channels` as in `fits`.
-
-    Not inside `torch.func` nor in forward mode, where these operators have no derivatives, or are silently given 0.
-    """
-    if not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    ):
-        return False
-    return pays(x.device, x.dtype) and not torch.is_autocast_enabled("cpu") and fits(len(x), grid, channels)
+    """Whether this is faster than the direct convolution of x; `grid` and `channels` as in `fits`."""
+    possible = derivatives.are_ordinary() and pays(x.device, x.dtype) and not torch.is_autocast_enabled("cpu")
+    return possible and fits(len(x), grid, channels)
 
 
 def pays(device: torch.device, dtype: torch.dtype) -> bool:
@@ -123,8 +116,12 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         (N, K, h, w).
+
+    Raises:
+        ValueError: another kernel, or sides that do not fit.
     """
     grid = x.shape[2] // 2, x.shape[3] // 2
+    _check(weight, grid, x.shape[2:] == (2 * grid[0], 2 * grid[1]))
     rows = transform(x, "pixels", False, *grid)
     found = products(rows, transform(weight, "kernel", False, *grid))
     return transform(found, "grid", False, *grid)
@@ -141,11 +138,21 @@ def conv_transpose2d(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         (N, C, 2h, 2w).
+
+    Raises:
+        ValueError: another kernel, or sides that do not fit.
     """
     grid = x.shape[2], x.shape[3]
+    _check(weight, grid, True)
     rows = transform(x, "grid", True, *grid)
     found = rows.transpose(0, 1) @ transform(weight, "kernel", False, *grid).transpose(0, 1)
     return transform(found.transpose(0, 1), "pixels", True, *grid)
+
+
+def _check(weight: Tensor, grid: tuple[int, int], even: bool) -> None:
+    if weight.shape[2:] != (4, 4) or not whole_tiles(grid) or not even:
+        kernel = tuple(weight.shape[2:])
+        raise ValueError(f"winograd: kernels are 4x4 and the smaller grid's sides multiples of 4, not {kernel}, {grid}")
 
 
 # Operators, made without `torch.library.custom_op`: the first call of one imports the compiler, for two seconds.

@@ -77,6 +77,8 @@ def adam_step(
     ):
         if len(tensors) != len(params):
             raise ValueError(f"adam_step: {len(params)} parameters, but {len(tensors)} {name}")
+    if any(grad is None for grad in grads):
+        raise ValueError(f"adam_step: parameter {list(grads).index(None)} has no gradient")  # type: ignore[arg-type]
     for position, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, copies, emas, strict=True)):
         _check(position, *tensors)
     device = params[0].device
@@ -85,6 +87,10 @@ def adam_step(
         _check_scalar("lr", lr, device, (torch.float32, torch.float64))
     if isinstance(ema_decay, Tensor):
         _check_scalar("ema_decay", ema_decay, device, (torch.float32, torch.float64))
+    elif ema_decay is not None and not 0 <= ema_decay <= 1:
+        raise ValueError(f"adam_step: ema_decay is in 0..1, not {ema_decay}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adam_step: betas are at least 0 and below 1, not {betas}")
     if ema_decay is None and any(ema is not None for ema in emas):
         raise ValueError("adam_step: emas need ema_decay")
 
@@ -140,6 +146,8 @@ def reference(
             amsgrad=False,
             maximize=False,
         )
+        # Which the operator forgets: without, a graph that still holds a parameter would be given a wrong gradient.
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs])
     for param, copy, ema in zip(params, copies, emas, strict=True):
         if copy is not None:
             copy.copy_(param)

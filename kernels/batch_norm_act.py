@@ -75,7 +75,7 @@ def batch_norm_act(
     are combined with the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
     1983.
     """
-    check(x, (weight, bias, running_mean, running_var), training, groups, eps, negative_slope)
+    check(x, (weight, bias, running_mean, running_var), training, momentum, groups, eps, negative_slope)
     if sync and training:
         from fastdcgan.kernels.batch_norm_act_sync import SyncBatchNormAct
 
@@ -145,10 +145,18 @@ def _left_to_the_compiler(x: Tensor, training: bool, groups: int) -> bool:
 
 
 def check(
-    x: Tensor, channel_tensors: tuple[Tensor, ...], training: bool, groups: int, eps: float, negative_slope: float
+    x: Tensor,
+    channel_tensors: tuple[Tensor, ...],
+    training: bool,
+    momentum: float,
+    groups: int,
+    eps: float,
+    negative_slope: float,
 ) -> None:
-    if training and not eps > 0:
-        raise ValueError(f"batch_norm_act: eps is above 0 in training mode, not {eps}")
+    if not (eps > 0 if training else eps >= 0):
+        raise ValueError(f"batch_norm_act: eps is above 0 in training mode and never below, not {eps}")
+    if training and not 0 <= momentum <= 1:
+        raise ValueError(f"batch_norm_act: momentum is in 0..1, not {momentum}")
     if not negative_slope >= 0:
         raise ValueError(f"batch_norm_act: negative_slope is 0 or more, not {negative_slope}")
     if x.dim() not in (2, 4):

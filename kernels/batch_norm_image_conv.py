@@ -44,7 +44,7 @@ def batch_norm_image_conv_transpose(
     Raises:
         ValueError, RuntimeError: as both operations.
     """
-    check_norm(x, (norm_weight, norm_bias, running_mean, running_var), True, 1, eps, negative_slope)
+    check_norm(x, (norm_weight, norm_bias, running_mean, running_var), True, momentum, 1, eps, negative_slope)
     check_conv("image_conv_transpose", "x", x, weight, weight.shape[0:1])
     if norm_runs_triton(x, True, 1, backend) and conv_runs_triton("image_conv_transpose", x, weight, backend):
         from fastdcgan.kernels.batch_norm_image_conv_op import BatchNormImageConvTranspose

@@ -114,6 +114,58 @@ def test_small_grids_are_matrix_products_where_those_are_faster(
         assert (by_g, grids) == ((expected, expected) if intel or dtype != torch.float32 else ([], [])), size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [(66, 66), (72, 72), (70, 64), (64, 66)])
+def test_images_that_end_on_the_same_grid_by_way_of_odd_sides(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Patches and Winograd's tiles are of pairs of pixels; as for torch, the last of an odd side is left out."""
+    slow, fast = reference.Discriminator(64, 3, 32).to(dtype), models.Discriminator(64, 3, 32).to(dtype)
+    slow.load_state_dict(fast.state_dict())
+    images = torch.randn(8, 3, *size, dtype=dtype)
+    results = []
+    for network in (slow, fast):
+        x = images.clone().requires_grad_()
+        logits = network(x)
+        results.append((logits, torch.autograd.grad(logits.square().sum(), x)[0]))
+    for expected, actual in zip(*results, strict=True):
+        # In float32 a change of memory format alone moves gradients by 4e-3: signs at LeakyReLU's kink.
+        assert (actual - expected).norm() < (1e-2 if dtype == torch.float32 else 1e-9) * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["Generator", "Discriminator"])
+def test_networks_take_part_in_torch_func(kind: str) -> None:
+    """Where patches are taken: operators of our own have no such derivatives."""
+    slow, fast = (network.eval() for network in pair(kind, 16))
+    x = torch.randn(3, 5, dtype=torch.float64) if kind == "Generator" else torch.randn(3, 3, 16, 16).double()
+    for derive in (
+        lambda network: torch.func.grad(lambda x: network(x).square().sum())(x),
+        lambda network: torch.func.jvp(network, (x,), (x.cos(),))[1],
+        lambda network: torch.func.vmap(lambda each: network(each[None])[0])(x),
+    ):
+        torch.testing.assert_close(derive(fast), derive(slow), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["Generator", "Discriminator"])
+def test_running_statistics_can_be_plain_means_over_batches(kind: str) -> None:
+    """As torch.optim.swa_utils.update_bn makes them."""
+    slow, fast = pair(kind, 16)
+    batches = [torch.randn(4, 5) if kind == "Generator" else torch.randn(4, 3, 16, 16) for _ in range(3)]
+    for network in (slow, fast):
+        torch.optim.swa_utils.update_bn([batch.double() for batch in batches], network)
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    norm = next(layer for layer in fast.modules() if isinstance(layer, models.BatchNormAct2d))
+    norm.momentum = None
+    with pytest.raises(ValueError, match="one group at a time"):
+        norm(torch.randn(4, norm.num_features, 2, 2, dtype=torch.float64), groups=2)
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="no architecture 'resnet'"):
+        models.build_generator("resnet", (16, 16), 3, 5, 8)
+    with pytest.raises(ValueError, match="no architecture 'resnet'"):
+        models.build_discriminator("resnet", (16, 16), 3, 8)
+
+
 def test_patches_differentiate_twice() -> None:
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)

@@ -212,6 +212,66 @@ def test_on_a_cpu_freed_memory_is_kept_for_the_next_step() -> None:
     assert heap.keeps == possible
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"precision": "bfloat16"}, "no precision 'bfloat16'"),
+        ({"loss": "wgan"}, "no loss 'wgan': bce, hinge"),
+        ({"label_smoothing": 7.0}, "label_smoothing is at least 0"),
+        ({"ema_decay": 3.0}, "ema_decay=3"),
+        ({"r1": -1.0}, "r1=-1"),
+        ({"r1": 1.0, "r1_every": 0}, "r1_every=0"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_possible(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make_step(**options)
+
+
+def test_a_frozen_parameter_is_named() -> None:
+    step = make_step()
+    step.generator.main[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"main\.0\.weight is frozen"):
+        TrainStep(step.generator, step.discriminator, step.source, step.index)
+
+
+def test_the_default_dtype_is_not_the_steps() -> None:
+    expected = make_step()
+    expected.update()
+    try:
+        torch.set_default_dtype(torch.float64)
+        step = make_step(dtype=torch.float32)
+        step.update()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {n: v.dtype for n, v in step.state().items()} == {n: v.dtype for n, v in expected.state().items()}
+
+
+def test_after_an_update_that_was_interrupted_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step()
+
+    def interrupted(fake: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "generator_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step.update()
+    step.update()
+    assert step.adam_d.steps == 2 and step.adam_g.steps == 1
+
+
+def test_weights_of_other_networks_change_none() -> None:
+    step, other = make_step(), make_step()
+    other.update()
+    weights = other.weights() | {"discriminator": make_step(channels=1).weights()["discriminator"]}
+    before = {name: value.clone() for name, value in step.weights()["generator"].items()}
+    with pytest.raises(ValueError, match="belongs to other networks"):
+        step.load_weights(weights)
+    assert all(torch.equal(before[name], value) for name, value in step.weights()["generator"].items())
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     first, again, other = (run_alone(make_step(seed=seed), 3) for seed in (5, 5, 6))
     assert torch.equal(first, again)

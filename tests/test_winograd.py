@@ -301,6 +301,16 @@ def test_layers_take_them_where_they_are_faster(
         assert grids == []
 
 
+@pytest.mark.parametrize(("sides", "kernel"), [((12, 12), 4), ((17, 16), 4), ((16, 16), 3)])
+def test_shapes_that_do_not_fit_are_refused(sides: tuple[int, int], kernel: int) -> None:
+    """Where they were taken, parts of the result would never be written, or what lies beyond the tensors read."""
+    x, weight = torch.randn(2, 32, *sides), torch.randn(32, 32, kernel, kernel)
+    with pytest.raises(ValueError, match="kernels are 4x4 and the smaller grid's sides multiples of 4"):
+        winograd.conv2d(x, weight)
+    with pytest.raises(ValueError, match="kernels are 4x4 and the smaller grid's sides multiples of 4"):
+        winograd.conv_transpose2d(x[:, :, :6, :6] if kernel == 4 else x, weight)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_networks_have_derivatives_of_every_kind(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operators have none in forward mode, and torch says nothing of it."""

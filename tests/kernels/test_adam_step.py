@@ -141,6 +141,15 @@ def test_compile():
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_graph_that_holds_a_parameter_knows_that_it_has_moved():
+    params, grads, *moments = state(torch.float32)
+    parameter = params[1].requires_grad_()
+    y = parameter.square().sum()  # whose gradient is twice what the parameter was
+    adam_step([p.detach() for p in params], grads, *moments, torch.zeros(()), lr=1e-3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_errors():
     params, grads, exp_avgs, exp_avg_sqs = state(torch.float32)
     moments, step = (exp_avgs, exp_avg_sqs), torch.zeros(())
@@ -156,6 +165,12 @@ def test_errors():
         "emas need ema_decay": lambda: adam_step(
             params, grads, *moments, step, lr=1e-3, emas=[p.clone() for p in params]
         ),
+        "betas are": lambda: adam_step(params, grads, *moments, step, lr=1e-3, betas=(0.5, 1.0)),
+        "betas are at least 0": lambda: adam_step(params, grads, *moments, step, lr=1e-3, betas=(-0.1, 0.9)),
+        "ema_decay is in": lambda: adam_step(
+            params, grads, *moments, step, lr=1e-3, emas=[p.clone() for p in params], ema_decay=2.0
+        ),
+        "parameter 1 has no gradient": lambda: adam_step(params, [grads[0], None, grads[2]], *moments, step, lr=1e-3),
         "step is": lambda: adam_step(params, grads, *moments, torch.zeros(1), lr=1e-3),
         "lr is": lambda: adam_step(params, grads, *moments, step, lr=torch.ones(1)),
         "not dense": lambda: adam_step([params[2][:, ::2]], *([grads[2][:, ::2]] for _ in range(3)), step, lr=1e-3),

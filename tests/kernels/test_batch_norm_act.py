@@ -88,6 +88,8 @@ def test_errors():
         "more than one value": lambda: reference(x[:, :, :1, :1], *parameters, training=True, groups=4),
         "negative_slope is": lambda: reference(x, *parameters, training=True, negative_slope=-0.2),
         "eps is": lambda: reference(x, *parameters, training=True, eps=0.0),
+        "eps is .* never below": lambda: reference(x, *parameters, training=False, eps=-1.0),
+        "momentum is": lambda: reference(x, *parameters, training=True, momentum=2.0),
         "bias is .* strides .2": lambda: reference(
             x, parameters[0], torch.zeros(12)[::2], *parameters[2:], training=True
         ),

@@ -32,6 +32,7 @@ from fastdcgan.console import say
 from fastdcgan.errors import UserError, first_line
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
+LISTINGS = 10  # at most, of a run that replaces its checkpoints while it is looked at
 TENSOR_FILES = ("generator", "average", "discriminator", "state")
 
 
@@ -111,8 +112,11 @@ def load_newest(run: Path) -> Checkpoint | None:
         UserError: there are checkpoints and not one can be read.
     """
     bring_back(run)
-    folders = _best(run) + complete(run)
-    newest = next(_whole(folders), None)
+    for _ in range(LISTINGS):
+        folders = _best(run) + complete(run)
+        newest = next(_whole(folders), None)
+        if folders == _best(run) + complete(run):  # or a run under way has put another in the place of one
+            break
     if folders and newest is None:
         raise UserError(
             f"not one checkpoint in {run / 'checkpoints'} can be read: mend what the warnings name (permissions, a"
@@ -200,7 +204,8 @@ def _whole(folders: list[Path]) -> Iterator[Checkpoint]:
         try:
             yield load(folder)
         except UserError as error:
-            say(f"warning: {error}; trying the one before")
+            if folder.exists():
+                say(f"warning: {error}; trying the one before")
 
 
 def _place(run: Path, step: int) -> Path:

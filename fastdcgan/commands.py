@@ -591,8 +591,10 @@ def spelled_out(argv: list[str]) -> list[str]:
 def asked(argv: list[str]) -> set[str]:
     """The fields of TrainConfig that the arguments of `train` name: also those that have their default's value."""
     switches = {field.name for field in dataclasses.fields(TrainConfig) if "bool" in str(field.type)}
-    names, words = set(), iter(spelled_out(argv))
+    names, words = set[str](), iter(spelled_out(argv))
     for word in words:
+        if word == "--":  # what follows is no flag
+            return names - {"resume"} | {"data" for _ in words}
         name, equals, _ = word.removeprefix("--").replace("-", "_").partition("=")
         if not word.startswith("--"):
             names.add("data")

@@ -27,7 +27,7 @@ PRESETS = {
     "svhn": (32, 64, 20_000),
 }
 DEFAULTS = (64, 64, 20_000)
-MOST_EPOCHS, MOST_RATE = 1e9, 1e6
+MOST_COUNT, MOST_EPOCHS, MOST_RATE = 10**12, 1e9, 1e6
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ class TrainConfig:
         for name in [*counts, "keep", "r1_every"]:
             if getattr(self, name) is not None:
                 check_at_least(flag(name), getattr(self, name), 1)
+                if getattr(self, name) > MOST_COUNT:
+                    raise UserError(f"{flag(name)} {getattr(self, name)} is too large: at most {MOST_COUNT:,}")
         check_seed(self.seed)
         if self.batch_size < 2:
             raise UserError(f"--batch-size {self.batch_size} is too small: BatchNorm needs at least 2 images")

@@ -109,7 +109,7 @@ def _drop_after(path: Path, step: int) -> list[dict[str, float]]:
     for line in found.splitlines():
         try:
             values = json.loads(line)
-            if values["step"] > step:
+            if not isinstance(values["step"], int) or values["step"] > step:
                 continue
         except (ValueError, KeyError, TypeError):
             continue  # torn by a kill

@@ -14,7 +14,8 @@ from fastdcgan.distributed import World
 USUAL = {"log": 20, "sample": 100, "checkpoint": 500}  # steps
 SHARE = 0.005  # of the training time, that each may take where its interval was not asked for
 HEARD_WITHIN = 5.0  # seconds in which all processes learn that one of them was asked to stop; torchrun kills after 30
-TRIALS = 2  # the first one warms up, the second one is measured
+TRIALS = 3  # the first one warms up; the shorter of the others counts, as a disk may hang, or somebody press Ctrl-Z
+LONGEST = 600.0  # seconds of training to which an interval is stretched, whatever the work takes
 
 
 class Pace:
@@ -31,6 +32,7 @@ class Pace:
     def __init__(self, asked: dict[str, int | None], world: World, device: torch.device) -> None:
         self.every = {name: asked[name] or usual for name, usual in USUAL.items()}
         self.trials = {name: 0 if asked[name] is None else TRIALS for name in USUAL}
+        self.shortest = dict.fromkeys(USUAL, math.inf)  # seconds, of the trials that count
         self.world, self.device = world, device
         self.mark, self.step_seconds = (0, time.perf_counter()), math.inf
         self.listening = 1  # steps between two exchanges of whether to stop: as long as no step has been timed, each
@@ -62,7 +64,7 @@ class Pace:
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
-        """Around the work itself, in all processes; its second time stretches the interval if it must."""
+        """Around the work itself, in all processes; its last trial stretches the interval if it must."""
         if self.trials[name] == TRIALS:
             yield
             return
@@ -71,9 +73,12 @@ class Pace:
         yield
         self._wait()
         seconds = time.perf_counter() - start
+        if self.trials[name]:
+            self.shortest[name] = min(seconds, self.shortest[name])
         self.trials[name] += 1
         if self.trials[name] == TRIALS:
-            self.every[name] = self.world.broadcast_object(stretched(self.every[name], seconds, self.step_seconds))
+            found = stretched(self.every[name], self.shortest[name], self.step_seconds)
+            self.every[name] = self.world.broadcast_object(found)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -81,5 +86,7 @@ class Pace:
 
 
 def stretched(every: int, seconds: float, step_seconds: float) -> int:
-    """The least multiple of `every` at which work of so many seconds takes at most SHARE of the steps' time."""
-    return every * max(1, math.ceil(seconds / (SHARE * every * step_seconds) - 1e-9))
+    """The least multiple of `every` at which work of so many seconds takes at most SHARE of the steps' time, or the
+    largest within LONGEST."""
+    needed = math.ceil(seconds / (SHARE * every * step_seconds) - 1e-9)
+    return every * max(1, min(needed, int(LONGEST / (every * step_seconds))))

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fastdcgan.errors import UserError
 from fastdcgan.files import replace_file
 from fastdcgan.plot import Series, chart
 
+LARGEST = 1e300  # of the numbers that a chart can show
 FRAMES = 60  # sample grids in the timeline, evenly chosen
 TIMELINES = {"step": "moving average", "raw-step": "latest weights"}  # samples/<prefix>-<number>.png
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
@@ -198,7 +198,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _settings(record: Record) -> list[tuple[str, str, str]]:

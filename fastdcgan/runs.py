@@ -128,7 +128,8 @@ def saved_config(config: TrainConfig) -> TrainConfig | None:
             raise UserError(f"--run-dir {path} exists and is not a run: name another folder")
         return None
     if not config.resume:
-        if not checkpoint.complete(path) and not (path / "metrics.jsonl").exists():
+        written = [path / "metrics.jsonl", path / "quality.jsonl", *path.glob("samples/step-*")]
+        if not checkpoint.complete(path) and not any(each.exists() for each in written):
             return None  # nothing was trained: the images, for one, turned out to be too few
         raise UserError(f"--run-dir {path} already holds a run: add --resume to go on with it, or name another folder")
     return read_config(path)
@@ -144,9 +145,9 @@ def read_config(path: Path) -> TrainConfig:
         content = json.loads((path / "config.json").read_text())
         values = dict(content["config"])
         if values.get("channels") is None:
-            values["channels"] = content.get("data", {}).get("channels")
+            values["channels"] = dict(content.get("data", {})).get("channels")
         return TrainConfig.from_json(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -77,6 +78,8 @@ def write(run: RunFolder, taken: Checkpoint, sound: int | None = None) -> int | 
         say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
         return None
     try:
+        if not (run.path / "config.json").exists():  # else the rest of the run would be in a folder that is none
+            raise FileNotFoundError(errno.ENOENT, "the run folder is no longer there", str(run.path))
         folder = checkpoint.save(run.path, done, taken, run.config.keep, sound)
     except OSError as error:
         say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")

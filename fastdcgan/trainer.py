@@ -96,6 +96,10 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
         # What computes in which type is --precision's, not the caller's, to say.
         at_end.enter_context(torch.autocast(device.type, enabled=False))
+        at_end.enter_context(torch.inference_mode(False))
+        at_end.enter_context(torch.enable_grad())
+        if torch.get_default_device() != torch.device("cpu"):
+            at_end.enter_context(torch.device("cpu"))  # what says nothing else is made there
         at_end.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         world = join(device)
@@ -229,6 +233,9 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     if device.type == "cpu" and config.precision == "auto" and native_bf16():
         say("hint: this processor multiplies bfloat16 itself: --precision bf16 is faster, most for large images")
 
+    def sound() -> int | None:  # the step before which nothing was amiss: what the run may have to go back to stays
+        return watch.alarms.no_sign_before() if watch and config.on_divergence == "rollback" else None
+
     # The loop.
     go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
     pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
@@ -243,7 +250,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                     print(f"fastdcgan: {error}", file=sys.stderr, flush=True)
                 if done == begun or world.size > 1:  # others would wait for this one
                     raise
-                saver.save(step, stream, done)
+                saver.save(step, stream, done, sound=sound())
                 saver.wait()
                 raise UserError(f"{error}; {last_saved(folder)}: put that right, then {go_on}") from error
             step.set_schedules(done / total)
@@ -274,8 +281,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             if saves:
                 with pace.measured("checkpoint"):
                     distance = watch.quality.distance(step.average) if watch else None
-                    sound = watch.alarms.no_sign_before() if watch and config.on_divergence == "rollback" else None
-                    saver.save(step, stream, done, distance, sound)
+                    saver.save(step, stream, done, distance, sound())
             if run and watch and pace.settled and (logs or samples or saves):
                 with watch.writing():
                     run.keep_intervals(pace.every)
@@ -293,7 +299,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             if world.size == 1 or pace.listens(done):
                 stopping = world.any(stop.is_set())
         if done < total:
-            saver.save(step, stream, done)
+            saver.save(step, stream, done, sound=sound())
         saver.wait()
     skipped = [each for of_rank in world.gather(data.skipped) for each in of_rank]
     if watch:

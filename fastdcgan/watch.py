@@ -18,6 +18,8 @@ from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
 
+CHANGED = (KeyError, TypeError, ValueError, OverflowError)  # what a line of figures gives that somebody has changed
+
 
 class Watch:
     """Looks at every log point and every sample grid, writes them down, and says when something goes wrong.
@@ -41,7 +43,8 @@ class Watch:
         self.status, self.silent = "", False
         self._begin(done)
         with self.writing():
-            self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
+            if done == 0:
+                self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
 
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done, self.told)
@@ -49,10 +52,10 @@ class Watch:
         self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history["metrics"] else done)
         # What the run has written up to here: a sign that lasts is not new because the run was stopped meanwhile.
         for figures in history["metrics"]:
-            with suppress(KeyError):  # a line that somebody has changed
+            with suppress(*CHANGED):
                 self.alarms.look_at_metrics(int(figures["step"]), figures)
         for figures in history["quality"]:
-            with suppress(KeyError):
+            with suppress(*CHANGED):
                 self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
         if self.config.on_divergence != "warn":
             self.alarms.raised.clear()  # the run was to end or to go back at what lasts, and still is

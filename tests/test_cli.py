@@ -122,6 +122,8 @@ def test_cuda_where_there_is_none(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("--flip True photos", "flip data"),
         ("--flip photos", "flip data"),
         ("--flip None --lr 2", "flip lr"),
+        ("--resume --lr 2 -- digits", "lr data"),
+        ("--resume --", ""),
     ],
 )
 def test_which_flags_of_train_are_given(line: str, names: str) -> None:

@@ -36,13 +36,20 @@ def test_what_was_asked_for_stays_and_the_rest_is_measured_once(monkeypatch: pyt
     tested.start(0)
     now[0] = 1.0
     tested.tick(1000)  # a millisecond a step
-    for cost in (9.0, 0.05, 7.0):  # warming up, measured, too late
+    for cost in (9.0, 0.05, 7.0):  # warming up, the shorter one, one that was held up
         for name in ("log", "sample"):
             with tested.measured(name):
                 now[0] += cost
     assert tested.every == {"log": 5, "sample": 10_000, "checkpoint": 500}
     assert not tested.settled
     assert tested.due("sample", 20_000) and not tested.due("sample", 20_100) and tested.due("log", 15)
+
+
+def test_work_that_is_always_slow_is_still_done_every_ten_minutes() -> None:
+    """A run of which nothing is saved any more would lose everything to a kill."""
+    for seconds in (20.0, 3600.0):
+        assert stretched(500, seconds, 0.01) == 60_000
+    assert stretched(500, 20.0, 10.0) == 500
 
 
 @pytest.mark.parametrize(("step_seconds", "expected"), [(0.001, 5000), (0.5, 10), (4.0, 1), (60.0, 1)])
@@ -62,15 +69,15 @@ def test_a_run_remembers_its_intervals(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(pace, "USUAL", {"log": 2, "sample": 3, "checkpoint": 4})
     monkeypatch.setattr(pace, "SHARE", 1e-9)  # anything costs too much
     small = TrainConfig(
-        data="digits", image_size="16", gen_width=4, latent_dim=8, batch_size=16, device="cpu", log_every=2, steps=12
+        data="digits", image_size="16", gen_width=4, latent_dim=8, batch_size=16, device="cpu", log_every=2, steps=13
     )
     run = train(TrainConfig(**{**small.__dict__, "run_dir": tmp_path / "run"}))
     config = json.loads((run / "config.json").read_text())["config"]
     assert config["log_every"] == 2
-    assert config["sample_every"] > 12 and config["sample_every"] % 3 == 0
-    assert config["checkpoint_every"] > 12 and config["checkpoint_every"] % 4 == 0
+    assert config["sample_every"] > 13 and config["sample_every"] % 3 == 0
+    assert config["checkpoint_every"] > 13 and config["checkpoint_every"] % 4 == 0
     drawn = sorted(path.stem for path in (run / "samples").glob("step-*"))
-    assert drawn == ["step-000003", "step-000006", "step-000012"], "twice as usual, and at the end"
+    assert drawn == [f"step-{step:06d}" for step in (3, 6, 9, 13)], "three times as usual, and at the end"
 
 
 def test_the_time_of_a_step_is_that_of_the_latest_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastdcgan import checkpoint, saver, trainer
+from fastdcgan.alarms import Alarm, Alarms
+from fastdcgan.checkpoint import step_of
 from fastdcgan.config import TrainConfig
 from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.data.streams import ResidentStream
@@ -37,7 +40,7 @@ from fastdcgan.models import build_discriminator, build_generator
 from fastdcgan.runs import RunFolder, choose_folder, load_run
 from fastdcgan.saver import restore, write
 from fastdcgan.step import TrainStep
-from fastdcgan.trainer import train
+from fastdcgan.trainer import Interrupted, train
 from fastdcgan.watch import Watch
 
 UMASK = os.umask(0)
@@ -150,6 +153,8 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(
     values = next(value for value in taken.tensors[kind].values() if value.is_floating_point() and value.dim())
     values.view(-1)[-1] = torch.inf
     run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
+    run.path.mkdir()
+    (run.path / "config.json").write_text("{}")
     assert write(run, taken) is None  # type: ignore[arg-type]
     assert "no checkpoint at step 12" in capsys.readouterr().err and not checkpoint.complete(run.path)
 
@@ -305,6 +310,8 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
     taken = dataclasses.replace(saved, progress=saved.progress | {"distance": 0.5})
     monkeypatch.setattr(checkpoint.shutil, "copytree", full)
     run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
+    run.path.mkdir()
+    (run.path / "config.json").write_text("{}")
     assert write(run, taken) is None  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert "step 12 could not be copied to checkpoints/best" in said and "training goes on without" not in said
@@ -321,6 +328,98 @@ def test_the_callers_types_are_not_the_runs(straight: Path, tmp_path: Path) -> N
     finally:
         torch.set_default_dtype(torch.float32)
     assert_equal_bits(run, straight, 12)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_the_callers_modes_are_not_the_runs(straight: Path, tmp_path: Path, mode: Callable[[], Any]) -> None:
+    with mode():
+        before = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device()
+        run = train(small(tmp_path / "run"))
+        assert before == (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_device())
+    assert_equal_bits(run, straight, 12)
+
+
+def test_a_run_whose_folder_is_taken_away_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Watch.log
+
+    def log_and_move(self: Watch, figures: dict[str, float]) -> list[Alarm]:
+        if figures["step"] == 8:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return log(self, figures)
+
+    monkeypatch.setattr(Watch, "log", log_and_move)
+    with pytest.raises(UserError, match=r"step 12 could not be saved"):
+        train(small(tmp_path / "run"))
+    assert "the run folder is no longer there" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
+    monkeypatch.undo()
+    assert_equal_bits(train(small(tmp_path / "run", resume=True)), train(small(tmp_path / "whole")), 12)
+
+
+def test_a_stop_keeps_what_the_run_may_have_to_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Alarms, "no_sign_before", lambda self: 4)
+    log = Watch.log
+
+    def log_and_stop(self: Watch, figures: dict[str, float]) -> list[Alarm]:
+        if figures["step"] == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return log(self, figures)
+
+    monkeypatch.setattr(Watch, "log", log_and_stop)
+    with pytest.raises(Interrupted):
+        train(small(tmp_path / "run", keep=1, on_divergence="rollback"))
+    assert [step_of(each) for each in checkpoint.complete(tmp_path / "run")] == [3, 8]
+
+
+def test_lines_that_somebody_has_changed_do_not_stop_a_run(tmp_path: Path) -> None:
+    run = train(small(tmp_path / "run", steps=6))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": NaN}\n{"step": -1e400}\n{"step": 3, "loss_d": "x", "loss_g": 1}\n{"step": "3"}\n')
+    train(small(run, resume=True))
+    assert [line["step"] for line in metrics(run)] == [4, 6, 3, 8, 12]
+
+
+def test_a_run_that_has_drawn_is_not_taken_for_one_that_never_began(tmp_path: Path) -> None:
+    run = train(small(tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
+    for left in (run / "quality.jsonl", run / "samples"):
+        with pytest.raises(UserError, match="already holds a run"):
+            train(small(run))
+        left.unlink() if left.is_file() else shutil.rmtree(left)
+
+
+def test_the_real_images_are_shown_once(tmp_path: Path) -> None:
+    train(small(tmp_path / "run", steps=6))
+    shown = (tmp_path / "run" / "samples" / "real.png").stat().st_mtime_ns
+    train(small(tmp_path / "run", resume=True))
+    assert (tmp_path / "run" / "samples" / "real.png").stat().st_mtime_ns == shown
+
+
+def test_who_looks_while_checkpoints_are_replaced_finds_the_newest(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that keeps one: where the one that was found is gone by now, there is another."""
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    folders = run / "checkpoints"
+    shutil.copytree(folders / "step-000012", folders / "later")
+    for step in (3, 6, 9):
+        shutil.rmtree(folders / f"step-{step:06d}", ignore_errors=True)
+    load = checkpoint.load
+
+    def replaced_meanwhile(folder: Path) -> checkpoint.Checkpoint:
+        if (folders / "later").exists():
+            shutil.rmtree(folders / "step-000012")
+            (folders / "later").rename(folders / "step-000013")
+        return load(folder)
+
+    monkeypatch.setattr(checkpoint, "load", replaced_meanwhile)
+    found = checkpoint.load_newest(run)
+    assert found is not None and found.progress["step"] == 12 and capsys.readouterr().err == ""
+    assert not (folders / "step-000012").exists()
 
 
 def test_a_resumed_run_says_what_changes_and_no_more(
@@ -667,8 +766,11 @@ def test_load_run_refuses(straight: Path, tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     weights = load_run(straight).generator.state_dict()
     torch.save({**weights, "main.0.weight": weights["main.0.weight"] * float("nan")}, tmp_path / "nan.pth")
+    deep = {f"layer.{i}.weight": torch.zeros(8, 8, 4, 4) for i in range(20)}  # as a DCGAN it would take terabytes
+    torch.save(deep, tmp_path / "deep.pth")
     (tmp_path / "empty").mkdir()
-    for name in ("hostile.pth", "text.pth", "torn.safetensors", "other.pth", "list.pth", "nan.pth", "empty", "nowhere"):
+    files = ("hostile.pth", "text.pth", "torn.safetensors", "other.pth", "list.pth", "nan.pth", "deep.pth")
+    for name in (*files, "empty", "nowhere"):
         with pytest.raises(UserError) as error:
             load_run(tmp_path / name)
         assert name in str(error.value) and "\n" not in str(error.value)

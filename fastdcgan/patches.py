@@ -3,8 +3,8 @@
 On a 4x4 output grid a direct convolution on a CPU reaches about half the speed of a matrix product (its inner loop runs
 along rows of 4 pixels); copying the 4x4 patches out first costs a tenth of what that gains. In float32 they are taken
 on Intel's processors alone: matrix products come from MKL, which was the slower of the two on AMD with AVX-512 (with
-AVX2, where it is not, most of these convolutions are Winograd's). `unfold` and `fold`
-are each other's transpose, so each is the other's gradient, to any order.
+AVX2, where it is not, most of these convolutions are Winograd's). `unfold` and `fold` are each other's transpose, so
+each is the other's gradient, to any order.
 """
 
 from __future__ import annotations

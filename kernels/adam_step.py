@@ -77,8 +77,6 @@ def adam_step(
     ):
         if len(tensors) != len(params):
             raise ValueError(f"adam_step: {len(params)} parameters, but {len(tensors)} {name}")
-    if any(grad is None for grad in grads):
-        raise ValueError(f"adam_step: parameter {list(grads).index(None)} has no gradient")  # type: ignore[arg-type]
     for position, tensors in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, copies, emas, strict=True)):
         _check(position, *tensors)
     device = params[0].device
@@ -160,7 +158,7 @@ def reference(
 def _check(
     position: int,
     param: Tensor,
-    grad: Tensor,
+    grad: Tensor | None,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     copy: Tensor | None,
@@ -173,6 +171,8 @@ def _check(
         raise ValueError(
             f"adam_step: parameter {position} is not dense: {tuple(param.shape)}, strides {param.stride()}"
         )
+    if grad is None:
+        raise ValueError(f"adam_step: parameter {position} has no gradient")
     if grad.shape != param.shape or grad.dtype not in (*GRAD_DTYPES, param.dtype) or grad.device != param.device:
         raise ValueError(
             f"adam_step: the gradient of parameter {position} is {tuple(grad.shape)}, {grad.dtype}, on {grad.device}; "

@@ -68,12 +68,8 @@ def main(argv: list[str] | None = None) -> None:
 def in_plain_words(error: Exception) -> str | None:
     """What a user can do about an error of torch, Triton or numpy that is not this program's; None for all others."""
     text = str(error)
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in text
-        or "can't allocate memory" in text
-        or "calculation overflowed" in text
-    ):
+    short = ("out of memory", "can't allocate memory", "calculation overflowed")
+    if isinstance(error, MemoryError) or any(words in text for words in short):
         return (
             "there is not enough memory: take less at a time, with a smaller --batch-size, --image-size, --gen-width or"
             " --count, or free some"

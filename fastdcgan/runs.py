@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator
 from fastdcgan.processor import choose_device
 from fastdcgan.versions import versions
 
+N = TypeVar("N", bound=torch.nn.Module)
 EXPORTED = "generator.safetensors"  # what an exported folder, which is no run, has beside its config.json
 
 
@@ -240,7 +241,7 @@ def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:
     layers = _layers(weights)
     if not layers:
         raise UserError(f"{path} does not hold a generator: it has no layers")
-    first, last = layers[0], layers[-1]
+    first, last, complaint = layers[0], layers[-1], f"{path} does not hold a DCGAN's generator"
     if first.ndim == 2:
         generator = build_generator("tutorial", (28, 28), last.shape[0] // (28 * 28), first.shape[1], 0)
     else:
@@ -248,27 +249,25 @@ def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:
         size = first.shape[2] << k, first.shape[3] << k
         plan = "dcgan", size, last.shape[1], first.shape[0], last.shape[0]
         try:
-            _require_alike(partial(build_generator, *plan), weights, f"{path} does not hold a DCGAN's generator")
-            generator = build_generator(*plan)
+            generator = _build(partial(build_generator, *plan), weights, complaint)
         except ValueError:
-            raise UserError(f"{path} does not hold a DCGAN's generator: its layers make {size[0]}x{size[1]}") from None
-    _fill(generator, weights, f"{path} does not hold a DCGAN's generator")
+            raise UserError(f"{complaint}: its layers make {size[0]}x{size[1]}") from None
+    _fill(generator, weights, complaint)
     return generator
 
 
 def _discriminator(weights: dict[str, Tensor], path: Path) -> AnyDiscriminator:
     """Build the discriminator that these weights fit and load them."""
     layers = _layers(weights)
-    first, last = layers[0], layers[-1]
+    first, last, complaint = layers[0], layers[-1], f"{path} does not hold a DCGAN's discriminator"
     if last.ndim == 2:
         discriminator = build_discriminator("tutorial", (28, 28), first.shape[1], 0)
     else:
         k = len(layers) - 1
         size = last.shape[2] << k, last.shape[3] << k
         plan = "dcgan", size, first.shape[1], first.shape[0]
-        _require_alike(partial(build_discriminator, *plan), weights, f"{path} does not hold a DCGAN's discriminator")
-        discriminator = build_discriminator(*plan)
-    _fill(discriminator, weights, f"{path} does not hold a DCGAN's discriminator")
+        discriminator = _build(partial(build_discriminator, *plan), weights, complaint)
+    _fill(discriminator, weights, complaint)
     return discriminator
 
 
@@ -280,12 +279,13 @@ def _layers(weights: dict[str, Tensor]) -> list[Tensor]:
     return [value for _, value in numbered if value.ndim in (2, 4)]
 
 
-def _require_alike(build: Callable[[], torch.nn.Module], weights: dict[str, Tensor], complaint: str) -> None:
-    """Raises UserError where the network is much larger than the weights: that of another kind may not fit memory."""
+def _build(build: Callable[[], N], weights: dict[str, Tensor], complaint: str) -> N:
+    """The network, or UserError where it is much larger than the weights: that of another kind may not fit memory."""
     with torch.device("meta"):
         numbers = sum(value.numel() for value in build().state_dict().values())
     if numbers > 2 * sum(value.numel() for value in weights.values()):
         raise UserError(f"{complaint}: its layers do not follow one another as that one's do")
+    return build()
 
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) -> None:

@@ -42,8 +42,8 @@ class Watch:
         self.told = alarms.read_text(errors="replace") if alarms.exists() else ""
         self.status, self.silent = "", False
         self._begin(done)
-        with self.writing():
-            if done == 0:
+        if done == 0:
+            with self.writing():
                 self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
 
     def _begin(self, done: int) -> None:

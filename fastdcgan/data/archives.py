@@ -34,8 +34,8 @@ class ArchiveFile:
             OSError: it cannot be opened, or is another file by now.
         """
         self.file = open(path, "rb", buffering=0)  # noqa: SIM115
-        self._lock = threading.Lock()
-        if stamp not in (None, stamp_of(self.file)):
+        self._lock, self.stamp = threading.Lock(), stamp_of(self.file.fileno())
+        if stamp not in (None, self.stamp):
             raise OSError("the archive was replaced after it was listed")
 
     def __del__(self) -> None:
@@ -67,7 +67,7 @@ class ZipSource(EncodedSource):
             raise UserError(
                 f"{path} is not a readable zip file ({error}): unpack it yourself, or fetch it again"
             ) from None
-        self._stamp, self._entries = stamp_of(self._file.file), []
+        self._entries = []
         with archive:
             # Of a name that was added again the newest. Some programs on Windows write its backslashes.
             newest = {entry.filename.replace("\\", "/"): entry for entry in archive.infolist()}
@@ -119,7 +119,7 @@ class ZipSource(EncodedSource):
         return int(entry.header_offset + 30 + name_length + extra_length)
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files({self.path: self._stamp})
+        return _fingerprint_of_files({self.path: self._file.stamp})
 
 
 class TarSource(EncodedSource):
@@ -149,7 +149,7 @@ class TarSource(EncodedSource):
         label_of: dict[str, tarfile.TarInfo] = {}
         try:
             with open(shard, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-                self._stamps[shard] = stamp_of(file)
+                self._stamps[shard] = stamp_of(file.fileno())
                 for member in archive:
                     if member.size < 0:  # of which tarfile goes backwards, for ever
                         raise tarfile.ReadError("a negative size")
@@ -287,9 +287,9 @@ def _why_no_end(file: IO[bytes]) -> str:
     return ""
 
 
-def stamp_of(file: IO[bytes] | Path) -> str:
-    """Of a file as it is now: another one when it is written to or replaced."""
-    status = os.stat(file if isinstance(file, Path) else file.fileno())
+def stamp_of(file: Path | int) -> str:
+    """Of a file, by path or open descriptor, as it is now: another one when it is written to or replaced."""
+    status = os.stat(file)
     return f"{status.st_size} {status.st_mtime_ns}"
 
 

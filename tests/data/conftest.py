@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,26 @@ def _one_torch_thread() -> Iterator[None]:
 def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a set too large for its files to be held in memory between the first look at them and their decoding."""
     monkeypatch.setattr("fastdcgan.data.source.KEPT_BYTES", 0)
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], AbstractContextManager[None]]:
+    """with unreadable("a.jpg"): files of that name may not be read; not by chmod, as tests may run as root."""
+
+    @contextmanager
+    def refusing(name: str) -> Iterator[None]:
+        as_ever = os.open
+
+        def refuse(path: str, *rest: int) -> int:
+            if str(path).endswith(name):
+                raise PermissionError(13, "Permission denied", path)
+            return as_ever(path, *rest)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", refuse)
+            yield
+
+    return refusing
 
 
 @pytest.fixture(params=["dali", "torch"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -104,16 +104,11 @@ def test_what_is_out_of_the_ordinary_is_counted(make_folder: Callable[..., Path]
     }
 
 
-def test_what_cannot_be_read_is_named(make_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, as_ever = make_folder(3), os.open
-
-    def refuse(path: str, *rest: int) -> int:
-        if str(path).endswith("good-0001.jpg"):
-            raise PermissionError(13, "Permission denied", path)
-        return as_ever(path, *rest)
-
-    with monkeypatch.context() as patched:  # not chmod: tests may run as root
-        patched.setattr(os, "open", refuse)
+def test_what_cannot_be_read_is_named(
+    make_folder: Callable[..., Path], unreadable: Callable[[str], AbstractContextManager[None]]
+) -> None:
+    folder = make_folder(3)
+    with unreadable("good-0001.jpg"):
         report = check(str(folder))
     assert (report.files, report.usable, report.unusable) == (3, 2, [("good-0001.jpg", "no permission to read it")])
 

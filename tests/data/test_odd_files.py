@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -386,18 +387,13 @@ def test_a_file_that_becomes_another_after_it_was_looked_at_is_still_decoded(
 
 
 def test_a_file_without_read_permission_is_named_and_looked_at_again_next_time(
-    loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+    loader: str,
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    unreadable: Callable[[str], AbstractContextManager[None]],
 ) -> None:
     folder = make_folder(GOOD)
-    open_as_ever = os.open
-
-    def refuse(path: str, *rest: int) -> int:
-        if str(path).endswith("good-0002.jpg"):
-            raise PermissionError(13, "Permission denied", path)
-        return open_as_ever(path, *rest)
-
-    with monkeypatch.context() as patched:  # not chmod: tests may run as root
-        patched.setattr(os, "open", refuse)
+    with unreadable("good-0002.jpg"):
         assert opened(folder, loader=loader).skipped == [("good-0002.jpg", "no permission to read it")]
     assert opened(folder, loader=loader).skipped == []
 

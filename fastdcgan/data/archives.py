@@ -16,11 +16,20 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
-from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse
-from fastdcgan.data.source import HEAD_BYTES, MOST_ENCODED_BYTES, TAIL_BYTES, TOO_LARGE, EncodedSource, is_hidden
+from fastdcgan.data.header import IMAGE_SUFFIXES, Glimpse, has_image_magic
+from fastdcgan.data.source import (
+    HEAD_BYTES,
+    MAGIC_BYTES,
+    MOST_ENCODED_BYTES,
+    TAIL_BYTES,
+    TOO_LARGE,
+    EncodedSource,
+    is_hidden,
+)
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable
 
+HEADER_OF_DEFLATE = 1024  # bytes of a compressed file that are sure to unpack to its first few
 OPEN_SHARDS = 256  # at a time: a process may have some 1,000 files open
 
 
@@ -73,7 +82,9 @@ class ZipSource(EncodedSource):
             newest = {entry.filename.replace("\\", "/"): entry for entry in archive.infolist()}
             for name, entry in sorted(newest.items()):
                 hidden = is_hidden(name.removeprefix("./"))
-                if name.endswith("/") or hidden or PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+                if name.endswith("/") or hidden:
+                    continue
+                if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and not self._starts_like_an_image(entry):
                     continue
                 if entry.flag_bits & 1:
                     self.unusable.append((printable(name), "encrypted"))
@@ -109,6 +120,17 @@ class ZipSource(EncodedSource):
         start = self._start(entry)
         tail = self._file.read_at(start + entry.file_size - TAIL_BYTES, TAIL_BYTES)
         return Glimpse(self._file.read_at(start, HEAD_BYTES), tail, entry.file_size, lambda: self.read(i))
+
+    def _starts_like_an_image(self, entry: zipfile.ZipInfo) -> bool:
+        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            return False
+        try:
+            head = self._file.read_at(self._start(entry), min(entry.compress_size, HEADER_OF_DEFLATE))
+            if entry.compress_type == zipfile.ZIP_DEFLATED:
+                head = zlib.decompressobj(-15).decompress(head, MAGIC_BYTES)
+        except (OSError, zlib.error):
+            return False
+        return has_image_magic(head)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where the entry's data begin: behind its local header, whose length only it knows."""
@@ -162,7 +184,7 @@ class TarSource(EncodedSource):
                         continue
                     if suffix == ".cls":
                         label_of[member.name[:-4]] = member
-                    elif suffix in IMAGE_SUFFIXES:
+                    elif suffix in IMAGE_SUFFIXES or _starts_like_an_image(file, member):
                         found[member.name] = member
                 file.seek(archive.offset)
                 if why := _why_no_end(file):
@@ -272,6 +294,11 @@ def _require_images(source: EncodedSource) -> None:
     if not source.names:
         found = "{} is {}; ".format(*source.unusable[0]) if source.unusable else ""
         raise UserError(f"no images in {source.path}: {found}give an archive with .jpg or .png files in it")
+
+
+def _starts_like_an_image(file: IO[bytes], member: tarfile.TarInfo) -> bool:
+    file.seek(member.offset_data)
+    return has_image_magic(file.read(min(member.size, MAGIC_BYTES)))
 
 
 def _why_no_end(file: IO[bytes]) -> str:

@@ -27,7 +27,7 @@ from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable, short
 
-PICTURES = 2  # raise it when the same file would decode to other pixels: kept images are then made anew
+PICTURES = 3  # raise it when other files would be taken, or decoded to other pixels: kept images are then made anew
 
 
 class FileDataset(Dataset):

@@ -17,6 +17,7 @@ from fastdcgan.files import printable
 
 HEAD_BYTES = 65536  # most files are read whole by this; a frame header behind longer metadata costs a second read
 TAIL_BYTES = 64
+MAGIC_BYTES = 16  # from which `has_image_magic` tells
 KEPT_BYTES = 256 << 20  # of small files, held in memory from the first look at them until they are decoded
 MOST_ENCODED_BYTES = 1 << 30
 TOO_LARGE = "larger than 1 GiB"
@@ -144,7 +145,7 @@ class FolderSource(EncodedSource):
     def _starts_like_an_image(self, name: str) -> bool:
         try:
             with open(self.path / name, "rb", buffering=0) as file:
-                return has_image_magic(file.read(16))
+                return has_image_magic(file.read(MAGIC_BYTES))
         except OSError:
             return False
 

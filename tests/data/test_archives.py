@@ -91,6 +91,29 @@ def test_a_zip_with_damaged_entries_costs_those_entries(
     assert all(reason.startswith("broken in the zip") for _, reason in data.skipped)
 
 
+def test_images_without_a_suffix_are_known_by_how_they_begin_in_archives_too(
+    files: dict[str, bytes], opened: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    """As in folders; and neither text nor what cannot be unpacked is taken for one."""
+    image, noise = files["b/1.jpg"], np.random.default_rng(0).bytes(3000)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("stored", image)
+        archive.writestr("packed.JPG_large", image + bytes(5000), zipfile.ZIP_DEFLATED)
+        archive.writestr("noise", noise, zipfile.ZIP_DEFLATED)
+        archive.writestr("empty", b"", zipfile.ZIP_DEFLATED)
+        archive.writestr("other method", image, zipfile.ZIP_BZIP2)
+        place = archive.infolist()[2].header_offset + 30 + len("noise")
+    whole = bytearray((tmp_path / "set.zip").read_bytes())
+    whole[place : place + 8] = b"\xff" * 8  # no stream of that begins so
+    (tmp_path / "set.zip").write_bytes(whole)
+    with tarfile.open(tmp_path / "set.tar", "w") as shard:
+        for name, data in {"stored": image, "packed.JPG_large": image, "noise": noise, "empty": b""}.items():
+            add(shard, name, data)
+    for name in ("set.zip", "set.tar"):
+        data = opened(tmp_path / name)
+        assert (data.count, data.skipped) == (2, [])
+
+
 def test_encrypted_entries_are_named(files: dict[str, bytes], tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:

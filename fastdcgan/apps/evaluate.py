@@ -76,6 +76,8 @@ def evaluate(
         raise UserError(f"{data} has {set_.count} usable images: at least {2 * FEWEST} are needed to compare with")
     order = shuffled(set_.count, seed)
     real = torch.cat(list(batches(set_, order[:count])))
+    if (real == real[:1]).all():
+        raise UserError(f"the {count} images taken from {data} are all the same: give real images that differ")
     if judge is None:
         judge = untrained(discriminator, real[:BATCH])
     other = torch.cat(list(batches(set_, order[count : 2 * count])))

@@ -76,6 +76,15 @@ def images(count, size, seed=0, channels=3):
     return torch.nn.functional.avg_pool2d(noise, 3, 1, 1) * 4 - 2
 
 
+def test_one_picture_over_and_over_is_nothing_to_compare_with(run, digits, tmp_path):
+    (tmp_path / "set").mkdir()
+    for i in range(64):
+        save(to_picture(digits[0]), tmp_path / "set" / f"{i}.png")
+    with pytest.raises(UserError, match="the 32 images taken from .* are all the same"):
+        evaluate(run, data=str(tmp_path / "set"), out=tmp_path / "e.json")
+    assert not (tmp_path / "e.json").exists()
+
+
 def test_sliced_wasserstein_is_small_for_one_distribution_and_finds_blur_at_the_fine_level():
     a, b = images(200, 32), images(200, 32, seed=1)
     same = sliced_wasserstein(a, b)

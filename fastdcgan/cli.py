@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from fastdcgan.commands import COMMANDS, app, spelled_out
 from fastdcgan.console import say
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, first_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,11 +68,16 @@ def main(argv: list[str] | None = None) -> None:
 def in_plain_words(error: Exception) -> str | None:
     """What a user can do about an error of torch, Triton or numpy that is not this program's; None for all others."""
     text = str(error)
-    short = ("out of memory", "can't allocate memory", "calculation overflowed")
+    short = ("out of memory", "can't allocate memory", "calculation overflowed", "STATUS_ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(words in text for words in short):
         return (
             "there is not enough memory: take less at a time, with a smaller --batch-size, --image-size, --gen-width or"
             " --count, or free some"
+        )
+    if "unable to find an engine" in text or "CUBLAS_STATUS_NOT_INITIALIZED" in text:
+        return (
+            f"cuDNN or cuBLAS cannot work ({first_line(error)}): most often GPU memory is short, so take less at a"
+            " time, with a smaller --batch-size, --image-size or --gen-width, or free some"
         )
     if "C compiler" in text:
         return (

@@ -22,6 +22,9 @@ class Executor(Protocol):
 
     def run(self) -> None: ...
 
+    def close(self) -> None:
+        """Let go of what it holds on the device; it runs nothing any more."""
+
 
 class Uncaptured:
     """The update as Python runs it: operation by operation or, of a compiled step, in a few compiled functions."""
@@ -32,9 +35,12 @@ class Uncaptured:
     def run(self) -> None:
         self.step.update()
 
+    def close(self) -> None:
+        pass
+
 
 class Captured:
-    """The whole update as one CUDA graph, or as two where only some updates have a penalty.
+    """The whole update as one CUDA graph, or as two where only some updates have the R1 penalty.
 
     The first `WARM_UP` runs of each are ordinary updates on a side stream, so that compilation, autotuning and the
     allocator's first requests are over; the next one is recorded, which runs nothing, and replayed from then on.
@@ -50,27 +56,34 @@ class Captured:
 
     def __init__(self, step: TrainStep, require: bool) -> None:
         self.step, self.name, self.require = step, "captured", require
-        self.runs = {True: 0, False: 0}  # by whether there is a penalty
+        self.runs = {True: 0, False: 0}  # by whether R1 is due
         self.stream = torch.cuda.Stream()
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def run(self) -> None:
-        penalised = self.step.penalised()
-        if self.name == "captured" and penalised not in self.graphs and self.runs[penalised] >= self.WARM_UP:
+        due = self.step.r1_is_due()
+        if self.name == "captured" and due not in self.graphs and self.runs[due] >= self.WARM_UP:
             self.capture()
-        if penalised in self.graphs:
-            self.graphs[penalised].replay()
+        if due in self.graphs:
+            self.graphs[due].replay()
             self.step.updates += 1
         else:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.step.update()
             torch.cuda.current_stream().wait_stream(self.stream)
-        self.runs[penalised] += 1
+        self.runs[due] += 1
+
+    def close(self) -> None:
+        """Wait for the last replay and give the graphs up: their memory, and NCCL, which ends when no graph has it."""
+        torch.cuda.synchronize(self.step.source.device)
+        for graph in self.graphs.values():
+            graph.reset()
+        self.graphs.clear()
 
     def capture(self) -> None:
         """Record one update; where that fails, say why once and stay with ordinary updates (or raise, if required)."""
-        graph, penalised, updates = torch.cuda.CUDAGraph(), self.step.penalised(), self.step.updates
+        graph, due, updates = torch.cuda.CUDAGraph(), self.step.r1_is_due(), self.step.updates
         random, current = self.step.rng.get_state(), torch.cuda.current_stream()
         with warnings.catch_warnings():  # newer releases find the generator themselves and say that this is deprecated
             warnings.simplefilter("ignore")
@@ -94,7 +107,7 @@ class Captured:
             self.name = "compiled"
             self.graphs.clear()  # one that was captured before draws from the generator that was given up
         else:
-            self.graphs[penalised] = graph
+            self.graphs[due] = graph
         self.step.updates = updates  # recording runs nothing
 
 

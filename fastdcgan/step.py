@@ -207,7 +207,7 @@ class TrainStep:
         return self.interpolation is not None or self.r1_is_due()
 
     def r1_is_due(self) -> bool:
-        """Whether the next update has the R1 penalty."""
+        """Whether the next update has the R1 penalty: all in which one update can differ from another."""
         return self.r1 > 0 and self.updates % self.r1_every == 0
 
     def penalty(self, real: Tensor, fake: Tensor) -> Tensor:

@@ -203,6 +203,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
     step.synchronise()
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
+    at_end.callback(executor.close)  # before the processes leave one another, and before the images go
 
     # Who writes, and where.
     folder = world.broadcast_object(world.first(lambda: choose_folder(config, data.name)))

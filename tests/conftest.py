@@ -1,3 +1,5 @@
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +17,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _by_itself() -> Iterator[None]:
+def _by_itself(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test draws the same numbers, leaves torch's switches as they were, and waits for what it started on a GPU:
     a fault there is its own, not the next one's."""
     torch.manual_seed(0)
@@ -26,4 +28,10 @@ def _by_itself() -> Iterator[None]:
     for place, name, value in switches:
         setattr(place, name, value)
     if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:  # this process can use its GPU no more: xdist starts another
+                sys.__stderr__.write(f"\n{request.node.nodeid} left a fault on the GPU: {error}\n")
+                os._exit(1)
+            raise

@@ -127,6 +127,9 @@ class StandInGraph:
     def replay(self) -> None:
         self.calls.append("replay")
 
+    def reset(self) -> None:
+        self.calls.append("reset")
+
 
 def captured_with_stand_ins(
     monkeypatch: pytest.MonkeyPatch, require: bool, fails: bool, **options: object
@@ -164,6 +167,7 @@ def captured_with_stand_ins(
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: graph.order.append(f"stays on {stream.name}"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: graph.calls.append(f"wait for the {device}"))
     return Captured(step, require), graph
 
 
@@ -191,6 +195,31 @@ def test_updates_with_and_without_a_penalty_are_two_recordings(monkeypatch: pyte
     again = ["register", "capture", "replay"]
     assert graph.calls == [*again, *again, "replay", "replay"]
     assert executor.step.updates == 2 * Captured.WARM_UP + 4
+
+
+def test_r1_beside_another_penalty_is_recorded_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of wgan-gp every update has a penalty: what differs from one to the next is R1."""
+    options: dict[str, object] = {"size": 16, "loss": "wgan-gp", "r1": 1.0, "r1_every": 4}
+    executor, graph = captured_with_stand_ins(monkeypatch, require=False, fails=False, **options)
+    computed: list[str] = []
+    monkeypatch.setattr("fastdcgan.step.r1_penalty", lambda logits, images: computed.append("r1") or logits.sum() * 0)
+    monkeypatch.setattr(graph, "replay", lambda: graph.calls.append("with r1" if due else "without"))
+    recorded = dict[bool, bool]()
+    for number in range(4 * (Captured.WARM_UP + 1)):
+        due, graphs, before = number % 4 == 0, len(executor.graphs), len(computed)
+        executor.run()
+        assert (due in executor.graphs) == (executor.runs[due] > Captured.WARM_UP)
+        if len(executor.graphs) > graphs:
+            recorded[due] = len(computed) > before
+    assert recorded == {True: True, False: False}
+
+
+def test_graphs_are_given_up_when_nothing_runs_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, graph = captured_with_stand_ins(monkeypatch, require=False, fails=False, size=16, r1=1.0, r1_every=2)
+    for _ in range(2 * Captured.WARM_UP + 2):
+        executor.run()
+    executor.close()
+    assert graph.calls[-3:] == ["wait for the cpu", "reset", "reset"] and executor.graphs == {}
 
 
 def test_where_the_second_capture_fails_the_first_graph_goes_too(monkeypatch: pytest.MonkeyPatch) -> None:

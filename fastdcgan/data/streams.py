@@ -156,6 +156,7 @@ class StagedStream(FedStream):
             self._closed = True
             self._empty.put((torch.empty(0), torch.cuda.Event()))  # wakes the thread
             self._thread.join()
+            self._copy_stream.synchronize()  # `source` may be freed now: nothing must be writing to it
             super().close()
 
 

@@ -80,7 +80,7 @@ def test_one_picture_over_and_over_is_nothing_to_compare_with(run, digits, tmp_p
     (tmp_path / "set").mkdir()
     for i in range(64):
         save(to_picture(digits[0]), tmp_path / "set" / f"{i}.png")
-    with pytest.raises(UserError, match="the 32 images taken from .* are all the same"):
+    with pytest.raises(UserError, match="the 32 images taken from"):
         evaluate(run, data=str(tmp_path / "set"), out=tmp_path / "e.json")
     assert not (tmp_path / "e.json").exists()
 

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +44,16 @@ class Checkpoint:
     progress: dict[str, Any]
 
 
-def save(run: Path, step: int, checkpoint: Checkpoint, keep: int, sound: int | None = None) -> Path:
+def save(
+    run: Path,
+    step: int,
+    checkpoint: Checkpoint,
+    keep: int,
+    sound: int | None = None,
+    damaged: Collection[Path] = (),
+) -> Path:
     """Write `checkpoints/step-<step>` and delete all but the newest `keep`, and the newest that is not after step
-    `sound`, to which the run may have to go back.
+    `sound`, to which the run may have to go back. Those known to be `damaged` count for neither.
 
     It appears under its name complete and on disk, or not at all: a kill or a full disk leaves the older ones.
 
@@ -70,7 +77,8 @@ def save(run: Path, step: int, checkpoint: Checkpoint, keep: int, sound: int | N
         state = json.dumps({**progress, "sha256": digests}, indent=1)
         (unfinished / "state.json").write_text(state + "\n")
     before = [each for each in complete(run) if step_of(each) <= step]  # later ones are damaged
-    needed = before[-keep:] + [each for each in before if sound is not None and step_of(each) <= sound][-1:]
+    whole = [each for each in before if each == folder or each not in damaged]
+    needed = whole[-keep:] + [each for each in whole if sound is not None and step_of(each) <= sound][-1:]
     for old in set(before) - set(needed):
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -93,6 +101,8 @@ def load(folder: Path) -> Checkpoint:
             raise ValueError("its step is not a whole number")
         if digests["state.json"] != _digest(progress):
             raise ValueError("state.json is not what was written")
+        if is_numbered(folder) and step_of(folder) != progress["step"]:
+            raise ValueError(f"it is of step {progress['step']:,}")
         tensors = {}
         for kind in TENSOR_FILES:
             # Not mapped: what is checked is what is used, and Windows could not delete the file as long as it is.
@@ -109,14 +119,19 @@ def load_newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, or else the best, saying which were not; None where there is none at all.
 
     Raises:
-        UserError: there are checkpoints and not one can be read.
+        UserError: there are checkpoints and not one can be read, or they cannot even be listed.
     """
     bring_back(run)
-    for _ in range(LISTINGS):
-        folders = _best(run) + complete(run)
-        newest = next(_whole(folders), None)
-        if folders == _best(run) + complete(run):  # or a run under way has put another in the place of one
-            break
+    try:
+        for _ in range(LISTINGS):
+            folders = _best(run) + complete(run)
+            newest = next(_whole(folders), None)
+            if folders == _best(run) + complete(run):  # or a run under way has put another in the place of one
+                break
+    except OSError as error:
+        raise UserError(
+            f"the checkpoints in {run / 'checkpoints'} cannot be listed ({error.strerror}): put that right first"
+        ) from error
     if folders and newest is None:
         raise UserError(
             f"not one checkpoint in {run / 'checkpoints'} can be read: mend what the warnings name (permissions, a"
@@ -129,14 +144,17 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
     """Copy the checkpoint to checkpoints/best if none kept there had a smaller distance; whether it was copied.
 
     Raises:
-        OSError: it could not be written.
+        OSError: it could not be written, or the one that is there not be read.
     """
     best = run / "checkpoints" / "best"
     try:
         if load(best).progress["distance"] <= distance:
             return False
-    except (UserError, KeyError, TypeError):
-        pass  # there is none, or none that can be used
+    except (KeyError, TypeError):
+        pass
+    except UserError as error:  # there is none, or none that can be used
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None  # what cannot be read just now may well be sound
     with _appearing(best) as unfinished:
         shutil.copytree(folder, unfinished)
     return True
@@ -165,9 +183,24 @@ def load_sound(run: Path, step: int) -> Checkpoint | None:
 
 
 def complete(run: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted((f for f in found if f.name[5:].isdigit()), key=step_of)
+    """The run's checkpoint folders, oldest first.
+
+    Raises:
+        OSError: they cannot be listed: a run that has some must not be taken for one that has none.
+    """
+    place = run / "checkpoints"
+    try:
+        found = [place / name for name in os.listdir(place)]
+    except FileNotFoundError:
+        if place.is_symlink():  # to a disk that is not there at the moment
+            raise
+        return []
+    return sorted(filter(is_numbered, found), key=step_of)
+
+
+def is_numbered(folder: Path) -> bool:
+    """Whether it is named as a checkpoint's folder is, `step-<number>`."""
+    return folder.name.startswith("step-") and folder.name[5:].isdigit()
 
 
 def step_of(folder: Path) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from fastdcgan.commands import COMMANDS, app, spelled_out
 from fastdcgan.console import say
-from fastdcgan.errors import UserError, first_line
+from fastdcgan.errors import UserError, first_line, number_in
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,6 +78,11 @@ def in_plain_words(error: Exception) -> str | None:
         return (
             f"cuDNN or cuBLAS cannot work ({first_line(error)}): most often GPU memory is short, so take less at a"
             " time, with a smaller --batch-size, --image-size or --gen-width, or free some"
+        )
+    if number_in("WORLD_SIZE", 1) > 1 and ("Connection closed by peer" in text or "Connection reset by peer" in text):
+        return (
+            "another process of this run has ended: see what it said, put that right, and go on from the last"
+            " checkpoint with --resume"
         )
     if "C compiler" in text:
         return (

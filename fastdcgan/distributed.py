@@ -7,18 +7,25 @@ for which everything here is free.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdcgan.errors import UserError
+from fastdcgan.errors import UserError, number_in
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -88,10 +95,6 @@ class World:
             if self.size > 1 and self.local_rank == 0:
                 dist.barrier()
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true in some process."""
-        return any(self.gather(value))
-
     def means(self, values: dict[str, float]) -> dict[str, float]:
         """The mean over all processes of each value."""
         everyones = self.gather(values)
@@ -121,12 +124,15 @@ def join(device: torch.device) -> World:
     Raises:
         UserError: fewer GPUs than processes on this machine; not started as torchrun starts processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = number_in("WORLD_SIZE", 1)
     if size == 1:
         return ALONE
-    if "RANK" not in os.environ:
-        raise UserError("the environment has WORLD_SIZE but no RANK: start with torchrun, or unset WORLD_SIZE")
-    rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"the environment has WORLD_SIZE but no {missing[0]}: start with torchrun, or unset WORLD_SIZE")
+    rank, local_rank = number_in("RANK", 0), number_in("LOCAL_RANK", 0)
+    if not 0 <= rank < size:
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={size}: ranks count from 0 to below that")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -140,13 +146,32 @@ def join(device: torch.device) -> World:
     # A process group that is there when this module is imported is kept to the end, and its threads with it: they may
     # then be freeing tensors while the interpreter ends, and abort. A run that compiles imports it later.
     importlib.import_module("torch._dynamo")
-    # torchrun's store outlives a restart: without a name of their own the new processes could read the addresses of
-    # those that are gone.
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"restart-{restart}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(meeting(store, rank, size), store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, local_rank)
+
+
+def meeting(store: Store, rank: int, size: int) -> str:
+    """A name for this start of all processes, the same for all and never used before.
+
+    torchrun's store outlives a restart, and has the addresses of those that are gone; and after one its agents on
+    several machines count different numbers of restarts. So every process says that it is here, the first lists who
+    is, and when all on the list have found themselves there its digest is the name.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"here/{rank}", own)
+    while True:
+        if rank == 0:
+            store.set("list", " ".join(store.get(f"here/{each}").decode() for each in range(size)))
+        listed = store.get("list").decode()
+        if own in listed:
+            name = hashlib.sha256(listed.encode()).hexdigest()
+            store.set(f"{name}/{rank}", "here")
+            with suppress(dist.DistStoreError):  # somebody else's place on the list is still that of one who is gone
+                store.wait([f"{name}/{each}" for each in range(size)], timedelta(seconds=1))
+                return name
+        time.sleep(0.1)
 
 
 class Averager:

@@ -1,5 +1,6 @@
 """The one exception that stands for a mistake a user can put right, and what many commands need to make one."""
 
+import os
 from pathlib import Path
 
 LAST_SEED = 2**63 - 1
@@ -35,3 +36,15 @@ def check_utf8(flag: str, path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise UserError(f"{flag} {str(path)!r} is not possible: it needs a name in UTF-8") from None
+
+
+def number_in(variable: str, otherwise: int) -> int:
+    """The whole number in an environment variable, `otherwise` where it is not set.
+
+    Raises:
+        UserError: it is something else, or negative, or WORLD_SIZE is 0.
+    """
+    text = os.environ.get(variable, "").strip() or str(otherwise)
+    if not text.isdecimal() or (variable == "WORLD_SIZE" and int(text) == 0):
+        raise UserError(f"the environment has {variable}={text}: start with torchrun, or unset {variable}")
+    return int(text)

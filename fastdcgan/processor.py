@@ -9,7 +9,7 @@ import torch
 
 from fastdcgan.console import say
 from fastdcgan.cores import allowed_cores
-from fastdcgan.errors import UserError, first_line
+from fastdcgan.errors import UserError, first_line, number_in
 
 
 def native_bf16() -> bool:
@@ -29,7 +29,7 @@ def why_no_gpu() -> str | None:
     if not torch.cuda.is_available():
         return "PyTorch finds no NVIDIA GPU here"
     # More processes than GPUs are `distributed.join`'s to refuse.
-    own = min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1)
+    own = min(number_in("LOCAL_RANK", 0), torch.cuda.device_count() - 1)
     try:
         torch.zeros(1, device=f"cuda:{own}").add_(1).item()
     except (RuntimeError, torch.cuda.DeferredCudaCallError) as error:

@@ -183,6 +183,8 @@ def _plan(image_size: tuple[int, int], width: int) -> tuple[tuple[int, int], lis
 
 def _init(module: nn.Module) -> None:
     """Weights N(0, 0.02), BatchNorm scale N(1, 0.02) and shift 0 (the paper's section 4)."""
+    if next(module.parameters(recurse=False), torch.empty(0)).is_meta:
+        return  # there is nothing to fill, for which torch would import its compiler
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):

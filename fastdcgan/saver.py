@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,17 @@ class Saver:
     """Writes a run's checkpoints in a thread of its own: training waits for the copy in memory, not for the disk.
 
     Args:
-        total: steps of the whole run, for a resumed one.
         run: None in all processes but the first, which writes for all: their networks are the same, and their random
-            numbers and positions in the data are sent to it.
+            numbers, sums and positions in the data are sent to it.
+        total: steps of the whole run, for a resumed one.
+        rollbacks: how often the run has gone back so far.
+        damaged: its checkpoints that cannot be read.
     """
 
-    def __init__(self, run: RunFolder | None, world: World, total: int) -> None:
-        self.run, self.world, self.total = run, world, total
+    def __init__(
+        self, run: RunFolder | None, world: World, total: int, rollbacks: int = 0, damaged: Iterable[Path] = ()
+    ) -> None:
+        self.run, self.world, self.total, self.rollbacks, self.damaged = run, world, total, rollbacks, set(damaged)
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[int | None] | None = None
         self.lost: int | None = None  # the step of the last checkpoint, if it could not be written
@@ -48,17 +54,20 @@ class Saver:
             distance: of the run's pictures from the data; the checkpoint with the smallest is kept as checkpoints/best.
             sound: as in `checkpoint.save`.
         """
-        random, positions = zip(*self.world.gather((step.rng.get_state(), stream.state())), strict=True)
+        own = step.rng.get_state(), step.sums.cpu(), stream.state()
+        random, sums, positions = zip(*self.world.gather(own), strict=True)
         if self.run is None:
             return
         self.wait()
+        state = step.state() | {"rng": torch.stack(random), "sums": torch.stack(sums)}
         tensors = {
             kind: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
-            for kind, values in (step.weights() | {"state": step.state() | {"rng": torch.stack(random)}}).items()
+            for kind, values in (step.weights() | {"state": state}).items()
         }
         progress = {"step": done, "images": stream.images, "data": positions, "distance": distance}
         progress |= {"total": self.total, "of": [self.run.config.epochs, self.run.config.batch_size, self.world.size]}
-        self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress), sound)
+        progress |= {"rollbacks": self.rollbacks, "config": self.run.config.as_json()}
+        self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress), sound, self.damaged)
 
     def wait(self) -> None:
         """Return when everything is on the disk."""
@@ -67,8 +76,11 @@ class Saver:
             self.writing = None
 
 
-def write(run: RunFolder, taken: Checkpoint, sound: int | None = None) -> int | None:
+def write(run: RunFolder, taken: Checkpoint, sound: int | None, damaged: set[Path]) -> int | None:
     """Write a checkpoint; where it cannot be written, warn: the older one still stands, and training goes on.
+
+    Args:
+        damaged: as in `checkpoint.save`; what is written is taken out of it.
 
     Returns:
         its step, if it could not be written.
@@ -80,7 +92,8 @@ def write(run: RunFolder, taken: Checkpoint, sound: int | None = None) -> int | 
     try:
         if not (run.path / "config.json").exists():  # else the rest of the run would be in a folder that is none
             raise FileNotFoundError(errno.ENOENT, "the run folder is no longer there", str(run.path))
-        folder = checkpoint.save(run.path, done, taken, run.config.keep, sound)
+        folder = checkpoint.save(run.path, done, taken, run.config.keep, sound, damaged)
+        damaged.discard(folder)
     except OSError as error:
         say(f"warning: the checkpoint at step {done:,} could not be written ({error}); training goes on without it")
         return done
@@ -102,7 +115,8 @@ def restore(step: TrainStep, saved: Checkpoint, world: World) -> int:
     """
     done = int(saved.progress["step"])
     state = dict(saved.tensors["state"])
-    random = state["rng"]  # (processes, bytes)
+    random, sums = state["rng"], state["sums"].view(-1, len(step.sums))  # (processes, bytes), (processes, n)
+    state["sums"] = sums[world.rank] if len(sums) == world.size else sums.mean(0)
     if len(random) == world.size and random.shape[1:] == step.rng.get_state().shape:
         state["rng"] = random[world.rank].clone()  # set_state reads from where a view's storage begins
     else:

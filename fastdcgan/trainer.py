@@ -11,12 +11,12 @@ from collections.abc import Set
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
 from fastdcgan.alarms import LOST, Alarm
-from fastdcgan.checkpoint import complete, keep_if_best, load_newest, load_sound, step_of
+from fastdcgan.checkpoint import Checkpoint, complete, keep_if_best, load_newest, load_sound, step_of
 from fastdcgan.config import TrainConfig, absolute
 from fastdcgan.console import say, speaks, spinner, training_progress
 from fastdcgan.data import open_dataset, packed_size
@@ -35,6 +35,8 @@ from fastdcgan.saver import Saver, position, restore
 from fastdcgan.signals import stop_signals
 from fastdcgan.step import TrainStep
 from fastdcgan.watch import Watch
+
+T = TypeVar("T")
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
 ROLLBACKS = 3  # from one start; then the run ends: what comes back every time is no accident
@@ -147,9 +149,10 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
             world_size=world.size,
         )
     flip = data.flip if config.flip is None else config.flip
-    if saved is not None:
-        before = dataclasses.replace(saved, flip=data.flip if saved.flip is None else saved.flip)
-        warn_of_changes(dataclasses.replace(config, flip=flip), before)
+    alike = world.gather((*data.listed(), data.channels))
+    if len(set(alike)) > 1:
+        raise UserError(f"the processes see different images (files, names, channels: {alike}): give all the same data")
+    count = world.broadcast_object(data.count)  # the others may know of other files that they are broken
     gen_width, disc_width = config.widths
     with building, torch.random.fork_rng(devices=[]):  # and afterwards it is as the caller had it
         torch.default_generator.manual_seed(config.seed)
@@ -163,7 +166,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     # Where it goes on: `done` steps of `total` lie behind it.
     place = config.run_dir if saved is not None else None
     resumed = world.broadcast_object(world.first(lambda: load_newest(place) if place else None))
-    known = complete(place) if place else []
+    known = world.first(lambda: complete(place) if place else []) or []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     at_end.callback(stream.close)
     step = TrainStep(
@@ -188,19 +191,21 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         lr_decay=config.lr_decay == "linear",
         world=world,
     )
-    done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(data.count, world.size)
+    done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(count, world.size)
     if resumed and config.epochs is not None:
         same = resumed.progress["of"] == [config.epochs, config.batch_size, world.size]
         if same and not data.changed(resumed.progress["data"][0]):
             total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
         else:
             seen = resumed.progress["images"]
-            total = done + config.total_steps(data.count, world.size, seen)
-            if "epochs" in asked and seen - config.epochs * data.count >= config.batch_size * world.size:
-                behind = f"{seen / data.count:.4g} epochs"
+            total = done + config.total_steps(count, world.size, seen)
+            if "epochs" in asked and seen - config.epochs * count >= config.batch_size * world.size:
+                behind = f"{seen / count:.4g} epochs"
                 raise UserError(f"the run has {behind} behind it: --epochs {config.epochs:g} would end it before")
     if done > total:
         raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
+    if saved is not None:
+        warn_of_changes(config, trained_with(resumed, saved), data.flip)
     step.synchronise()
     executor = make_executor(step, compile=config.compile, cuda_graph=config.cuda_graph)
     at_end.callback(executor.close)  # before the processes leave one another, and before the images go
@@ -209,22 +214,23 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     folder = world.broadcast_object(world.first(lambda: choose_folder(config, data.name)))
     assert folder is not None
     config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
-    facts = {"images": data.count, "channels": data.channels, "device": str(device), "precision": precision}
+    facts = {"images": count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}, known))
     if run is not None:
         at_end.callback(run.unlock)
-    saver = Saver(run, world, total)
+    before = resumed.progress.get("rollbacks", 0) if resumed else 0
+    saver = Saver(run, world, total, before, damaged=[each for each in known if step_of(each) > done])
     at_end.callback(saver.wait)  # before the folder is unlocked
-    watch, rollbacks = None, 0
+    watch, skipped = None, everyones(world, data.skipped)
     if run is not None:  # the first process
         watch = Watch(folder, config, data.sample(COMPARED, config.seed), device, done)
         at_end.callback(watch.close)
         with watch.writing():
-            report_skipped(data.skipped, folder)
+            report_skipped(skipped, folder)
             if resumed:  # a kill may have come between the two
                 keep_if_best(folder, resumed)
     say(
-        f"{folder}: {data.count:,} images, {height}x{width}x{data.channels}, {total:,} steps of {config.batch_size}"
+        f"{folder}: {count:,} images, {height}x{width}x{data.channels}, {total:,} steps of {config.batch_size}"
         + (f" in each of {world.size} processes" if world.size > 1 else "")
         + f", {device.type} {precision} {executor.name}"
         + (f", going on from step {done:,}" if done else "")
@@ -241,9 +247,9 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
     pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
     with stop_signals() as stop, training_progress(done, total) as show:
-        stopping, begun = False, done
+        signal, begun = 0, done
         pace.start(done)
-        while done < total and not stopping:
+        while done < total and not signal:
             try:
                 stream.advance()
             except UserError as error:
@@ -269,7 +275,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                 pace.tick(done)
                 with pace.measured("log"):
                     if watch:
-                        figures = {"step": done, "images": stream.images, "epoch": stream.images / data.count}
+                        figures = {"step": done, "images": stream.images, "epoch": stream.images / count}
                         figures |= metrics | step.gradient_norms()
                         if pace.step_seconds < math.inf:  # the first step compiles, and is not timed
                             figures["images_per_second"] = config.batch_size * world.size / pace.step_seconds
@@ -290,19 +296,19 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                 raised = world.broadcast_object(raised)
             if raised and (config.on_divergence != "warn" or any(alarm.kind == LOST for alarm in raised)):
                 saver.wait()
-                if config.on_divergence != "rollback" or rollbacks == ROLLBACKS:
+                if config.on_divergence != "rollback" or saver.rollbacks - before == ROLLBACKS:
                     end(folder, raised[0])
-                rollbacks += 1
-                done = roll_back(world, folder, step, raised, config.seed, rollbacks)
+                saver.rollbacks += 1
+                done = roll_back(world, folder, step, raised, config.seed, saver.rollbacks)
                 if watch:
                     watch.begin_again(done)
-            # Processes get a signal each, at different steps: they agree on where to stop.
+            # Processes get a signal each, or only some do, at different steps: they agree on where to stop.
             if world.size == 1 or pace.listens(done):
-                stopping = world.any(stop.is_set())
+                signal = max(world.gather(stop.number))
         if done < total:
             saver.save(step, stream, done, sound=sound())
         saver.wait()
-    skipped = [each for of_rank in world.gather(data.skipped) for each in of_rank]
+    skipped = everyones(world, data.skipped)
     if watch:
         with watch.writing():
             report_skipped(skipped, folder)
@@ -311,10 +317,16 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         raise UserError(f"{what}: make room, then {go_on}")
     if done < total:
         say(f"stopped after step {done:,} of {total:,}; to go on: {go_on}")
-        raise Interrupted(stop.number)
-    most = peak_memory(device) / 2**20
-    say(f"done: {folder / 'samples' / f'step-{done:06d}.png'}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))
+        raise Interrupted(signal)
+    most, picture = peak_memory(device) / 2**20, folder / "samples" / f"step-{done:06d}.png"
+    result = picture if picture.exists() else f"{folder} was at step {done:,} already"
+    say(f"done: {result}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))
     return folder
+
+
+def everyones(world: World, lists: list[T]) -> list[T]:
+    """What all processes have in such lists, one after the other."""
+    return [each for of_rank in world.gather(lists) for each in of_rank]
 
 
 def last_saved(run: Path) -> str:
@@ -336,7 +348,8 @@ def end(run: Path, alarm: Alarm) -> NoReturn:
 
 
 def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], seed: int, count: int) -> int:
-    """Go on from the newest checkpoint before all alarms, with other noise and the images that come next anyway.
+    """Go on from the newest checkpoint before all alarms, with other noise and the images that come next anyway; for
+    the `count`th time in this run.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -347,13 +360,23 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
         end(run, raised[0])
     done = restore(step, found, world)
     step.rng.manual_seed(world.seed(seed + 1000 * raised[0].step + count))
-    say(f"back to step {done:,} with other noise ({count} of {ROLLBACKS} times)")
+    say(f"back to step {done:,} with other noise (rollback {count})")
     return done
 
 
-def warn_of_changes(config: TrainConfig, saved: TrainConfig) -> None:
-    """Say what a resumed run no longer has in common with one that never stopped."""
+def trained_with(saved: Checkpoint | None, config: TrainConfig) -> TrainConfig:
+    """The configuration a checkpoint was trained with; `config`, of config.json, where it does not say."""
+    if saved is None or "config" not in saved.progress:
+        return config
+    return TrainConfig.from_json(saved.progress["config"])
+
+
+def warn_of_changes(config: TrainConfig, saved: TrainConfig, flip: bool) -> None:
+    """Say what a resumed run no longer has in common with one that never stopped; `flip` is the data's own choice."""
     scheduled = config.lr_decay != "none" or config.instance_noise > 0
+    config, saved = (
+        dataclasses.replace(each, flip=flip if each.flip is None else each.flip) for each in (config, saved)
+    )
     for name in [*CHANGES, *(("steps", "epochs") if scheduled else ())]:
         now, before = getattr(config, name), getattr(saved, name)
         if now != before:

@@ -200,6 +200,12 @@ def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert not torch.equal(poison.noise[6], poison.noise[9])  # step 7, the first and the second time
     assert all(v.isfinite().all() for v in load_run(run).generator.state_dict().values())
     assert [f.name for f in checkpoint.complete(run)] == ["step-000006", "step-000009", "step-000012"]
+    Poison(
+        monkeypatch, {2}
+    )  # and once more, after the run was stopped and resumed: not with the noise of the first time
+    train(small(run, on_divergence="rollback", resume=True, steps=16))
+    said = capsys.readouterr().err
+    assert "back to step 12 with other noise (rollback 2)" in said
 
 
 def test_weights_that_are_lost_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

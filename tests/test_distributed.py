@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastdcgan.errors import UserError
 from fastdcgan.saver import position
 
 STEPS, BATCH = 10, 8  # of all processes together
+MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 FLAGS = "--image-size 16 --gen-width 4 --latent-dim 8 --batch-size 8 --log-every 3 --sample-every 6 --device cpu"
 
 
@@ -82,24 +84,37 @@ def test_no_two_processes_of_any_machine_draw_the_same() -> None:
     assert worlds[0].seed(7) == ALONE.seed(7) == 7
 
 
-def test_a_signal_in_any_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    others = [True, False]
-    monkeypatch.setattr(dist, "all_gather_object", lambda into, own: into.__setitem__(slice(2), [own, others.pop(0)]))
-    assert World(0, 2).any(False) and not World(0, 2).any(False)
+def test_each_start_has_a_name_of_its_own() -> None:
+    """Though the store still has what those said who are gone, and processes come at different times."""
+    store = dist.HashStore()
+    store.set("list", "old ones here")
+    names = []
+    for start in range(2):
+
+        def come(rank: int, start: int = start) -> str:
+            time.sleep(0.4 * ((rank + start) % 3))
+            return distributed.meeting(store, rank, 3)
+
+        with ThreadPoolExecutor(3) as pool:
+            found = set(pool.map(come, range(3)))
+        assert len(found) == 1
+        names += found
+    assert names[0] != names[1]
 
 
 def test_each_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sixth of eight is the second on its machine; and after a restart none reads what was said before it."""
-    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "2"}.items():
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **MASTER}.items():
         monkeypatch.setenv(name, value)
     taken, begun = [], []
+    monkeypatch.setattr(distributed, "meeting", lambda store, rank, size: f"start of {size}, for {rank}")
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 5, 8)]))
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: prefix)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: begun.append((backend, how)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert join(torch.device("cuda")) == World(5, 8, 1) and taken == [1]
-    assert begun == [("cpu:gloo,cuda:nccl", {"store": "restart-2", "rank": 5, "world_size": 8})]
+    assert begun == [("cpu:gloo,cuda:nccl", {"store": "start of 8, for 5", "rank": 5, "world_size": 8})]
 
 
 def test_other_processes_go_on_where_all_have_been() -> None:
@@ -192,13 +207,18 @@ def test_a_mistake_is_one_line_from_one_process(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_saves_in_all_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["torchrun", "one process"])
+def test_a_signal_saves_in_all_processes(tmp_path: Path, to: str) -> None:
     run = tmp_path / "run"
     process = torchrun(run, "--log-every", "1000000", steps=100_000)  # no point at which they exchange figures is near
     while not (run / "checkpoints" / "step-000006").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    if to == "torchrun":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.kill(children(process.pid)[1], signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
+    assert to == "torchrun" or process.returncode == 0, "they end alike, and torchrun does not start them anew"
     assert f"fastdcgan train --run-dir {run} --resume" in said
     step = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["step"]
     assert f"stopped after step {step:,}" in said
@@ -235,10 +255,37 @@ def test_what_torchrun_would_have_said_is_missed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match="no RANK: start with torchrun, or unset WORLD_SIZE"):
         distributed.join(torch.device("cpu"))
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="no MASTER_ADDR: start with torchrun"):
+        distributed.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "complaint"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE=two: start with torchrun, or unset WORLD_SIZE"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE=0: start"),
+        ("RANK", "x", "RANK=x: start"),
+        ("LOCAL_RANK", "-1", "LOCAL_RANK=-1: start"),
+        ("RANK", "2", "RANK=2 and WORLD_SIZE=2"),
+    ],
+)
+def test_an_environment_of_something_else_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, complaint: str
+) -> None:
+    for name, usual in {"WORLD_SIZE": "2", "RANK": "0", **MASTER, variable: value}.items():
+        monkeypatch.setenv(name, usual)
+    with pytest.raises(UserError, match=complaint):
+        distributed.join(torch.device("cpu"))
+
+
+def test_without_other_processes_the_environment_may_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert distributed.join(torch.device("cpu")) == ALONE
 
 
 def test_more_processes_than_gpus_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
+    for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2", **MASTER}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("there is no such GPU"))

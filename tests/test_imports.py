@@ -98,8 +98,9 @@ def test_rooms(path: Path) -> None:
 def test_a_run_that_compiles_nothing_starts_without_the_compiler(tmp_path: Path) -> None:
     """Nor scikit-learn: each takes two seconds to import."""
     code = (
-        "import sys; from fastdcgan import TrainConfig, train, winograd; winograd.PAYS_HERE = True\n"
-        f"train(TrainConfig(steps=2, gen_width=32, disc_width=32, device='cpu', run_dir={str(tmp_path / 'run')!r}))\n"
+        "import sys; from fastdcgan import TrainConfig, load_run, train, winograd; winograd.PAYS_HERE = True\n"
+        f"config = TrainConfig(steps=2, gen_width=32, disc_width=32, device='cpu', run_dir={str(tmp_path / 'run')!r})\n"
+        "load_run(train(config))\n"
         "print(*{'torch._dynamo', 'torchvision', 'sklearn'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -155,7 +155,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(
     run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
     run.path.mkdir()
     (run.path / "config.json").write_text("{}")
-    assert write(run, taken) is None  # type: ignore[arg-type]
+    assert write(run, taken, None, set()) is None  # type: ignore[arg-type]
     assert "no checkpoint at step 12" in capsys.readouterr().err and not checkpoint.complete(run.path)
 
 
@@ -171,6 +171,21 @@ def test_each_of_more_processes_than_before_draws_noise_of_its_own(straight: Pat
         restore(step, saved, World(rank, 2))
         step.draw()
     assert not torch.equal(steps[0].noise, steps[1].noise)
+
+
+def test_each_process_goes_on_with_its_own_sums(straight: Path) -> None:
+    """Of figures since the last log point; more processes than before with what those had on average."""
+    saved = checkpoint.load(straight / "checkpoints" / "step-000012")
+    assert saved.tensors["state"]["sums"].shape == (1, 5)
+    sums, random = torch.arange(10.0).view(2, 5), saved.tensors["state"]["rng"].repeat(2, 1)
+    state = saved.tensors["state"] | {"sums": sums, "rng": random}
+    saved = dataclasses.replace(saved, tensors=saved.tensors | {"state": state})
+    found = []
+    for rank, size in ((0, 2), (1, 2), (2, 3)):
+        step = small_step()
+        restore(step, saved, World(rank, size))
+        found.append(step.sums)
+    assert torch.equal(torch.stack(found), torch.cat((sums, sums.mean(0, keepdim=True))))
 
 
 def test_another_seed_is_another_run(straight: Path, tmp_path: Path) -> None:
@@ -216,6 +231,72 @@ def test_damaged_later_checkpoints_do_not_cost_the_sound_one(straight: Path, tmp
     train(small(run, resume=True, steps=8, keep=1))
     assert checkpoint.load(run / "checkpoints" / "step-000008").progress["step"] == 8
     assert (run / "checkpoints" / "step-000008" / "generator.safetensors").stat().st_mode & 0o777 == 0o666 & ~UMASK
+
+
+def test_damaged_checkpoints_do_not_count_towards_those_that_are_kept(straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    (run / "checkpoints" / "step-000012" / "state.safetensors").write_bytes(b"")
+    train(small(run, resume=True, steps=13, keep=2, checkpoint_every=13))
+    assert [folder.name for folder in checkpoint.complete(run)] == ["step-000009", "step-000013"]
+    (run / "checkpoints" / "step-000013" / "state.safetensors").write_bytes(b"")
+    train(small(run, resume=True, steps=16, keep=2, checkpoint_every=13))  # which writes the damaged one anew
+    assert [folder.name for folder in checkpoint.complete(run)] == ["step-000013", "step-000016"]
+
+
+def test_a_checkpoint_under_another_steps_name_is_damaged(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    (run / "checkpoints" / "step-000009").rename(run / "checkpoints" / "step-000099")
+    found = checkpoint.load_newest(run)
+    assert found is not None and found.progress["step"] == 12
+    assert "step-000099 cannot be read: it is of step 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["a disk that is away", "no permission"])
+def test_a_run_whose_checkpoints_cannot_be_seen_does_not_begin_anew(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    if what == "a disk that is away":
+        (run / "checkpoints").rename(tmp_path / "elsewhere")
+        (run / "checkpoints").symlink_to(tmp_path / "not mounted")
+    else:  # not chmod: tests may run as root
+        listdir = os.listdir
+
+        def refuse(path: Path) -> list[str]:
+            if path == run / "checkpoints":
+                raise PermissionError(13, "Permission denied", str(path))
+            return listdir(path)
+
+        monkeypatch.setattr(os, "listdir", refuse)
+    figures = (run / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match="cannot be listed"):
+        train(small(run, resume=True, steps=14))
+    assert (run / "metrics.jsonl").read_text() == figures
+
+
+def test_the_best_checkpoint_stays_where_it_cannot_be_read_just_now(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    state = run / "checkpoints" / "best" / "state.json"
+    content, read = state.read_text(), Path.read_text
+
+    def fail(path: Path, *rest: Any) -> str:
+        if path == state:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *rest)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.keep_best(run, run / "checkpoints" / "step-000012", -1.0)
+    monkeypatch.undo()
+    assert state.read_text() == content
+    state.write_text("{")
+    assert checkpoint.keep_best(run, run / "checkpoints" / "step-000012", -1.0), "a damaged one is replaced"
 
 
 @pytest.mark.parametrize("renamings", [1, 2])
@@ -312,7 +393,7 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
     run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
     run.path.mkdir()
     (run.path / "config.json").write_text("{}")
-    assert write(run, taken) is None  # type: ignore[arg-type]
+    assert write(run, taken, None, set()) is None  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert "step 12 could not be copied to checkpoints/best" in said and "training goes on without" not in said
     assert checkpoint.load(run.path / "checkpoints" / "step-000012").progress["step"] == 12
@@ -413,13 +494,12 @@ def test_who_looks_while_checkpoints_are_replaced_finds_the_newest(
     def replaced_meanwhile(folder: Path) -> checkpoint.Checkpoint:
         if (folders / "later").exists():
             shutil.rmtree(folders / "step-000012")
-            (folders / "later").rename(folders / "step-000013")
+            (folders / "later").rename(folders / "step-000012")
         return load(folder)
 
     monkeypatch.setattr(checkpoint, "load", replaced_meanwhile)
     found = checkpoint.load_newest(run)
     assert found is not None and found.progress["step"] == 12 and capsys.readouterr().err == ""
-    assert not (folders / "step-000012").exists()
 
 
 def test_a_resumed_run_says_what_changes_and_no_more(
@@ -437,6 +517,19 @@ def test_a_resumed_run_says_what_changes_and_no_more(
     assert "steps changes from 13 to 14" in said and "loader changes from auto to torch" in said
     with pytest.raises(UserError, match=r"the run has 0\.1247 epochs behind it: --epochs 0\.05 would end it before"):
         train(small(run, resume=True, steps=None, epochs=0.05))
+
+
+def test_a_configuration_that_was_altered_is_noticed(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one bit: the checkpoint knows what it was trained with. Where nothing is left to do, that is said too."""
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"beta1": 0.5', '"beta1": 0.7'))
+    shutil.rmtree(run / "samples")
+    train(small(run, resume=True), asked=frozenset())
+    said = capsys.readouterr().err
+    assert "note: beta1 changes from 0.5 to 0.7" in said and f"done: {run} was at step 12 already" in said
 
 
 def test_what_the_data_ends_a_run_for_costs_no_step(
@@ -701,6 +794,37 @@ def test_a_reason_to_skip_an_image_outlasts_a_stop(tmp_path: Path, capsys: pytes
     trainer.report_skipped([("a.png", LEFT_OUT), ("b.png", LEFT_OUT), ("b.png", "truncated")], tmp_path)
     assert (tmp_path / "skipped.txt").read_text() == "a.png\tbroken\nb.png\ttruncated\n"
     assert capsys.readouterr().err.count("2 images cannot be used") == 1
+
+
+def test_what_other_processes_could_not_use_is_listed_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a run that goes on, and is killed at once."""
+    gather, theirs = World.gather, [("b.png", "broken")]
+    monkeypatch.setattr(World, "gather", lambda world, v: [v, theirs] if isinstance(v, list) else gather(world, v))
+    monkeypatch.setattr(TrainStep, "update", full)
+    with pytest.raises(OSError):
+        train(small(tmp_path / "run"))
+    assert (tmp_path / "run" / "skipped.txt").read_text() == "b.png\tbroken\n"
+
+
+@pytest.mark.parametrize("difference", ["number", "names", "channels"])
+def test_processes_that_see_different_images_do_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, difference: str
+) -> None:
+    """They would wait for each other at the end, or see images twice and others never."""
+    seen: list[tuple[int, str, int]] = []
+
+    def gather(world: World, value: Any) -> list[Any]:
+        seen.append(value)
+        number, names, channels = value
+        other = {"number": (number + 1, names), "names": (number, names + "x")}.get(difference, (number, names))
+        return [value, (*other, 3 if difference == "channels" else channels)]
+
+    monkeypatch.setattr(World, "gather", gather)
+    with pytest.raises(UserError, match="the processes see different images"):
+        train(small(tmp_path / "run"))
+    assert [value[0] for value in seen] == [1797] and not (tmp_path / "run").exists()
 
 
 def test_the_callers_random_numbers_are_his(tmp_path: Path) -> None:
@@ -1051,9 +1175,12 @@ def test_figures_are_of_all_processes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_one_process_that_is_to_end_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(World, "any", lambda *_: True)
-    with pytest.raises(trainer.Interrupted):
+    """The one that got no signal itself ends as the one that did: torchrun would start it anew otherwise."""
+    gather = World.gather
+    monkeypatch.setattr(World, "gather", lambda world, value: [value, 15] if value == 0 else gather(world, value))
+    with pytest.raises(trainer.Interrupted) as ended:
         train(small(tmp_path / "run"))
+    assert ended.value.signal_number == 15
     assert [each.name for each in checkpoint.complete(tmp_path / "run")] == ["step-000001"]
 
 

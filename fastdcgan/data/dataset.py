@@ -52,6 +52,10 @@ class Dataset(ABC):
     skipped: list[tuple[str, str]]  # (file, reason); grows when a file breaks while it is decoded
     _order: Order
 
+    def listed(self) -> tuple[int, str]:
+        """How many images there are, usable or not, and a digest of their names: the same in all processes of a run."""
+        return self._order.count, self._order.listing
+
     def changed(self, state: dict[str, Any]) -> bool:
         """Whether a `Stream.state()` is of other images than these."""
         return self._order.changed(state)

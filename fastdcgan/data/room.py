@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fastdcgan.cores import CGROUPS, allowed_cores
+from fastdcgan.errors import number_in
 
 CGROUP_V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_")
 # Shares of what is free that --cache auto takes at most.
@@ -24,7 +25,7 @@ def cores() -> int:
 
 def ranks_here() -> int:
     """Training processes on this machine (torchrun says so)."""
-    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(number_in("LOCAL_WORLD_SIZE", 1), 1)
 
 
 def fits_on_device(size: int, device: torch.device) -> bool:

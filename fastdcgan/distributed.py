@@ -13,9 +13,8 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -168,10 +167,9 @@ def meeting(store: Store, rank: int, size: int) -> str:
         if own in listed:
             name = hashlib.sha256(listed.encode()).hexdigest()
             store.set(f"{name}/{rank}", "here")
-            with suppress(dist.DistStoreError):  # somebody else's place on the list is still that of one who is gone
-                store.wait([f"{name}/{each}" for each in range(size)], timedelta(seconds=1))
+            if store.check([f"{name}/{each}" for each in range(size)]):  # nobody listed is one of those that are gone
                 return name
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 class Averager:

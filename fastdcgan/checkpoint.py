@@ -80,7 +80,7 @@ def save(
     whole = [each for each in before if each == folder or each not in damaged]
     needed = whole[-keep:] + [each for each in whole if sound is not None and step_of(each) <= sound][-1:]
     for old in set(before) - set(needed):
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
     return folder
 
 
@@ -178,7 +178,7 @@ def load_sound(run: Path, step: int) -> Checkpoint | None:
     sound = next((found for found in _whole(older) if found.progress["step"] <= step), None)
     if sound is not None:
         for later in [folder for folder in complete(run) if step_of(folder) > sound.progress["step"]]:
-            shutil.rmtree(later, ignore_errors=True)
+            _delete(later)
     return sound
 
 
@@ -239,6 +239,14 @@ def _whole(folders: list[Path]) -> Iterator[Checkpoint]:
         except UserError as error:
             if folder.exists():
                 say(f"warning: {error}; trying the one before")
+
+
+def _delete(folder: Path) -> None:
+    """Take a checkpoint's name first, so that whoever looks at the run meanwhile does not find half of it."""
+    nameless = folder.with_name(f".{folder.name}{UNFINISHED}")
+    with suppress(OSError):
+        folder.rename(nameless)
+    shutil.rmtree(folder if folder.exists() else nameless, ignore_errors=True)
 
 
 def _place(run: Path, step: int) -> Path:

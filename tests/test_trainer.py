@@ -245,6 +245,23 @@ def test_damaged_checkpoints_do_not_count_towards_those_that_are_kept(straight: 
     assert [folder.name for folder in checkpoint.complete(run)] == ["step-000013", "step-000016"]
 
 
+def test_who_looks_while_a_checkpoint_is_deleted_does_not_find_half_of_it(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    saved = checkpoint.load(run / "checkpoints" / "step-000012")
+    rmtree, seen = shutil.rmtree, list[list[str]]()
+
+    def look(folder: Path, **how: Any) -> None:
+        seen.append([each.name for each in checkpoint.complete(run)])
+        rmtree(folder, **how)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", look)
+    checkpoint.save(run, 12, saved, keep=2)
+    assert seen[-1] == ["step-000009", "step-000012"] == [each.name for each in checkpoint.complete(run)]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
 def test_a_checkpoint_under_another_steps_name_is_damaged(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,8 +31,8 @@ def make_step(device: str = "cpu", size: int = 32, width: int = 8, batch_size: i
     return TrainStep(generator.to(device), discriminator.to(device), source, index, **options)  # type: ignore[arg-type]
 
 
-def on_gpu() -> TrainStep:
-    return make_step("cuda", width=32, batch_size=16, precision="bf16")
+def on_gpu(**options: object) -> TrainStep:
+    return make_step("cuda", width=32, batch_size=16, precision="bf16", **options)
 
 
 def weights(*networks: nn.Module) -> Tensor:
@@ -288,9 +288,10 @@ def test_a_capture_that_fails_half_way_leaves_a_step_that_works(
 
 
 @pytest.mark.gpu
-def test_captured_agrees_with_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"loss": "wgan-gp", "r1": 1.0, "r1_every": 4}], ids=["bce", "two penalties"])
+def test_captured_agrees_with_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    steps = [on_gpu() for _ in range(2)]
+    steps = [on_gpu(**options) for _ in range(2)]
     executors = [
         make_executor(s, compile=True, cuda_graph=graph) for s, graph in zip(steps, ("off", "on"), strict=True)
     ]
@@ -301,6 +302,7 @@ def test_captured_agrees_with_compiled_on_a_gpu(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(steps[0].rng.get_state(), steps[1].rng.get_state())
     # The same kernels in the same order; cuBLAS may add in another order from run to run.
     assert_close(steps[1], steps[0], 1e-2)
+    executors[1].close()
 
 
 @pytest.mark.gpu

@@ -16,6 +16,8 @@ TURNS = {  # by EXIF's orientation: what brings a picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Orientations of which the left or the top edge, upright, is the right or the bottom one of the picture as it is stored.
+LEFT_IS_AN_END, TOP_IS_AN_END = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 def orientation(picture: Image.Image) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 
 from fastdcgan.errors import first_line
-from fastdcgan.pixels import in_8_bits, orientation, upright, without_range
+from fastdcgan.pixels import LEFT_IS_AN_END, TOP_IS_AN_END, in_8_bits, orientation, upright, without_range
 
 # Pillow refuses more than this as a decompression bomb; as 8-bit colour it is half a gigabyte.
 MOST_PIXELS = 178_956_970
@@ -69,18 +69,13 @@ def decode(
     try:
         image = _open(data)
         shown = image.size if orientation(image) >= 5 else image.size[::-1]
-        _, _, box_height, box_width = cover_box(shown, image_size)
-        shrink = min(box_height / image_size[0], box_width / image_size[1])
-        if isinstance(image, JpegImagePlugin.JpegImageFile) and shrink >= 2:
-            # Pillow picks the smallest of 1/2, 1/4 and 1/8 that is not below the size asked for.
-            least = (math.ceil(image.width / shrink - 1e-6), math.ceil(image.height / shrink - 1e-6))
-            image.draft("L" if channels == 1 else "RGB", least)
+        scale = _scale_down(image, shown, image_size, channels)
         if image.width * image.height > MOST_PIXELS:
             raise UnusableImage(too_many_pixels(image.height, image.width))
         if image.width * image.height > LARGE_PIXELS:
             with _one_large_image:
-                return _finish(image, image_size, channels, place)
-        return _finish(image, image_size, channels, place)
+                return _finish(image, shown, scale, image_size, channels, place)
+        return _finish(image, shown, scale, image_size, channels, place)
     except UnusableImage:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on broken files
@@ -157,17 +152,53 @@ def _is_animated(image: Image.Image) -> bool:
         return True
 
 
+def _scale_down(image: Image.Image, shown: tuple[int, int], image_size: tuple[int, int], channels: int) -> float:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its size where that is enough: which of 1, 2, 4 and 8 it is.
+
+    Args:
+        shown: its (height, width), upright.
+    """
+    _, _, box_height, box_width = cover_box(shown, image_size)
+    shrink = min(box_height / image_size[0], box_width / image_size[1])
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or shrink < 2:
+        return 1
+    width, height = image.size
+    # Pillow picks the smallest of 1/2, 1/4 and 1/8 that is not below the size asked for.
+    least = (math.ceil(width / shrink - 1e-6), math.ceil(height / shrink - 1e-6))
+    drafted = image.draft("L" if channels == 1 else "RGB", least)
+    return width / drafted[1][2] if drafted else 1
+
+
 def _finish(
-    image: Image.Image, image_size: tuple[int, int], channels: int, place: tuple[float, float]
+    image: Image.Image,
+    shown: tuple[int, int],
+    scale: float,
+    image_size: tuple[int, int],
+    channels: int,
+    place: tuple[float, float],
 ) -> NDArray[np.uint8]:
+    """Load the image and bring its part to size.
+
+    Args:
+        shown: its whole (height, width), upright.
+        scale: how many times smaller it is decoded.
+    """
     image.load()
+    turn = orientation(image)
     image = upright(image)
-    top, left, height, width = cover_box((image.height, image.width), image_size, place)
-    if (height, width) != (image.height, image.width):
-        image = image.crop((left, top, left + width, top + height))
+    top, left, height, width = (side / scale for side in cover_box(shown, image_size, place))
+    # Of a size that is no multiple of the scale, the last column and row of pixels reach beyond the picture's edge.
+    if turn in LEFT_IS_AN_END:
+        left += image.width - shown[1] / scale
+    if turn in TOP_IS_AN_END:
+        top += image.height - shown[0] / scale
+    x, y = math.floor(left), math.floor(top)
+    around = (x, y, math.ceil(left + width), math.ceil(top + height))  # a pixel may be shown in part
+    if around != (0, 0, *image.size):
+        image = image.crop(around)
     image = _with_channels(image, channels)
-    if image.size != image_size[::-1]:
-        image = image.resize(image_size[::-1], Image.Resampling.BILINEAR)
+    box = (left - x, top - y, left - x + width, top - y + height)
+    image = image.resize(image_size[::-1], Image.Resampling.BILINEAR, box)
     return np.asarray(image).reshape(*image_size, channels)
 
 

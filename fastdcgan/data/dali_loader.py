@@ -32,6 +32,7 @@ Pictures = list[Any] | Pixels
 
 types: Any = nvidia.dali.types  # its names are made at run time, where type checkers do not see them
 BATCHES_AHEAD = 2
+LARGE_PNG = 1 << 20  # pixels; above, DALI, which holds whole batches unresized, takes gigabytes and is no faster
 GPU_DECODE_FROM_BYTES = 16_384  # a typical file this large is worth sending to the GPU's decoder
 
 
@@ -70,6 +71,7 @@ class DaliLoader(Loader):
     def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
         """Arguments of `Loader`; on a CUDA `device`, sets of large files are decoded there."""
         super().__init__(*args, **kwargs)
+        self.fast &= ~((self.census.kind == PNG) & (self.centre[:, 2:].prod(axis=1, dtype=np.int64) > LARGE_PNG))
         if self.channels == 1:  # DALI's grey of a colour PNG is not Pillow's (that of a JPEG is the file's own)
             self.fast &= ~((self.census.kind == PNG) & self.census.colour)
         large = bool(np.median(self.census.encoded_bytes) >= GPU_DECODE_FROM_BYTES)

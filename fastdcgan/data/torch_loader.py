@@ -68,4 +68,7 @@ class TorchLoader(Loader):
             return None
         if image.shape[1:] != tuple(self.census.sizes[decoded.ids[row]]):  # rewritten since it was looked at
             return None
-        return image[:, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+        pixels: Pixels = image.permute(1, 2, 0).numpy()
+        if (height, width) == pixels.shape[:2]:
+            return pixels
+        return pixels[top : top + height, left : left + width].copy()  # a view would hold all of it in memory

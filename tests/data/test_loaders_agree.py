@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastdcgan.data import Dataset
-from fastdcgan.data.loader import cover_boxes
+from fastdcgan.data.loader import Request, cover_boxes
 from fastdcgan.data.pillow_decode import cover_box, decode
 from fastdcgan.pixels import upright
 
@@ -74,6 +74,28 @@ def test_both_show_what_pillow_shows(loader: str, folder: Path, opened: Callable
             assert difference.mean() <= SCALED_MEAN, name
         else:
             assert difference.max() <= AGAINST_PILLOW, name
+
+
+def test_large_pngs_are_left_to_pillow(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    """A batch of them, unresized, would take gigabytes."""
+    pytest.importorskip("nvidia.dali")
+    files = {"large.png": encoded(1, "PNG", (1200, 1100)), "long.png": encoded(2, "PNG", (9000, 100))}
+    folder = make_folder(1, files)
+    loader = opened(folder, loader="dali").loader()  # type: ignore[attr-defined]
+    assert loader.fast.tolist() == [True, False, True]  # of the long one little is shown
+    pictures = [opened(folder, loader=name).take(range(3)).int() for name in ("dali", "torch")]
+    assert (pictures[0] - pictures[1]).abs().max() <= AGAINST_PILLOW
+
+
+def test_a_part_of_a_picture_does_not_hold_the_whole(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    """As parts wait for others of their size to be resized together."""
+    loader = opened(make_folder(0, {"a.jpg": encoded(1, size=(500, 24))}), loader="torch").loader()  # type: ignore
+    part = loader._fast_decode(loader.begin(Request(np.array([0]))), 0, loader.read(0))
+    assert part.shape == (24, 24, 3) and part.base is None
 
 
 @settings(max_examples=100, deadline=None)

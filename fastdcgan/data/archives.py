@@ -84,7 +84,9 @@ class ZipSource(EncodedSource):
                 hidden = is_hidden(name.removeprefix("./"))
                 if name.endswith("/") or hidden:
                     continue
-                if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and not self._starts_like_an_image(entry):
+                if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and not self._starts_like_an_image(
+                    name, entry
+                ):
                     continue
                 if entry.flag_bits & 1:
                     self.unusable.append((printable(name), "encrypted"))
@@ -121,7 +123,7 @@ class ZipSource(EncodedSource):
         tail = self._file.read_at(start + entry.file_size - TAIL_BYTES, TAIL_BYTES)
         return Glimpse(self._file.read_at(start, HEAD_BYTES), tail, entry.file_size, lambda: self.read(i))
 
-    def _starts_like_an_image(self, entry: zipfile.ZipInfo) -> bool:
+    def _starts_like_an_image(self, name: str, entry: zipfile.ZipInfo) -> bool:
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             return False
         try:
@@ -130,7 +132,7 @@ class ZipSource(EncodedSource):
                 head = zlib.decompressobj(-15).decompress(head, MAGIC_BYTES)
         except (OSError, zlib.error):
             return False
-        return has_image_magic(head)
+        return has_image_magic(name, head)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where the entry's data begin: behind its local header, whose length only it knows."""
@@ -298,7 +300,7 @@ def _require_images(source: EncodedSource) -> None:
 
 def _starts_like_an_image(file: IO[bytes], member: tarfile.TarInfo) -> bool:
     file.seek(member.offset_data)
-    return has_image_magic(file.read(min(member.size, MAGIC_BYTES)))
+    return has_image_magic(member.name, file.read(min(member.size, MAGIC_BYTES)))
 
 
 def _why_no_end(file: IO[bytes]) -> str:

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from fastdcgan.data import pillow_decode
@@ -36,6 +37,13 @@ IMAGE_SUFFIXES = frozenset(
         ".pnm",
         ".avif",
         ".jp2",
+        ".j2k",
+        ".jpx",
+        ".tga",
+        ".pcx",
+        ".qoi",
+        ".dds",
+        ".sgi",
         ".heic",
         ".heif",
     ]
@@ -50,9 +58,12 @@ ASKS_PILLOW = re.compile(
 )
 LONGEST_HEADER, HEADERS = 4096, 512  # bytes of a JPEG's header, and how many of them, that are worth remembering
 MAGIC = re.compile(  # text can begin with the letters of a BMP or of a PPM
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|II\*\0|MM\0\*|P[56]\s[\d#]|RIFF....WEBP|....ftypavif",
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|P[56]\s[\d#]|RIFF....WEBP|....ftypavif"
+    rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51\0",
     re.DOTALL,
 )
+# What other files begin with as well, whose names have a suffix: raw files of cameras as TIFFs, text as PNMs.
+MAGIC_OF_SEVERAL = re.compile(rb"II\*\0|MM\0\*|P[1-4]\s[\d#]")
 
 
 class Facts(NamedTuple):
@@ -78,9 +89,11 @@ def unusable(reason: str) -> Facts:
     return Facts(UNUSABLE, reason=reason)
 
 
-def has_image_magic(head: bytes) -> bool:
+def has_image_magic(name: str, head: bytes) -> bool:
     """Whether a file starts like an image (for files whose name does not say so)."""
-    return MAGIC.match(head) is not None
+    if MAGIC.match(head):
+        return True
+    return MAGIC_OF_SEVERAL.match(head) is not None and not PurePosixPath(name).suffix
 
 
 def examine(glimpse: Glimpse) -> Facts:

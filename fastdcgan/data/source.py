@@ -145,7 +145,7 @@ class FolderSource(EncodedSource):
     def _starts_like_an_image(self, name: str) -> bool:
         try:
             with open(self.path / name, "rb", buffering=0) as file:
-                return has_image_magic(file.read(MAGIC_BYTES))
+                return has_image_magic(name, file.read(MAGIC_BYTES))
         except OSError:
             return False
 

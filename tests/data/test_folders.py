@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -67,10 +68,26 @@ def test_hidden_files_are_left_out_without_a_word(
 def test_images_without_a_suffix_are_known_by_how_they_begin(
     make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
 ) -> None:
-    formats = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
+    formats = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"]
     files = {format.lower(): encoded(k, format) for k, format in enumerate(formats)}
+    files |= {"codestream": encoded(8, "JPEG2000", no_jp2=True), "p4": encoded(9, "PPM", mode="1")}
+    files |= {"p1": b"P1\n2 2\n0 1 1 0\n", "p2": b"P2\n2 1\n255\n0 255\n", "p3": b"P3 1 1 255 9 90 200\n"}
     data = opened(make_folder(0, files | {"text": b"not an image"}))
-    assert (data.count, data.skipped) == (len(formats), [])
+    assert (data.count, data.skipped) == (len(files), [])
+
+
+@pytest.mark.parametrize("container", ["folder", "zip", "tar"])
+def test_raw_files_of_cameras_are_no_images(
+    container: str, make_folder: Callable[..., Path], encoded: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """They begin like TIFFs, and what a reader of TIFFs finds in them is a thumbnail."""
+    raw = {name: encoded(1, "TIFF") for name in ("a.nef", "b.DNG", "c.cr2", "d.arw")}
+    folder = make_folder(2, raw | {"notes.txt": b"P1 4 a start", "whole": encoded(1, "TIFF")})
+    path = {"folder": folder, "zip": tmp_path / "set.zip", "tar": tmp_path / "set.tar"}[container]
+    if container != "folder":
+        shutil.make_archive(str(path.with_suffix("")), container, folder)
+    names = [PurePosixPath(name).name for name in open_source(str(path)).names]
+    assert sorted(names) == ["good-0000.jpg", "good-0001.jpg", "whole"]
 
 
 def test_a_file_of_no_kind_that_cannot_be_read_is_no_image(

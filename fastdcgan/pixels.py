@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from torch import Tensor
 
+# Tags of TIFF and the values of theirs that matter here.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, SIGNED = 0, 2
 TURNS = {  # by EXIF's orientation: what brings a picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -16,7 +19,7 @@ TURNS = {  # by EXIF's orientation: what brings a picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Orientations of which the left or the top edge, upright, is the right or the bottom one of the picture as it is stored.
+# Orientations of which the left or the top edge, upright, is the right or the bottom one of the picture as stored.
 LEFT_IS_AN_END, TOP_IS_AN_END = (2, 3, 6, 7), (3, 4, 7, 8)
 
 
@@ -46,16 +49,34 @@ def without_range(picture: Image.Image) -> str:
     """Why nobody can say which of a file's values are black and white; '' for most files."""
     if picture.mode == "F":
         return "floating-point pixels: convert the file to 8 or 16 bits"
+    if picture.mode == "L" and _tiff_tag(picture, SAMPLE_FORMAT) == SIGNED:
+        return "signed pixels: convert the file to unsigned 8 or 16 bits"
     if picture.mode == "I" and picture.format == "TIFF":  # in other formats older Pillows say "I" of 16 bits
         return "signed or 32-bit pixels: convert the file to 8 bits or unsigned 16"
     return ""
 
 
-def in_8_bits(picture: Image.Image) -> Image.Image:
-    """The upper 8 of 16 bits a pixel, whichever way Pillow names those; other pictures as they are."""
+def in_8_bits(picture: Image.Image, file: Image.Image) -> Image.Image:
+    """The upper 8 of 12 or 16 bits a pixel, whichever way Pillow names those; other pictures as they are.
+
+    Args:
+        file: what Pillow opened, of which `picture` is a part or a turned copy: a TIFF says how its values are meant.
+    """
     if not picture.mode.startswith("I"):
         return picture
-    return Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
+    bits = 12 if _tiff_tag(file, BITS_PER_SAMPLE) == 12 else 16
+    values = np.asarray(picture).clip(0, 2**bits - 1) >> (bits - 8)
+    if _tiff_tag(file, PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow sees to where there are 8 bits
+        values = 255 - values
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _tiff_tag(file: Image.Image, tag: int) -> int | None:
+    """The value of a TIFF's tag, the first of several; None where it has none, and of files in other formats."""
+    if not isinstance(file, TiffImagePlugin.TiffImageFile):
+        return None
+    value = file.tag_v2.get(tag)
+    return value[0] if isinstance(value, tuple) else value
 
 
 def to_floats(images: Tensor) -> Tensor:

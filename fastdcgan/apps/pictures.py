@@ -42,7 +42,9 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} is not a picture that can be read: {first_line(error)}") from None
     if why:
         raise UserError(f"{path} has {why}")
-    picture = in_8_bits(picture)
+    picture = in_8_bits(picture, file)
+    if picture.mode == "La":  # which Pillow converts to LA alone
+        picture = picture.convert("LA")
     if picture.has_transparency_data:
         return picture.convert("RGBA")
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")

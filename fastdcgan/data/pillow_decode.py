@@ -13,7 +13,7 @@ import threading
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin, UnidentifiedImageError
+from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
 from fastdcgan.errors import first_line
 from fastdcgan.pixels import LEFT_IS_AN_END, TOP_IS_AN_END, in_8_bits, orientation, upright, without_range
@@ -22,9 +22,15 @@ from fastdcgan.pixels import LEFT_IS_AN_END, TOP_IS_AN_END, in_8_bits, orientati
 MOST_PIXELS = 178_956_970
 LARGE_PIXELS = 16_000_000  # images that unpack to more take turns, so threads do not multiply the memory
 
+LOSSLESS_FRAME = b"\xff\xc3"  # of a JPEG that libjpeg decodes, but not scaled
+PNG_DEPTH = 24  # where a PNG says how many bits a pixel has
+
 EMPTY = "empty file (0 bytes)"
 
 NO_MEMORY = "too large for the memory that is free"
+
+# Sound pictures come with more text, or with a longer colour profile, than the 1 MiB that Pillow unpacks of each.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _one_large_image = threading.Lock()
 Image.init()  # registers the formats now: doing it lazily is not safe from several threads
@@ -67,15 +73,12 @@ def decode(
         UnusableImage: with the reason.
     """
     try:
-        image = _open(data)
-        shown = image.size if orientation(image) >= 5 else image.size[::-1]
-        scale = _scale_down(image, shown, image_size, channels)
-        if image.width * image.height > MOST_PIXELS:
-            raise UnusableImage(too_many_pixels(image.height, image.width))
-        if image.width * image.height > LARGE_PIXELS:
-            with _one_large_image:
-                return _finish(image, shown, scale, image_size, channels, place)
-        return _finish(image, shown, scale, image_size, channels, place)
+        try:
+            return _decode(data, image_size, channels, place)
+        except OSError:
+            if LOSSLESS_FRAME not in data:
+                raise
+            return _decode(data, image_size, channels, place, whole=True)
     except UnusableImage:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on broken files
@@ -142,6 +145,9 @@ def _open(data: bytes) -> Image.Image:
     image = Image.open(file, formats=FORMATS)
     if why := without_range(image):
         raise UnusableImage(why)
+    if image.format == "PNG" and image.mode == "L" and isinstance(key := image.info.get("transparency"), int):
+        # Pillow spreads 2 and 4 bits a pixel over 0..255, but not the grey that is transparent.
+        image.info["transparency"] = key * 255 // (2 ** data[PNG_DEPTH] - 1)
     return image
 
 
@@ -150,6 +156,25 @@ def _is_animated(image: Image.Image) -> bool:
         return bool(getattr(image, "is_animated", False))
     except Exception:  # it has more frames, and they are damaged
         return True
+
+
+def _decode(
+    data: bytes, image_size: tuple[int, int], channels: int, place: tuple[float, float], whole: bool = False
+) -> NDArray[np.uint8]:
+    """As `decode`, but raises whatever Pillow raises.
+
+    Args:
+        whole: decode a JPEG in its full size.
+    """
+    image = _open(data)
+    shown = image.size if orientation(image) >= 5 else image.size[::-1]
+    scale = 1.0 if whole else _scale_down(image, shown, image_size, channels)
+    if image.width * image.height > MOST_PIXELS:
+        raise UnusableImage(too_many_pixels(image.height, image.width))
+    if image.width * image.height > LARGE_PIXELS:
+        with _one_large_image:
+            return _finish(image, shown, scale, image_size, channels, place)
+    return _finish(image, shown, scale, image_size, channels, place)
 
 
 def _scale_down(image: Image.Image, shown: tuple[int, int], image_size: tuple[int, int], channels: int) -> float:
@@ -184,7 +209,7 @@ def _finish(
         scale: how many times smaller it is decoded.
     """
     image.load()
-    turn = orientation(image)
+    file, turn = image, orientation(image)
     image = upright(image)
     top, left, height, width = (side / scale for side in cover_box(shown, image_size, place))
     # Of a size that is no multiple of the scale, the last column and row of pixels reach beyond the picture's edge.
@@ -196,19 +221,22 @@ def _finish(
     around = (x, y, math.ceil(left + width), math.ceil(top + height))  # a pixel may be shown in part
     if around != (0, 0, *image.size):
         image = image.crop(around)
-    image = _with_channels(image, channels)
+    image = _with_channels(image, file, channels)
     box = (left - x, top - y, left - x + width, top - y + height)
     image = image.resize(image_size[::-1], Image.Resampling.BILINEAR, box)
     return np.asarray(image).reshape(*image_size, channels)
 
 
-def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+def _with_channels(image: Image.Image, file: Image.Image, channels: int) -> Image.Image:
+    """Args: see `in_8_bits` and `decode`."""
     clear = image.info.get("transparency") if image.mode.startswith("I") else None
     hidden = None if clear is None else np.asarray(image) == clear  # the one of 65,536 greys that is transparent
-    image = in_8_bits(image)
+    image = in_8_bits(image, file)
     if hidden is not None:
         image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
-    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if image.mode == "La":  # which Pillow converts to LA alone
+        image = image.convert("LA")
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
     if channels == 4:
         return image.convert("RGBA")
     if transparent:

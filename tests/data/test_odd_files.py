@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -73,9 +74,14 @@ def with_segments(jpeg: bytes, *segments: bytes, behind_frame: bool = False) -> 
     return jpeg[:at] + b"".join(segments) + jpeg[at:]
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def with_chunk(png: bytes, name: bytes, data: bytes) -> bytes:
     at = png.index(b"IDAT") - 4
-    return png[:at] + struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) + png[at:]
+    return png[:at] + chunk(name, data) + png[at:]
 
 
 def raw_profile(exif: bytes) -> bytes:
@@ -118,6 +124,85 @@ def on_white(picture: Image.Image, white: tuple[int, int, int] = (255, 255, 255)
 def sixteen_bits(picture: Image.Image) -> bytes:
     grey = np.asarray(picture.convert("L")).astype(np.uint16) * 256
     return file_of(Image.fromarray(grey), "PNG")
+
+
+def in_bits(values: NDArray[np.integer[Any]], bits: int) -> NDArray[np.uint8]:
+    """Rows of so many bits a value, each row filled up to whole bytes."""
+    single = values[..., None].astype(np.int64) >> np.arange(bits - 1, -1, -1) & 1
+    return np.packbits(single.astype(np.uint8).reshape(len(values), -1), axis=1)
+
+
+def tiff(rows: NDArray[Any], width: int, **tags: int | tuple[int, int]) -> bytes:
+    """Uncompressed; tags by number, as t258=8."""
+    pixels = rows.tobytes()
+    every = {256: width, 257: len(rows), 259: 1, 262: 1, 273: 8, 277: 1, 278: len(rows), 279: len(pixels)}
+    entries = b""
+    for tag, value in sorted((every | {int(name[1:]): value for name, value in tags.items()}).items()):
+        pair = value if isinstance(value, tuple) else (value,)
+        layout = "<HHIHH" if isinstance(value, tuple) else "<HHII"
+        entries += struct.pack(layout, tag, 3 if isinstance(value, tuple) else 4, len(pair), *pair)
+    count = len(entries) // 12
+    return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", count) + entries + bytes(4)
+
+
+def twelve_bits(picture: Image.Image) -> bytes:
+    values = np.asarray(picture.convert("L")).astype(np.uint16) * 16
+    return tiff(in_bits(values, 12), picture.width, t258=12)
+
+
+def white_is_zero(picture: Image.Image) -> bytes:
+    """Of 16 bits a pixel."""
+    return tiff(65535 - np.asarray(picture.convert("L")).astype(np.uint16) * 256, picture.width, t258=16, t262=0)
+
+
+def premultiplied(picture: Image.Image) -> bytes:
+    """Grey, and transparent in the left half."""
+    both = np.asarray(half_transparent(picture).convert("LA")).copy()
+    both[:, : picture.width // 2, 0] = 0
+    return tiff(both, picture.width, t258=(8, 8), t277=2, t338=1)
+
+
+def few_greys(picture: Image.Image, bits: int) -> NDArray[np.uint8]:
+    """(h, w): the picture in so many bits, 1 in its left half and nowhere else."""
+    values = np.asarray(picture.convert("L")) >> (8 - bits)
+    values = np.where(values == 1, 2, values)
+    values[:, : picture.width // 2] = 1
+    return values
+
+
+def one_of_few_greys_is_clear(picture: Image.Image, bits: int) -> bytes:
+    """A PNG of 2 or 4 bits a pixel."""
+    rows = np.pad(in_bits(few_greys(picture, bits), bits), ((0, 0), (1, 0)))  # a zero before each: not filtered
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *picture.size, bits, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(rows.tobytes()))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", struct.pack(">H", 1)) + pixels + chunk(b"IEND", b"")
+
+
+def of_few_greys(picture: Image.Image, bits: int) -> Image.Image:
+    return on_white(
+        Image.fromarray((few_greys(picture, bits) * (255 // (2**bits - 1))).astype(np.uint8)).convert("RGB")
+    )
+
+
+def lossless_jpeg(size: tuple[int, int]) -> bytes:
+    """The left half of grey 128, the right one of 200: each pixel as its difference to the one before."""
+    width, height = size
+    # In Huffman's code 0 is no difference and 10 one of seven bits. Of a row's first pixel it is the one to that above.
+    row = "0" * (width // 2) + "10" + f"{200 - 128:07b}" + "0" * (width - width // 2 - 1)
+    bits = np.array([int(bit) for bit in row * height + "1" * (-len(row) * height % 8)], np.uint8)
+    codes = b"\xff\xc4" + struct.pack(">H", 21) + bytes([0, 1, 1, *bytes(14), 0, 7])
+    frame = b"\xff\xc3" + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\1\x11\0"
+    scan = b"\xff\xda" + struct.pack(">HB", 8, 1) + b"\1\0" + b"\1\0\0"
+    return b"\xff\xd8" + codes + frame + scan + np.packbits(bits).tobytes() + b"\xff\xd9"
+
+
+def two_greys(size: tuple[int, int]) -> Image.Image:
+    return on_white(Image.new("RGB", size, (200, 200, 200)), (128, 128, 128))
+
+
+def qoi(picture: Image.Image) -> bytes:
+    pixels = np.pad(np.asarray(picture), ((0, 0), (0, 0), (1, 0)), constant_values=0xFE).tobytes()  # none compressed
+    return b"qoif" + struct.pack(">IIBB", *picture.size, 3, 0) + pixels + bytes(7) + b"\1"
 
 
 def animated(picture: Picture) -> bytes:
@@ -191,6 +276,34 @@ USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Ima
         lambda p: file_of(Image.new("LAB", (9, 9), (200, 128, 128)), "TIFF"),
         lambda p: Image.new("LAB", (9, 9), (200, 128, 128)).convert("RGB"),
     ),
+    "12-bit TIFF": ("a.tiff", lambda p: twelve_bits(p(5)), lambda p: grey(p(5))),
+    "16-bit TIFF whose white is zero": ("a.tiff", lambda p: white_is_zero(p(5)), lambda p: grey(p(5))),
+    "grey TIFF multiplied by its transparency": (
+        "a.tiff",
+        lambda p: premultiplied(p(5)),
+        lambda p: on_white(grey(p(5))),
+    ),
+    "lossless JPEG": ("a.jpg", lambda p: lossless_jpeg((80, 64)), lambda p: two_greys((80, 64))),
+    "PNG with much text": (
+        "a.png",
+        lambda p: with_chunk(file_of(p(5), "PNG"), b"zTXt", b"k\0\0" + zlib.compress(bytes(2 << 20))),
+        lambda p: p(5),
+    ),
+    "PNG with a long colour profile": (
+        "a.png",
+        lambda p: with_chunk(file_of(p(5), "PNG"), b"iCCP", b"k\0\0" + zlib.compress(bytes(2 << 20))),
+        lambda p: p(5),
+    ),
+    "4-bit PNG with one transparent grey": (
+        "a.png",
+        lambda p: one_of_few_greys_is_clear(p(5), 4),
+        lambda p: of_few_greys(p(5), 4),
+    ),
+    "2-bit PNG with one transparent grey": (
+        "a.png",
+        lambda p: one_of_few_greys_is_clear(p(5), 2),
+        lambda p: of_few_greys(p(5), 2),
+    ),
     "PNG": ("a.png", lambda p: file_of(p(5), "PNG"), lambda p: p(5)),
     "16-bit PNG": ("a.png", lambda p: sixteen_bits(p(5)), lambda p: grey(p(5))),
     "RGBA PNG": ("a.png", lambda p: file_of(half_transparent(p(5)), "PNG"), lambda p: on_white(p(5))),
@@ -210,6 +323,18 @@ USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Ima
     "animated GIF": ("a.gif", animated, lambda p: p(5)),
     "BMP": ("a.bmp", lambda p: file_of(p(5), "BMP"), lambda p: p(5)),
     "TIFF": ("a.tiff", lambda p: file_of(p(5), "TIFF"), lambda p: p(5)),
+    "TGA": ("a.tga", lambda p: file_of(p(5), "TGA"), lambda p: p(5)),
+    "TGA with transparency": (
+        "a.tga",
+        lambda p: file_of(half_transparent(p(5)), "TGA", compression="tga_rle"),
+        lambda p: on_white(p(5)),
+    ),
+    "JPEG 2000's codestream": ("a.j2k", lambda p: file_of(p(5), "JPEG2000", no_jp2=True), lambda p: p(5)),
+    "JPX": ("a.jpx", lambda p: file_of(p(5), "JPEG2000"), lambda p: p(5)),
+    "PCX": ("a.pcx", lambda p: file_of(p(5), "PCX"), lambda p: p(5)),
+    "QOI": ("a.qoi", lambda p: qoi(p(5)), lambda p: p(5)),
+    "DDS": ("a.dds", lambda p: file_of(p(5), "DDS"), lambda p: p(5)),
+    "SGI": ("a.sgi", lambda p: file_of(p(5), "SGI"), lambda p: p(5)),
     "PNG named .jpg": ("a.jpg", lambda p: file_of(p(5), "PNG"), lambda p: p(5)),
     "JPEG without extension": ("a", lambda p: file_of(p(5), "JPEG", quality=95), lambda p: p(5)),
     "name that is not ASCII": ("фото ☃.jpg", lambda p: file_of(p(5), "JPEG", quality=95), lambda p: p(5)),
@@ -274,6 +399,11 @@ UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
     "JPEG that breaks while decoding": ("x.jpg", lambda e: e().replace(b"\xff\xdb", b"\xff\xfe"), "broken"),
     "PNG that breaks while decoding": ("x.png", lambda e: broken_png(e), "broken"),
     "floating point": ("x.tiff", lambda e: file_of(Image.new("F", (20, 20)), "TIFF"), "floating-point"),
+    "signed 8-bit": (
+        "x.tiff",
+        lambda e: tiff(np.zeros((20, 20), np.int8), 20, t258=8, t339=2),
+        "signed pixels",
+    ),
     "32-bit": ("x.tiff", lambda e: file_of(Image.new("I", (20, 20), 200), "TIFF"), "32-bit"),
 }
 
@@ -441,6 +571,28 @@ def test_a_huge_jpeg_is_used_and_a_huge_png_is_not(
     assert report.unusable == data.skipped
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     assert grown < 300, f"{grown:.0f} MB more, where the whole picture takes 400 MB in grey"
+
+
+HUGE_HEADERS = {  # name of the file, where it says how wide and high it is, and how
+    "TGA": ("x.tga", 12, "<HH"),
+    "PCX": ("x.pcx", 8, "<HH"),
+    "DDS": ("x.dds", 12, "<II"),
+    "SGI": ("x.sgi", 6, ">HH"),
+    "QOI": ("x.qoi", 4, ">II"),
+}
+
+
+@pytest.mark.parametrize("kind", HUGE_HEADERS)
+def test_what_says_that_it_is_huge_is_not_unpacked(
+    kind: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], picture: Picture
+) -> None:
+    name, at, layout = HUGE_HEADERS[kind]
+    data = bytearray(qoi(picture(5)) if kind == "QOI" else file_of(picture(5), kind))
+    struct.pack_into(layout, data, at, 30_000, 30_000)
+    folder = make_folder(2, {name: bytes(data)})
+    (unusable,) = opened(folder).skipped
+    assert unusable[0] == name and "decompression bomb" in unusable[1]
+    assert check(str(folder)).unusable == [unusable]
 
 
 def test_a_huge_progressive_jpeg_is_not_used(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:

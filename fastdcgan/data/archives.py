@@ -84,9 +84,8 @@ class ZipSource(EncodedSource):
                 hidden = is_hidden(name.removeprefix("./"))
                 if name.endswith("/") or hidden:
                     continue
-                if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES and not self._starts_like_an_image(
-                    name, entry
-                ):
+                named = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+                if not named and not self._starts_like_an_image(name, entry):
                     continue
                 if entry.flag_bits & 1:
                     self.unusable.append((printable(name), "encrypted"))

@@ -113,13 +113,13 @@ def traits(name: str, data: bytes) -> list[str]:
     suffix = name[name.rfind(".") :].lower()
     if Image.registered_extensions().get(suffix, image.format) != image.format and image.format != "MPO":
         found.append("named as another format")
-    if image.mode in ("1", "L", "LA"):
+    if image.mode in ("1", "L", "LA", "La"):
         found.append("grey")
     if image.mode.startswith("I"):
         found.append("16 bits")
     if image.mode == "CMYK":
         found.append("CMYK")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "La", "PA") or "transparency" in image.info:
         found.append("transparent")
     if _is_animated(image) and image.format != "MPO":
         found.append("animated (its first frame is used)")
@@ -211,6 +211,8 @@ def _finish(
     image.load()
     file, turn = image, orientation(image)
     image = upright(image)
+    if scale == 1:  # a format may have said it otherwise before it was loaded, as of a turned TIFF
+        shown = image.height, image.width
     top, left, height, width = (side / scale for side in cover_box(shown, image_size, place))
     # Of a size that is no multiple of the scale, the last column and row of pixels reach beyond the picture's edge.
     if turn in LEFT_IS_AN_END:
@@ -228,7 +230,7 @@ def _finish(
 
 
 def _with_channels(image: Image.Image, file: Image.Image, channels: int) -> Image.Image:
-    """Args: see `in_8_bits` and `decode`."""
+    """See `decode` of the channels and `in_8_bits` of the file."""
     clear = image.info.get("transparency") if image.mode.startswith("I") else None
     hidden = None if clear is None else np.asarray(image) == clear  # the one of 65,536 greys that is transparent
     image = in_8_bits(image, file)

@@ -68,7 +68,5 @@ class TorchLoader(Loader):
             return None
         if image.shape[1:] != tuple(self.census.sizes[decoded.ids[row]]):  # rewritten since it was looked at
             return None
-        pixels: Pixels = image.permute(1, 2, 0).numpy()
-        if (height, width) == pixels.shape[:2]:
-            return pixels
-        return pixels[top : top + height, left : left + width].copy()  # a view would hold all of it in memory
+        part: Pixels = image.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
+        return part.copy() if 2 * part.size < image.numel() else part  # a small part must not hold all in memory

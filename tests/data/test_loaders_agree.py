@@ -86,7 +86,7 @@ def test_large_pngs_are_left_to_pillow(
     loader = opened(folder, loader="dali").loader()  # type: ignore[attr-defined]
     assert loader.fast.tolist() == [True, False, True]  # of the long one little is shown
     pictures = [opened(folder, loader=name).take(range(3)).int() for name in ("dali", "torch")]
-    assert (pictures[0] - pictures[1]).abs().max() <= AGAINST_PILLOW
+    assert (pictures[0] - pictures[1]).abs().max() <= BETWEEN_LOADERS
 
 
 def test_a_part_of_a_picture_does_not_hold_the_whole(

@@ -639,7 +639,7 @@ def test_a_thousand_good_and_fifteen_bad(
     assert sorted(file for file, _ in data.skipped) == sorted(bad)
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 def test_what_exif_turns_is_cropped_as_it_is_shown(
     format: str, loader: str, make_folder: Callable[..., Path], opened: Callable[..., Dataset], picture: Picture
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -53,6 +53,41 @@ def make_writable(folder: Path, asked: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"{asked} cannot be written: {error.strerror or error}") from None
+
+
+def check_out(
+    out: Path, suffixes: tuple[str, ...] = (), reads: Sequence[Path] = (), beside: Sequence[Path] = ()
+) -> None:
+    """See before the work begins that it can be saved: `out` is a folder, or a file with one of the suffixes.
+
+    Args:
+        reads: pictures that are read, and not to be replaced.
+        beside: files that are written too.
+
+    Raises:
+        UserError: a wrong suffix, or something in the way.
+    """
+    check_name(out, suffixes, reads, beside)
+    make_writable(out.parent if suffixes else out, f"--out {out}")
+
+
+def check_name(
+    out: Path, suffixes: tuple[str, ...] = (), reads: Sequence[Path] = (), beside: Sequence[Path] = ()
+) -> None:
+    """As `check_out`, as far as can be seen without making a folder.
+
+    Raises:
+        UserError: a wrong suffix, or something in the way.
+    """
+    if suffixes and out.suffix.lower() not in suffixes:
+        raise UserError(f"--out {out} is not possible: end it in {' or '.join(suffixes)}")
+    kept = {os.path.realpath(path) for path in reads}
+    for path in (out, *beside):
+        which = f"--out {out}" if path == out else f"{path}, which goes with --out {out},"
+        if path.exists() and path.is_dir() == bool(suffixes):
+            raise UserError(f"{which} is a {'folder' if suffixes else 'file'} already: choose another name")
+        if os.path.realpath(path) in kept:
+            raise UserError(f"{which} would replace a picture that is read: choose another name")
 
 
 def lock(file: IO[Any], *, wait: bool) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdcgan.apps.endpoints import open_points
+from fastdcgan.apps.endpoints import image_files, open_points
 from fastdcgan.apps.latent import generate
-from fastdcgan.apps.pictures import check_name, check_out, save, sheet
+from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
+from fastdcgan.files import check_name, check_out
 
 NOISE = 0.25  # of the eight pictures around the result: uniform within plus and minus this, as in the paper
 
@@ -39,9 +40,10 @@ def arithmetic(
     """
     if not plus or not all(plus + minus):
         raise UserError("there is nothing to add, or a group is empty: --plus 1,2,3 --minus 4,5,6 --plus 7,8,9")
-    check_name(out, (".png",))
     groups = plus + minus
-    generator, latent = open_points(run, [word for group in groups for word in group], truncation=truncation, fit=fit)
+    words = [word for group in groups for word in group]
+    check_name(out, (".png",), image_files(words))
+    generator, latent = open_points(run, words, truncation=truncation, fit=fit)
     check_out(out, (".png",))
     members = latent.split([len(group) for group in groups])
     means = torch.stack([each.mean(0) for each in members])

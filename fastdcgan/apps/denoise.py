@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from fastdcgan.apps.distances import psnr, ssim
 from fastdcgan.apps.invert import check_search
 from fastdcgan.apps.latent import invert
-from fastdcgan.apps.pictures import check_out, names, read_pictures, save, sheet, to_picture
+from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError
+from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.01
@@ -59,7 +60,7 @@ def denoise_images(
         noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(seed))
         noisy = (noisy + 2 * sigma * noise).clamp(-1, 1)
     check_out(out)
-    named = names(images, out)
+    named = names(images, out, clean)
     with progress("denoising", steps, "steps") as advance:
         denoised = denoise(
             generator, discriminator, noisy, sigma, restarts=restarts, steps=steps, seed=seed, advance=advance

@@ -30,18 +30,23 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
         UserError: a word that is neither, or an image or a run that cannot be used.
     """
     seeds = {word: int(word) for word in words if word.isdecimal()}
-    images = list(dict.fromkeys(word for word in words if word not in seeds))
-    for word in images:
-        if not Path(word).exists():
-            raise UserError(f"{word} is neither a seed (a whole number from 0) nor an image file")
+    images = list(dict.fromkeys(image_files(words)))
+    for image in images:
+        if not image.exists():
+            raise UserError(f"{image} is neither a seed (a whole number from 0) nor an image file")
     latents([0], 1, truncation)  # one that is not possible is said before the images are inverted
     if not images:
         generator = open_run(run).generator
         return generator, latents([seeds[word] for word in words], generator.latent_dim, truncation)
     _, generator, discriminator = open_both(run)
-    target = read_pictures([Path(word) for word in images], generator, fit)
+    target = read_pictures(images, generator, fit)
     with progress("inverting the images", STEPS, "steps") as advance:
         found = nearest(generator, discriminator, target, steps=STEPS, advance=advance).latent.cpu()
     point = dict(zip(images, found, strict=True))
-    point |= {word: latents([seed], generator.latent_dim, truncation)[0] for word, seed in seeds.items()}
-    return generator, torch.stack([point[word] for word in words])
+    drawn = {word: latents([seed], generator.latent_dim, truncation)[0] for word, seed in seeds.items()}
+    return generator, torch.stack([drawn[word] if word in seeds else point[Path(word)] for word in words])
+
+
+def image_files(words: list[str]) -> list[Path]:
+    """The paths among the words: what is no seed."""
+    return [Path(word) for word in words if not word.isdecimal()]

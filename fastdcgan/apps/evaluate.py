@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
-from fastdcgan.apps.image_sets import batches, circumstances, open_images, shuffled
+from fastdcgan.apps.image_sets import batches, circumstances, open_images, pictures_of, shuffled
 from fastdcgan.apps.latent import BATCH, generate, latents
 from fastdcgan.apps.neighbours import nearest, prdc
-from fastdcgan.apps.pictures import check_out, save, sheet
+from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say, spinner
 from fastdcgan.errors import UserError, check_at_least, check_seed, first_line
+from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_uint8
 from fastdcgan.processor import choose_device
@@ -69,7 +70,8 @@ def evaluate(
     judge = None if features is None else open_both(features)[2]
     if judge is not None and (judge.image_size, judge.channels) != (generator.image_size, generator.channels):
         raise UserError(f"--features {features} was trained at another size or number of channels than {run}")
-    check_out(out, (".json",))
+    shown, twins = (out.parent / f"{out.stem}{end}.png" for end in ("", "-nearest"))
+    check_out(out, (".json",), pictures_of(data, [shown, twins]), [shown, twins])
     set_ = open_images(data, generator)
     count = min(images, set_.count // 2)
     if count < FEWEST:
@@ -107,11 +109,11 @@ def evaluate(
         **circumstances(device_of(generator)),
     }
     save((json.dumps(report, indent=1) + "\n").encode(), out)
-    shown, twins = fake[: ROWS * COLUMNS], out.with_name(f"{out.stem}-nearest.png")
-    save(side_by_side({"real": real, "generated": shown}), out.with_suffix(".png"))
-    say(f"{out}; real and generated pictures: {out.with_suffix('.png')}")
-    near = real[nearest(shown, real)]
-    save(side_by_side({"generated": shown, f"nearest of {count:,} real ones, in the same places": near}), twins)
+    first = fake[: ROWS * COLUMNS]
+    save(side_by_side({"real": real, "generated": first}), shown)
+    say(f"{out}; real and generated pictures: {shown}")
+    near = real[nearest(first, real)]
+    save(side_by_side({"generated": first, f"nearest of {count:,} real ones, in the same places": near}), twins)
     say(f"generated pictures and the nearest real ones: {twins}")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,12 @@ def open_images(data: str, network: AnyDiscriminator | AnyGenerator) -> Dataset:
     return open_dataset(
         data, image_size=network.image_size, channels=network.channels, device=torch.device("cpu"), cache="off"
     )
+
+
+def pictures_of(data: str, paths: Sequence[Path]) -> list[Path]:
+    """Those of the paths that are files in the folder `data`, and so perhaps of the set."""
+    folder = os.path.realpath(os.path.expanduser(data))
+    return [path for path in paths if path.is_file() and Path(os.path.realpath(path)).is_relative_to(folder)]
 
 
 def batches(data: Dataset, indices: list[int]) -> Iterator[Tensor]:

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from fastdcgan.apps.invert import check_search
 from fastdcgan.apps.latent import invert
-from fastdcgan.apps.pictures import check_out, names, open_picture, read_pictures, save, sheet, to_picture
+from fastdcgan.apps.pictures import names, open_picture, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError
+from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 WINDOW = 7  # pixels a side: known pixels within it of a hole count (the paper's equation 3)
@@ -65,7 +66,7 @@ def inpaint_images(
         assert random_fraction is not None
         hole = random_mask(random_fraction, len(target), size, seed)
     check_out(out)
-    named = names(images, out)
+    named = names(images, out, () if mask is None else [mask])
     with progress("inpainting", steps, "steps") as advance:
         completed = inpaint(
             generator,

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastdcgan.apps.endpoints import open_points
+from fastdcgan.apps.endpoints import image_files, open_points
 from fastdcgan.apps.latent import generate, walk
-from fastdcgan.apps.pictures import check_name, check_out, opaque, save, sheet, to_picture
+from fastdcgan.apps.pictures import opaque, save, sheet, to_picture
 from fastdcgan.console import say
 from fastdcgan.errors import UserError, check_at_least
+from fastdcgan.files import check_name, check_out
 
 KINDS = (".gif", ".mp4", ".png")
 FRAME = 128  # pixels: smaller pictures are enlarged in animations
@@ -42,7 +43,7 @@ def interpolate(
     if len(points) < 2:
         raise UserError("a walk needs at least two points: --seeds 1,2,3")
     check_at_least("--steps", steps, 2)
-    check_name(out, KINDS)
+    check_name(out, KINDS, image_files(points))
     kind = out.suffix.lower()
     if kind == ".mp4" and shutil.which("ffmpeg") is None:
         raise UserError(f"--out {out}: there is no ffmpeg here to write MP4; install it, or end the name in .gif")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastdcgan.apps.features import activations
 from fastdcgan.apps.latent import Inversion, invert
-from fastdcgan.apps.pictures import check_out, names, read_pictures, save, sheet, to_picture
+from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_at_least, check_seed
+from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.003

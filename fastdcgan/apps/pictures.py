@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from fastdcgan.errors import UserError, first_line
-from fastdcgan.files import make_writable, replace_file
+from fastdcgan.files import replace_file
 from fastdcgan.models import AnyGenerator
 from fastdcgan.pixels import as_picture, in_8_bits, to_uint8, upright, without_range
 
@@ -127,28 +128,6 @@ def sheet(rows: Sequence[Sequence[Tensor | None]], headings: Sequence[str] = ())
     return page
 
 
-def check_out(out: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """See before the work begins that it can be saved: `out` is a folder, or a file with one of the suffixes.
-
-    Raises:
-        UserError: a wrong suffix, or something in the way.
-    """
-    check_name(out, suffixes)
-    make_writable(out.parent if suffixes else out, f"--out {out}")
-
-
-def check_name(out: Path, suffixes: tuple[str, ...] = ()) -> None:
-    """As `check_out`, as far as can be seen without making a folder.
-
-    Raises:
-        UserError: a wrong suffix, or something in the way.
-    """
-    if suffixes and out.suffix.lower() not in suffixes:
-        raise UserError(f"--out {out} is not possible: end it in {' or '.join(suffixes)}")
-    if out.exists() and out.is_dir() == bool(suffixes):
-        raise UserError(f"--out {out} is a {'folder' if suffixes else 'file'} already: choose another name")
-
-
 def save(content: Image.Image | bytes, path: Path) -> None:
     """Write a picture (in the format its suffix names) or bytes, whole or not at all.
 
@@ -165,11 +144,14 @@ def save(content: Image.Image | bytes, path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def names(paths: Sequence[Path], out: Path) -> list[str]:
+def names(paths: Sequence[Path], out: Path, beside: Sequence[Path] = ()) -> list[str]:
     """A name in the folder `out` for what comes of each file: its stem, numbered where that is taken.
 
+    Args:
+        beside: other pictures that are read.
+
     Raises:
-        UserError: the results would take the place of the pictures themselves.
+        UserError: the results would take the place of pictures that are read.
     """
     stems, taken = [path.stem for path in paths], {"sheet"}
     for i, stem in enumerate(stems):
@@ -177,7 +159,7 @@ def names(paths: Sequence[Path], out: Path) -> list[str]:
         while stems[i] in taken or (stems[i] == stem and [path.stem for path in paths].count(stem) > 1):
             stems[i], number = f"{stem}-{number}", number + 1
         taken.add(stems[i])
-    given = {path.resolve() for path in paths}
-    if any((out / f"{name}.png").resolve() in given for name in taken):
-        raise UserError(f"--out {out} would replace the pictures themselves: give another folder")
+    given = {os.path.realpath(path) for path in [*paths, *beside]}
+    if any(os.path.realpath(out / f"{name}.png") in given for name in taken):
+        raise UserError(f"--out {out} would replace pictures that are read: give another folder")
     return stems

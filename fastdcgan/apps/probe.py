@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.apps.features import activations, untrained
-from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, shuffled
-from fastdcgan.apps.pictures import check_out, save
+from fastdcgan.apps.image_sets import BATCH, circumstances, open_images, pictures_of, shuffled
+from fastdcgan.apps.pictures import save
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.data import Dataset
 from fastdcgan.errors import UserError, check_at_least, check_seed
+from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_floats
 
@@ -48,7 +49,9 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
     check_at_least("--images", images, 10)
     check_seed(seed)
     run_found, _, discriminator = open_both(run)
-    check_out(out, (".json",))
+    picture = out.parent / f"{out.stem}.png"
+    reads = [path for each in (data, test_data) if each is not None for path in pictures_of(each, [picture])]
+    check_out(out, (".json",), reads, [picture])
     train, train_numbers, test, test_numbers = choose(data, test_data, discriminator, images, seed)
     labels = torch.tensor(train.labels)[train_numbers], torch.tensor(test.labels)[test_numbers]
     if len(labels[0].unique()) < 2:
@@ -82,8 +85,8 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
         **circumstances(device_of(discriminator)),
     }
     save((json.dumps(report, indent=1) + "\n").encode(), out)
-    save(bars(results, 1 / len(names)), out.with_suffix(".png"))
-    say(f"accuracy with its baselines: {out} and {out.with_suffix('.png')}")
+    save(bars(results, 1 / len(names)), picture)
+    say(f"accuracy with its baselines: {out} and {picture}")
 
 
 def choose(

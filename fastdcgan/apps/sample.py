@@ -9,10 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from fastdcgan.apps.latent import BATCH, generate, latents
-from fastdcgan.apps.pictures import check_out, save, to_picture
+from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_at_least
+from fastdcgan.files import check_out
 from fastdcgan.monitor import save_grid
 
 

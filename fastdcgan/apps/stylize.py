@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.pictures import check_out, fitted, opaque, open_picture, save, to_picture, to_tensor
+from fastdcgan.apps.pictures import fitted, opaque, open_picture, save, to_picture, to_tensor
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_seed
+from fastdcgan.files import check_out
 from fastdcgan.models import AnyGenerator
 
 SAMPLES = 192  # generated pictures that pieces are cut from
@@ -46,7 +47,7 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
     check_seed(seed)
     generator = open_run(run).generator
     picture = open_picture(photo)
-    check_out(out, (".png", ".jpg", ".jpeg"))
+    check_out(out, (".png", ".jpg", ".jpeg"), [photo])
     scale = min(1.0, MOST_PIXELS / max(picture.size))
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     image = to_tensor(fitted(picture, size, generator.channels))

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastdcgan.apps.evaluate import evaluate
 from fastdcgan.apps.pictures import (
     HEADING,
-    check_out,
     fitted,
     names,
     open_picture,
@@ -30,6 +30,7 @@ from fastdcgan.apps.stylize import stylize
 from fastdcgan.apps.trained import open_both, open_run
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
+from fastdcgan.files import check_out
 from fastdcgan.models import Generator
 
 COMMANDS = {
@@ -115,7 +116,7 @@ def test_results_take_nobodys_place(tmp_path):
     assert names([Path("x/a.png"), Path("y/a.png"), Path("a-0.png"), Path("sheet.png")], tmp_path) == [
         "a-0", "a-1", "a-0-2", "sheet-3",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="would replace the pictures themselves"):
+    with pytest.raises(UserError, match="would replace pictures that are read"):
         names([tmp_path / "a.png"], tmp_path)
 
 
@@ -124,8 +125,51 @@ def test_results_take_nobodys_place_by_another_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     for given, out in ((Path("a.png"), tmp_path), (tmp_path / "a.png", Path(".")), (Path("a.png"), Path("link"))):
-        with pytest.raises(UserError, match="would replace the pictures themselves"):
+        with pytest.raises(UserError, match="would replace pictures that are read"):
             names([given], out)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "invert noisy/digit0.png --out noisy",
+        "denoise noisy/digit0.png --clean clean/digit0.png --out clean",
+        "inpaint noisy/digit0.png --mask masks/digit0.png --out masks",
+        "inpaint noisy/digit0.png --mask masks/sheet.png --out masks",
+        "stylize noisy/digit0.png --out noisy/digit0.png",
+        "stylize noisy/digit0.png --out link.png",
+        "interpolate --seeds noisy/digit0.png,1 --out noisy/digit0.png",
+        "interpolate --seeds 1,noisy/digit0.png --out noisy/../noisy/digit0.png",
+        "arithmetic --plus 1 --minus noisy/digit0.png --out noisy/digit0.png",
+        "evaluate --data noisy --out noisy/digit0.json",
+        "probe --data clean --test-data noisy --out noisy/digit0.json",
+    ],
+)
+def test_no_command_replaces_a_picture_that_it_reads(run, digits, tmp_path, monkeypatch, capsys, line):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("noisy", "clean"):
+        (tmp_path / folder).mkdir()
+        save(to_picture(digits[0]), tmp_path / folder / "digit0.png")
+    (tmp_path / "masks").mkdir()
+    for name in ("digit0.png", "sheet.png"):
+        Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(tmp_path / "masks" / name)
+    (tmp_path / "link.png").symlink_to("noisy/digit0.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    command, *rest = line.split()
+    with pytest.raises(SystemExit) as end:
+        main([command, str(run), *rest])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "would replace" in line and "read: " in line
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+
+
+@pytest.mark.parametrize("name", ["e.png", "e-nearest.png"])
+def test_what_is_in_the_way_of_a_picture_that_goes_with_a_file_is_named_before_the_work(run, tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}, which goes with --out .*e\.json, is a folder already"):
+        evaluate(run, data="nowhere", out=tmp_path / "e.json")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_picture_of_16_bits_keeps_its_upper_8(tmp_path):

@@ -509,7 +509,8 @@ def evaluate(
             untrained one, with the same weights for all networks of one shape.
         fid: also FID, KID and inception score (needs torch-fidelity; minutes on a CPU).
         inception_weights: a file with the Inception network for --fid. Default: torch-fidelity fetches it.
-        out: a .json file; a picture of real and generated images goes beside it.
+        out: a .json file; two pictures go beside it: real and generated images, and the nearest images of the whole
+            set.
         seed: of the pictures, and of which real images.
         ema: the moving average of the generator rather than its latest weights.
     """

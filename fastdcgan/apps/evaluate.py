@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,7 +45,8 @@ def evaluate(
     seed: int = 0,
     ema: bool = True,
 ) -> None:
-    """Write the measurements as JSON, print them as a table, and draw real and generated pictures side by side.
+    """Write the measurements as JSON, print them as a table, and draw real and generated pictures side by side, and
+    generated ones beside the nearest of the whole set.
 
     Args:
         data: real images, as in `fastdcgan train`.
@@ -109,12 +111,21 @@ def evaluate(
         **circumstances(device_of(generator)),
     }
     save((json.dumps(report, indent=1) + "\n").encode(), out)
-    first = fake[: ROWS * COLUMNS]
-    save(side_by_side({"real": real, "generated": first}), shown)
+    drawn = fake[: ROWS * COLUMNS]
+    save(side_by_side({"real": real, "generated": drawn}), shown)
     say(f"{out}; real and generated pictures: {shown}")
-    near = real[nearest(first, real)]
-    save(side_by_side({"generated": first, f"nearest of {count:,} real ones, in the same places": near}), twins)
+    with progress("looking for the nearest", set_.count, "images") as advance:
+        near = nearest(drawn, told(batches(set_, list(range(set_.count))), advance))
+    heading = f"nearest of all {set_.count:,} real ones, in the same places"
+    save(side_by_side({"generated": drawn, heading: near}), twins)
     say(f"generated pictures and the nearest real ones: {twins}")
+
+
+def told(parts: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """The parts one by one; `advance` is told of how many images each has once the next is asked for."""
+    for part in parts:
+        yield part
+        advance(len(part))
 
 
 def side_by_side(sets: dict[str, Tensor]) -> Image.Image:

@@ -5,6 +5,8 @@ And the nearest real images, which show whether the generator draws the set by h
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,23 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
     }
 
 
-def nearest(pictures: Tensor, among: Tensor) -> Tensor:
-    """The number of the picture of `among` (M, C, H, W) whose pixels are nearest to each of `pictures` (N, C, H, W)."""
-    return torch.cdist(pictures.flatten(1), among.flatten(1)).argmin(1)
+def nearest(pictures: Tensor, among: Iterable[Tensor]) -> Tensor:
+    """Of the pictures in the batches `among` (M, C, H, W), those whose pixels are nearest to each of `pictures`.
+
+    Args:
+        pictures: (N, C, H, W).
+
+    Returns:
+        (N, C, H, W).
+    """
+    found, least = torch.zeros_like(pictures), torch.full((len(pictures),), torch.inf)
+    for batch in among:
+        # Not by products, which would drown small differences between bright pictures in what these have in common.
+        apart = torch.cdist(pictures.flatten(1), batch.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+        distance, which = apart.min(1)
+        nearer = distance < least
+        found[nearer], least[nearer] = batch[which[nearer]], distance[nearer]
+    return found
 
 
 def _reach(features: Tensor, k: int) -> Tensor:

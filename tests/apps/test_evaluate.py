@@ -170,7 +170,23 @@ def test_precision_and_recall_tell_collapse_from_noise():
 
 def test_the_nearest_real_images_are_found():
     real = torch.rand(20, 3, 8, 8)
-    assert nearest(real[[7, 3, 19]] + 0.01 * torch.randn(3, 3, 8, 8), real).tolist() == [7, 3, 19]
+    near = nearest(real[[7, 3, 19]] + 0.01 * torch.randn(3, 3, 8, 8), real.split(6))
+    assert torch.equal(near, real[[7, 3, 19]])
+
+
+def test_the_nearest_of_bright_images_is_found():
+    bright = 1 - 1e-3 * torch.rand(60, 3, 32, 32)
+    assert torch.equal(nearest(bright, [bright]), bright)
+
+
+def test_a_copy_of_any_real_image_is_shown_beside_it(run, tmp_path, monkeypatch):
+    """Whichever half of the set it is in, or neither."""
+    data = open_dataset("digits", image_size=(16, 16), device=torch.device("cpu"))
+    copies = data.take(range(0, 1797, 60)).permute(0, 3, 1, 2) / 127.5 - 1
+    monkeypatch.setattr(evaluate_module, "generate", lambda _, z: copies.repeat(2, 1, 1, 1)[: len(z)])
+    evaluate(run, data="digits", images=40, out=tmp_path / "e.json")
+    shown = np.asarray(Image.open(tmp_path / "e-nearest.png"))[20:]
+    assert np.array_equal(shown[:, : 6 * 98 - 2], shown[:, 7 * 98 :])
 
 
 def test_features_of_pale_pictures_are_as_exact_as_of_others(networks):
@@ -317,8 +333,11 @@ def test_what_is_compared_with_what(evaluated, networks):
     assert torch.allclose(fake, generate(networks[0], latents(range(7, 47), 100)), atol=1e-5)
     assert torch.equal(pictures["real"][:30], real[:30]) and torch.equal(pictures["generated"], fake[:30])
     own, near = twins.values()
-    assert torch.equal(own, fake[:30]) and torch.equal(near, real[nearest(own, real)])
-    assert "40 real ones" in list(twins)[1]
+    every = open_dataset("digits", image_size=(16, 16), device=torch.device("cpu")).take(range(1797))
+    every = every.permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.equal(own, fake[:30])
+    assert torch.allclose(near, every[torch.cdist(own.flatten(1), every.flatten(1)).argmin(1)], atol=1e-6)
+    assert "all 1,797 real ones" in list(twins)[1]
     assert not torch.equal(judge.main[0].weight, networks[1].main[0].weight), "not the run's own discriminator"
 
 

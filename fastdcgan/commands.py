@@ -556,7 +556,7 @@ def report(run: RunArgument, out: Path | None = None) -> None:
 
     Args:
         run: a run folder.
-        out: the file. Default: report.html in the run folder.
+        out: a .html file. Default: report.html in the run folder.
     """
     from fastdcgan.report import report as run_report
 
@@ -570,7 +570,7 @@ def compare(
 
     Args:
         runs: two to eight run folders.
-        out: the file.
+        out: a .html file.
     """
     from fastdcgan.report import compare as run_compare
 

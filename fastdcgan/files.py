@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastdcgan.errors import UserError
+
+LONGEST = 255  # bytes of a file's name
 
 
 def short(name: str) -> str:
@@ -68,7 +71,7 @@ def check_out(
         UserError: a wrong suffix, or something in the way.
     """
     check_name(out, suffixes, reads, beside)
-    make_writable(out.parent if suffixes else out, f"--out {out}")
+    make_writable(target(out).parent if suffixes else out, f"--out {out}")
 
 
 def check_name(
@@ -84,8 +87,9 @@ def check_name(
     kept = {os.path.realpath(path) for path in reads}
     for path in (out, *beside):
         which = f"--out {out}" if path == out else f"{path}, which goes with --out {out},"
-        if path.exists() and path.is_dir() == bool(suffixes):
-            raise UserError(f"{which} is a {'folder' if suffixes else 'file'} already: choose another name")
+        if path.exists() and not (path.is_file() if suffixes else path.is_dir()):
+            what = "folder" if path.is_dir() else "file" if path.is_file() else "device or a pipe"
+            raise UserError(f"{which} is a {what} already: choose another name")
         if os.path.realpath(path) in kept:
             raise UserError(f"{which} would replace a picture that is read: choose another name")
 
@@ -109,15 +113,30 @@ def lock(file: IO[Any], *, wait: bool) -> None:
             raise
 
 
+def target(path: Path) -> Path:
+    """Where a link points; any other path as it is."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def unfinished_name(path: Path) -> Path:
+    """Where what is to appear at `path` whole is written first, by a name that is possible wherever that one's is."""
+    name = path.name
+    if len(os.fsencode(name)) > LONGEST - len("..unfinished"):
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f".{name}.unfinished")
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all.
 
     Raises:
-        OSError: it could not be written; what was there before still is.
+        OSError: it could not be written, or is something else than a file; what was there before still is.
     """
-    if path.name in ("", ".."):
+    if path.name in ("", "..") or path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is a device or a pipe, not a file", str(path))
+    unfinished = unfinished_name(path)
     try:
         unfinished.write_bytes(content)
         unfinished.replace(path)

@@ -111,7 +111,7 @@ def _drop_after(path: Path, step: int) -> list[dict[str, float]]:
             values = json.loads(line)
             if not isinstance(values["step"], int) or values["step"] > step:
                 continue
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue  # torn by a kill
         kept.append({key: math.nan if value is None else value for key, value in values.items()})
         lines.append(line + "\n")

@@ -14,9 +14,10 @@ from PIL import Image
 
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
-from fastdcgan.files import replace_file
+from fastdcgan.files import check_name, check_out, replace_file, target
 from fastdcgan.plot import Series, chart
 
+PAGE = (".html", ".htm")
 LARGEST = 1e300  # of the numbers that a chart can show
 FRAMES = 60  # sample grids in the timeline, evenly chosen
 TIMELINES = {"step": "moving average", "raw-step": "latest weights"}  # samples/<prefix>-<number>.png
@@ -97,10 +98,14 @@ def report(run: Path, out: Path | None) -> Path:
     """Write the report of a run; returns its path, `report.html` in the run folder if `out` is None.
 
     Raises:
-        UserError: not a run folder, or the file cannot be written.
+        UserError: not a run folder, or the file has another suffix or cannot be written.
     """
+    if out is not None:
+        check_name(out, PAGE)
     record = read(run)
-    out = out or run / "report.html"
+    if out is not None:
+        check_out(out, PAGE)
+    out = run / "report.html" if out is None else target(out)
     alarms = [alarm for alarm in record.lines["alarms"] if _number(alarm.get("step"))]
     marks = [alarm["step"] for alarm in alarms]
     parts = [f"<h1>{html.escape(record.name)}</h1>", _summary(record)]
@@ -123,12 +128,15 @@ def compare(runs: list[Path], out: Path) -> Path:
     """Write a page with the same curves of several runs over one another and what is set differently in them.
 
     Raises:
-        UserError: fewer than two runs or more than eight, something that is not a run folder, or the file cannot be
-            written.
+        UserError: fewer than two runs or more than eight, something that is not a run folder, or the file has another
+            suffix or cannot be written.
     """
     if not 2 <= len(runs) <= len(COLOURS):
         raise UserError(f"compare takes 2 to {len(COLOURS)} run folders, not {len(runs)}")
+    check_name(out, PAGE)
     records = [read(run) for run in runs]
+    check_out(out, PAGE)
+    out = target(out)
     names = [record.name for record in records]
     if len(set(names)) < len(names):
         names = [str(record.path) for record in records]
@@ -176,7 +184,7 @@ def read(run: Path) -> Record:
         raise UserError(f"{run} has no figures yet: metrics.jsonl is missing or empty")
     try:
         about = json.loads((run / "config.json").read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{run / 'config.json'} cannot be read: {error}") from error
     return Record(run, lines, about if isinstance(about, dict) else {})
 
@@ -190,7 +198,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # torn by a kill
         if isinstance(value, dict):
             found.append(value)
@@ -271,7 +279,9 @@ def _embedded(path: Path) -> str:
     try:
         with Image.open(path) as image:
             image.save(buffer, "WEBP", quality=90)
-    except (OSError, Image.DecompressionBombError):
+    except MemoryError:
+        raise
+    except Exception:  # Pillow's plugins raise almost anything on damaged files
         return "data:,"
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -182,6 +183,51 @@ def test_a_symlink_out_of_the_folder_is_left_out(tmp_path: Path, capsys: pytest.
     frames = json.loads(next(each["data-frames"] for each in page.all("section") if "data-frames" in each))
     assert [frame["step"] for frame in frames] == [100, 200, 300, 400, 901]
     assert "points out of the run folder" in capsys.readouterr().err
+
+
+def test_what_is_damaged_is_left_out(tmp_path: Path) -> None:
+    """A picture in a way that Pillow's plugin did not expect; lines nested deeper than anyone writes them."""
+    run = make_run(tmp_path / "run")
+    damaged = run / "samples" / "step-000400.png"
+    content = bytearray(damaged.read_bytes())
+    content[11] = 0  # the length of its first chunk
+    damaged.write_bytes(content)
+    assert _embedded(damaged) == "data:,"
+    for name in ("metrics", "quality", "alarms"):
+        with open(run / f"{name}.jsonl", "a") as file:
+            file.write("\n" + "[" * 100_000 + "\n")
+    assert_alone(report(run, None))
+    assert_alone(compare([run, make_run(tmp_path / "other")], tmp_path / "both.html"))
+    (run / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        report(run, None)
+
+
+def test_a_page_takes_the_place_of_pages_alone(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    metrics = runs[0] / "metrics.jsonl"
+    before = metrics.read_bytes()
+    for write in (partial(report, runs[0]), partial(compare, runs)):
+        with pytest.raises(UserError, match=r"--out .*metrics\.jsonl is not possible: end it in \.html or \.htm"):
+            write(metrics)
+    assert metrics.read_bytes() == before
+    with pytest.raises(UserError, match="is not a run folder"):
+        report(tmp_path / "nowhere", tmp_path / "new" / "page.html")
+    assert not (tmp_path / "new").exists()
+    (runs[1] / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"report\.html cannot be written: it is a folder"):
+        report(runs[1], None)
+
+
+def test_a_page_is_written_to_where_a_link_points(tmp_path: Path) -> None:
+    run, page = make_run(tmp_path / "run"), tmp_path / "pages" / "page.html"
+    page.parent.mkdir()
+    (tmp_path / "link.html").symlink_to(page)
+    assert report(run, tmp_path / "link.html") == page
+    assert_alone(page)
+    (run / "report.html").symlink_to(tmp_path / "mine.txt")
+    report(run, None)  # a link in a run folder was made by who made the run, and may point anywhere
+    assert not (run / "report.html").is_symlink() and not (tmp_path / "mine.txt").exists()
 
 
 def test_compare(tmp_path: Path) -> None:

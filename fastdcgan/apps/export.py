@@ -23,7 +23,7 @@ from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import say, spinner
 from fastdcgan.errors import UserError, check_utf8
-from fastdcgan.files import printable
+from fastdcgan.files import printable, unfinished_name
 from fastdcgan.models import AnyGenerator, Generator
 from fastdcgan.monitor import save_grid
 from fastdcgan.runs import EXPORTED, Run, load_run
@@ -62,7 +62,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     if not out.name:
         raise UserError(f"--out {out} has no name of its own: give that of a new folder")
     check_utf8("--out", out)  # or ONNX's and TorchScript's libraries cannot write there
-    unfinished = out.with_name(f".{out.name}.unfinished")
+    unfinished = unfinished_name(out)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

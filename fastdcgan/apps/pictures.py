@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from fastdcgan.errors import UserError, first_line
-from fastdcgan.files import replace_file
+from fastdcgan.files import LONGEST, replace_file, short, target
 from fastdcgan.models import AnyGenerator
 from fastdcgan.pixels import as_picture, in_8_bits, to_uint8, upright, without_range
 
@@ -22,6 +22,7 @@ KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
 CELL = 96  # pixels: smaller pictures are enlarged in sheets made to be looked at
 GAP = 2
 HEADING = 20
+ROOM = 25  # bytes of a result's name, for a number and .safetensors
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -129,7 +130,7 @@ def sheet(rows: Sequence[Sequence[Tensor | None]], headings: Sequence[str] = ())
 
 
 def save(content: Image.Image | bytes, path: Path) -> None:
-    """Write a picture (in the format its suffix names) or bytes, whole or not at all.
+    """Write a picture (in the format its suffix names) or bytes, whole or not at all; to where a link points.
 
     Raises:
         UserError: it cannot be written.
@@ -139,13 +140,14 @@ def save(content: Image.Image | bytes, path: Path) -> None:
         content.save(buffer, Image.registered_extensions()[path.suffix.lower()])
         content = buffer.getvalue()
     try:
-        replace_file(path, content)
+        replace_file(target(path), content)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def names(paths: Sequence[Path], out: Path, beside: Sequence[Path] = ()) -> list[str]:
-    """A name in the folder `out` for what comes of each file: its stem, numbered where that is taken.
+    """A name in the folder `out` for what comes of each file: its stem, numbered where that is taken, shortened where
+    that leaves no room for a suffix.
 
     Args:
         beside: other pictures that are read.
@@ -153,13 +155,14 @@ def names(paths: Sequence[Path], out: Path, beside: Sequence[Path] = ()) -> list
     Raises:
         UserError: the results would take the place of pictures that are read.
     """
-    stems, taken = [path.stem for path in paths], {"sheet"}
-    for i, stem in enumerate(stems):
+    given = [path.stem if len(os.fsencode(path.stem)) <= LONGEST - ROOM else short(path.stem) for path in paths]
+    stems, taken = list(given), {"sheet"}
+    for i, stem in enumerate(given):
         number = i
-        while stems[i] in taken or (stems[i] == stem and [path.stem for path in paths].count(stem) > 1):
+        while stems[i] in taken or (stems[i] == stem and given.count(stem) > 1):
             stems[i], number = f"{stem}-{number}", number + 1
         taken.add(stems[i])
-    given = {os.path.realpath(path) for path in [*paths, *beside]}
-    if any(os.path.realpath(out / f"{name}.png") in given for name in taken):
+    read = {os.path.realpath(path) for path in [*paths, *beside]}
+    if any(os.path.realpath(out / f"{name}.png") in read for name in taken):
         raise UserError(f"--out {out} would replace pictures that are read: give another folder")
     return stems

@@ -212,6 +212,11 @@ def test_what_a_killed_export_left_is_cleared_away(run, tmp_path):
     assert not (tmp_path / "model" / "generator.pt").exists() and not (tmp_path / ".model.unfinished").exists()
 
 
+def test_a_folder_can_have_the_longest_name(run, tmp_path):
+    export(run, format="safetensors", out=tmp_path / ("x" * 255))
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * 255]
+
+
 def test_the_latest_weights_can_be_exported_and_others_can_read_them(run, tmp_path):
     for name, ema in (("average", True), ("latest", False)):
         export(run, format="safetensors", out=tmp_path / name, ema=ema)

@@ -120,6 +120,19 @@ def test_results_take_nobodys_place(tmp_path):
         names([tmp_path / "a.png"], tmp_path)
 
 
+def test_the_results_of_pictures_with_long_names_have_shorter_ones(tmp_path):
+    long, also = "x" * 251, "x" * 250 + "y"
+    found = names([Path(f"{long}.png"), Path(f"{also}.png"), Path("a.png")], tmp_path)
+    assert found == ["x" * 100 + "-0", "x" * 100 + "-1", "a"]
+    assert names([Path("x" * 230 + ".png")], tmp_path) == ["x" * 230]
+
+
+def test_a_picture_is_saved_to_where_a_link_points(tmp_path):
+    (tmp_path / "link.png").symlink_to("picture.png")
+    save(Image.new("L", (4, 4)), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink() and Image.open(tmp_path / "picture.png").size == (4, 4)
+
+
 def test_results_take_nobodys_place_by_another_path(tmp_path, monkeypatch):
     """The same folder under another name, and a link to it."""
     monkeypatch.chdir(tmp_path)

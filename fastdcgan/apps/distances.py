@@ -13,6 +13,7 @@ from fastdcgan.pixels import to_floats
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, for five scales
 SMALLEST = 16  # pixels a side of the coarsest level of a pyramid
 PATCH = 7
+VISIBLE = 2 / 255  # deviation of a channel in -1..1: one of the steps that a picture's file has
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
@@ -23,7 +24,7 @@ def sliced_wasserstein(
 
     As in Karras et al. 2018, section 5: patches of 7x7 pixels from each level, every channel normalised over its set,
     projected on random directions and sorted; the mean absolute difference of the sorted projections. Their figures
-    are 1,000 times these.
+    are 1,000 times these. A channel that hardly varies in either set is centred alone.
 
     Args:
         a, b: (N, C, H, W), uint8 or floats in -1..1; of unequal sets the first of the larger are taken.
@@ -36,9 +37,11 @@ def sliced_wasserstein(
     count = min(len(a), len(b))
     random = torch.Generator().manual_seed(seed)
     distances = {}
-    pyramids = (laplacian_pyramid(to_floats(images[:count])) for images in (a, b))
-    for level_a, level_b in zip(*pyramids, strict=True):
-        described = [_descriptors(level, patches, random) for level in (level_a, level_b)]
+    sets = [to_floats(images[:count]) for images in (a, b)]
+    # Scaled too, what no picture shows, such as noise in an alpha that is 1 everywhere, would count as a picture does.
+    varied = torch.stack([images.std((0, 2, 3)).cpu() for images in sets]).amax(0) >= VISIBLE
+    for level_a, level_b in zip(*map(laplacian_pyramid, sets), strict=True):
+        described = [_descriptors(level, patches, random, varied) for level in (level_a, level_b)]
         total = 0.0
         for _ in range(repeats):
             axes = F.normalize(torch.randn(described[0].shape[1], directions, generator=random), dim=0)
@@ -126,8 +129,9 @@ def _ssim_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1), (2 * covariance + c2) / (var_a + var_b + c2)
 
 
-def _descriptors(level: Tensor, patches: int, random: torch.Generator) -> Tensor:
-    """`patches` patches of each image (N, C, H, W): (N * patches, C * 49), each channel with mean 0 and deviation 1."""
+def _descriptors(level: Tensor, patches: int, random: torch.Generator, varied: Tensor) -> Tensor:
+    """`patches` patches of each image (N, C, H, W): (N * patches, C * 49), each channel with mean 0; with deviation 1
+    where `varied`, bool (C,), says so."""
     n, _, height, width = level.shape
     side = min(PATCH, height, width)
     i = torch.arange(n).repeat_interleave(patches)
@@ -136,8 +140,8 @@ def _descriptors(level: Tensor, patches: int, random: torch.Generator) -> Tensor
     span = torch.arange(side)
     rows, columns = (y[:, None] + span)[:, :, None], (x[:, None] + span)[:, None, :]
     found = level.permute(0, 2, 3, 1)[i[:, None, None], rows, columns]  # (n * patches, side, side, channels)
-    found = (found - found.mean((0, 1, 2))) / found.std((0, 1, 2)).clamp(min=1e-8)
-    return found.flatten(1)
+    scale = torch.where(varied.to(found.device), found.std((0, 1, 2)).clamp(min=1e-8), 1.0)
+    return ((found - found.mean((0, 1, 2))) / scale).flatten(1)
 
 
 def _blur(images: Tensor) -> Tensor:

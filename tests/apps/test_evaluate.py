@@ -104,6 +104,23 @@ def test_a_scale_and_an_offset_do_not_count_in_the_sliced_wasserstein_distance()
     assert sliced_wasserstein(a, images(50, 7, 5, 2))[7] > 0.01
 
 
+def test_what_no_picture_shows_does_not_count_in_the_sliced_wasserstein_distance():
+    """Transparency that hardly varies; where it varies in one set, or by more than a step of 255, it counts."""
+    a, b = images(60, 16), images(60, 16, seed=1)
+    opaque = torch.ones(60, 1, 16, 16)
+
+    def distance(alpha, other):
+        return sliced_wasserstein(torch.cat([a, alpha], 1), torch.cat([b, other], 1))[16]
+
+    noise = images(60, 16, 3, channels=1)
+    same = distance(opaque, opaque)
+    assert distance(opaque, opaque - 1e-3 * noise.abs()) == pytest.approx(same, rel=0.01)
+    assert distance(opaque, opaque - 0.1 * noise.abs()) > 1.5 * same
+    assert distance(opaque - 0.1 * noise, opaque - 0.1 * noise.flip(0)) == pytest.approx(
+        distance(opaque - 0.2 * noise, opaque - 0.2 * noise.flip(0)), rel=1e-3
+    )
+
+
 def test_of_unequal_sets_the_first_of_the_larger_count():
     a, b = images(40, 16), images(60, 16, seed=1)
     assert sliced_wasserstein(a, b) == sliced_wasserstein(a, b[:40])

@@ -21,7 +21,7 @@ from fastdcgan.apps.image_sets import batches, circumstances, open_images, pictu
 from fastdcgan.apps.latent import BATCH, generate, latents
 from fastdcgan.apps.neighbours import nearest, prdc
 from fastdcgan.apps.pictures import save, sheet
-from fastdcgan.apps.trained import device_of, open_both
+from fastdcgan.apps.trained import device_of, fingerprint, open_both
 from fastdcgan.console import progress, say, spinner
 from fastdcgan.errors import UserError, check_at_least, check_seed, first_line
 from fastdcgan.files import check_out
@@ -104,6 +104,7 @@ def evaluate(
         "run": str(run),
         "step": run_found.step,
         "ema": ema,
+        "weights": fingerprint(generator),
         "data": data,
         "images": count,
         "features": "untrained" if features is None else str(features),

@@ -20,7 +20,7 @@ from torch import nn
 
 from fastdcgan import reference
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.trained import open_run
+from fastdcgan.apps.trained import fingerprint, open_run
 from fastdcgan.console import say, spinner
 from fastdcgan.errors import UserError, check_utf8
 from fastdcgan.files import printable, unfinished_name
@@ -57,7 +57,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already: name a new folder")
     found = open_run(run, ema)
-    numbers = None if evaluation is None else read_evaluation(evaluation, found, ema)
+    numbers = None if evaluation is None else read_evaluation(evaluation, found.generator)
     plain = plain_generator(found.generator)
     if not out.name:
         raise UserError(f"--out {out} has no name of its own: give that of a new folder")
@@ -155,22 +155,25 @@ def write_onnx(generator: nn.Sequential, path: Path) -> None:
     _agree("ONNX", lambda z: torch.from_numpy(session.run(None, {"latent": z.numpy()})[0]), generator)
 
 
-def read_evaluation(path: Path, run: Run, ema: bool) -> dict[str, dict[str, float]]:
-    """The measurements of the run, loaded with or without its moving average, in a file made by `fastdcgan evaluate`.
+def read_evaluation(path: Path, generator: AnyGenerator) -> dict[str, dict[str, float]]:
+    """The measurements of the generator, in a file made by `fastdcgan evaluate`.
 
     Raises:
-        UserError: not such a file, or one of another run.
+        UserError: not such a file, or one of other weights.
     """
     try:
         content = json.loads(path.read_text())
         results: dict[str, dict[str, float]] = content["results"]
         found = {name: {key: float(value) for key, value in each.items()} for name, each in results.items()}
-        step, averaged = int(content["step"]), bool(content["ema"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        weights = content.get("weights")
+        if not found:
+            raise ValueError("nothing was measured")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise UserError(f"--evaluation {path} is not a file made by fastdcgan evaluate") from None
-    heights = [int(key.removeprefix("swd_")) for each in found.values() for key in each if key.startswith("swd_")]
-    if run.step not in (None, step) or averaged != ema or max(heights, default=0) != run.generator.image_size[0]:
-        what = f"of another run, or not of its step {step:,}, or of its other weights (--ema, --no-ema)"
+    if weights is None:
+        raise UserError(f"--evaluation {path} does not say which weights it is of (older files do not): evaluate again")
+    if weights != fingerprint(generator):
+        what = "of another run, or of another step, or of the run's other weights (--ema, --no-ema)"
         raise UserError(f"--evaluation {path} is {what}: evaluate what is exported")
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -41,6 +42,15 @@ def open_both(path: Path, ema: bool = True) -> tuple[Run, AnyGenerator, AnyDiscr
     if run.discriminator is None:
         raise UserError(f"{path} holds a generator alone, and this needs the discriminator too: give a run folder")
     return run, run.generator, run.discriminator
+
+
+def fingerprint(network: torch.nn.Module) -> str:
+    """SHA-256 of the names, types, shapes and values of a network's weights, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def device_of(network: torch.nn.Module) -> torch.device:

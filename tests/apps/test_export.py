@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -17,6 +18,7 @@ from fastdcgan.apps import export as export_module
 from fastdcgan.apps.export import export
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.sample import sample
+from fastdcgan.apps.trained import fingerprint, open_run
 from fastdcgan.errors import UserError
 from fastdcgan.models import Generator, TutorialGenerator
 
@@ -119,7 +121,8 @@ def test_the_tutorial_network_is_exported_too(tmp_path):
 
 def test_the_card_has_the_numbers(run, networks, tmp_path):
     results = {"generated": {"swd_16": 12.5, "swd": 12.5}, "other real images": {"swd_16": 3.25, "swd": 3.25}}
-    (tmp_path / "evaluation.json").write_text(json.dumps({"step": 400, "ema": True, "results": results}))
+    about = {"weights": fingerprint(networks[0]), "results": results}
+    (tmp_path / "evaluation.json").write_text(json.dumps(about))
     export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
     card = (tmp_path / "model" / "README.md").read_text()
     parameters = sum(each.numel() for each in networks[0].parameters())
@@ -134,19 +137,49 @@ def test_the_card_has_the_numbers(run, networks, tmp_path):
     ):
         assert words in card
     assert str(tmp_path) not in card and str(run) not in card
-    for change in ({"step": 300}, {"ema": False}, {"results": {"generated": {"swd_32": 1.0}}}):
-        other = {"step": 400, "ema": True, "results": results} | change
-        (tmp_path / "other.json").write_text(json.dumps(other))
+
+
+def test_numbers_of_other_weights_are_refused(run, networks, tmp_path):
+    """Of another run that made as many steps at the same size; of the latest ones; of who knows which."""
+    other, latest = copy.deepcopy(networks[0]), open_run(run, ema=False).generator
+    other.main[0].weight[0, 0, 0, 0] += 1e-6
+    file, about = tmp_path / "e.json", {"step": 400, "ema": True, "results": {"generated": {"swd_16": 1.0}}}
+    for network in (other, latest):
+        file.write_text(json.dumps(about | {"weights": fingerprint(network)}))
         with pytest.raises(UserError, match=r"of another run.*: evaluate what is exported"):
-            export(run, format="safetensors", out=tmp_path / "new", evaluation=tmp_path / "other.json")
+            export(run, format="safetensors", out=tmp_path / "new", evaluation=file)
+    file.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"does not say which weights it is of.*: evaluate again"):
+        export(run, format="safetensors", out=tmp_path / "new", evaluation=file)
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_an_exported_folder_is_of_the_weights_that_were_measured(run, networks, tmp_path):
+    about = {"weights": fingerprint(networks[0]), "results": {"generated": {"swd_16": 7.125}}}
+    (tmp_path / "e.json").write_text(json.dumps(about))
+    for format in ("safetensors", "pth"):
+        export(run, format=format, out=tmp_path / format)
+    for source in ("safetensors", "pth/netG.pth"):
+        export(tmp_path / source, format="pth", out=tmp_path / "again", evaluation=tmp_path / "e.json")
+        assert "| swd_16 | 7.125 |" in (tmp_path / "again" / "README.md").read_text()
+        shutil.rmtree(tmp_path / "again")
 
 
 @pytest.mark.parametrize(
     "content",
-    [[1], {"results": []}, {"results": {"a": 1}}, {"results": {"a": {"b": None}}}, {"results": {}, "step": None}],
+    [
+        "[1]",
+        '{"results": []}',
+        '{"results": {"a": 1}}',
+        '{"results": {"a": {"b": null}}}',
+        '{"results": {}}',
+        '{"results": {"a": {"b": 1' + 400 * "0" + "}}}",
+        100_000 * "[",
+    ],
+    ids=["a list", "no sets", "no figures", "no number", "nothing", "a vast number", "deep"],
 )
 def test_what_is_no_evaluation_is_a_line(run, tmp_path, content):
-    (tmp_path / "e.json").write_text(json.dumps(content))
+    (tmp_path / "e.json").write_text(content)
     with pytest.raises(UserError, match="is not a file made by fastdcgan evaluate"):
         export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "e.json")
 

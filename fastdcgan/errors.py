@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-LAST_SEED = 2**63 - 1
+LAST_SEED = 2**32 - 1  # PyTorch's generators on a CPU take 32 bits: from a larger one the same numbers come again
 
 
 class UserError(Exception):
@@ -24,10 +24,19 @@ def check_at_least(flag: str, value: int, least: int) -> None:
         raise UserError(f"{flag} {value} is too small: at least {least}")
 
 
-def check_seed(seed: int) -> None:
-    """Raises UserError for one that PyTorch does not take."""
-    if not 0 <= seed <= LAST_SEED:
-        raise UserError(f"--seed {seed} is not possible: from 0 to {LAST_SEED}")
+def check_seed(seed: int, count: int = 1) -> None:
+    """Raises UserError for a seed that PyTorch does not tell from others, or where one of `count` from it on is."""
+    last = LAST_SEED - count + 1
+    if not 0 <= seed <= last:
+        raise UserError(f"--seed {seed} is not possible: from 0 to {last}")
+
+
+def check_seeds(seed: int, flag: str, count: int) -> None:
+    """As `check_seed`, where a flag says how many."""
+    check_seed(seed)
+    left = LAST_SEED + 1 - seed
+    if count > left:
+        raise UserError(f"{flag} {count} is too large: from --seed {seed} on there are {left} seeds")
 
 
 def check_utf8(flag: str, path: Path) -> None:

@@ -12,10 +12,11 @@ from fastdcgan.apps.latent import latents
 from fastdcgan.apps.pictures import read_pictures
 from fastdcgan.apps.trained import open_both, open_run
 from fastdcgan.console import progress
-from fastdcgan.errors import UserError
+from fastdcgan.errors import LAST_SEED, UserError
 from fastdcgan.models import AnyGenerator
 
 STEPS = 300
+DIGITS = 20  # at most, of a seed; Python reads no number of thousands
 
 
 def open_points(run: Path, words: list[str], *, truncation: float | None, fit: bool) -> tuple[AnyGenerator, Tensor]:
@@ -27,9 +28,9 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
         fit: crop, resize and convert images that have another size or other channels.
 
     Raises:
-        UserError: a word that is neither, or an image or a run that cannot be used.
+        UserError: a word that is neither, or a seed, an image or a run that cannot be used.
     """
-    seeds = {word: int(word) for word in words if word.isdecimal()}
+    seeds = {word: seed(word) for word in words if word.isdecimal()}
     images = list(dict.fromkeys(image_files(words)))
     for image in images:
         if not image.exists():
@@ -43,8 +44,20 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
     with progress("inverting the images", STEPS, "steps") as advance:
         found = nearest(generator, discriminator, target, steps=STEPS, advance=advance).latent.cpu()
     point = dict(zip(images, found, strict=True))
-    drawn = {word: latents([seed], generator.latent_dim, truncation)[0] for word, seed in seeds.items()}
+    drawn = {word: latents([each], generator.latent_dim, truncation)[0] for word, each in seeds.items()}
     return generator, torch.stack([drawn[word] if word in seeds else point[Path(word)] for word in words])
+
+
+def seed(word: str) -> int:
+    """The seed that a word of digits names.
+
+    Raises:
+        UserError: it is too large.
+    """
+    if len(word) > DIGITS or int(word) > LAST_SEED:
+        shown = word if len(word) <= DIGITS else f"{word[:DIGITS]}..."
+        raise UserError(f"{shown} is not possible as a seed: from 0 to {LAST_SEED}")
+    return int(word)
 
 
 def image_files(words: list[str]) -> list[Path]:

@@ -23,7 +23,7 @@ from fastdcgan.apps.neighbours import nearest, prdc
 from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.apps.trained import device_of, fingerprint, open_both
 from fastdcgan.console import progress, say, spinner
-from fastdcgan.errors import UserError, check_at_least, check_seed, first_line
+from fastdcgan.errors import UserError, check_at_least, check_seeds, first_line
 from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_uint8
@@ -63,7 +63,7 @@ def evaluate(
         UserError: data, runs or settings that cannot be used; --fid where torch-fidelity is not installed.
     """
     check_at_least("--images", images, FEWEST)
-    check_seed(seed)
+    check_seeds(seed, "--images", images)
     if inception_weights is not None and not inception_weights.is_file():
         raise UserError(f"--inception-weights {inception_weights} does not exist: leave it out to fetch the usual file")
     if fid and importlib.util.find_spec("torch_fidelity") is None:

@@ -14,7 +14,7 @@ from fastdcgan.apps.latent import Inversion, invert
 from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
-from fastdcgan.errors import UserError, check_at_least, check_seed
+from fastdcgan.errors import UserError, check_at_least, check_seeds
 from fastdcgan.files import check_out
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
@@ -107,8 +107,8 @@ def nearest(
 
 def check_search(restarts: int, steps: int, seed: int) -> None:
     """Raises UserError for settings of an inversion that are not possible."""
-    check_seed(seed)
     check_at_least("--restarts", restarts, 1)
+    check_seeds(seed, "--restarts", restarts)
     check_at_least("--steps", steps, 4)
 
 

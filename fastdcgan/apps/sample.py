@@ -12,7 +12,7 @@ from fastdcgan.apps.latent import BATCH, generate, latents
 from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
-from fastdcgan.errors import UserError, check_at_least
+from fastdcgan.errors import UserError, check_at_least, check_seeds
 from fastdcgan.files import check_out, target
 from fastdcgan.monitor import save_grid
 
@@ -26,7 +26,8 @@ def sample(
         UserError: not a run, or a count, seed or truncation that is not possible, or `out` cannot be written.
     """
     check_at_least("--count", count, 1)
-    latents([seed, seed + count - 1], 1, truncation)  # what is not possible is said before anything is written
+    check_seeds(seed, "--count", count)
+    latents([seed], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
     one_grid = out.suffix.lower() in Image.registered_extensions()  # of which it can be one
     check_out(out, (".png",) if one_grid else ())

@@ -44,7 +44,7 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
         )
     if not 1 <= tiles <= 64:
         raise UserError(f"--tiles {tiles} is not possible: 1 to 64")
-    check_seed(seed)
+    check_seed(seed, SAMPLES)
     generator = open_run(run).generator
     picture = open_picture(photo)
     check_out(out, (".png", ".jpg", ".jpeg"), [photo])

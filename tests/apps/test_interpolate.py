@@ -120,7 +120,8 @@ def test_all_groups_count_the_same():
         (["1"], "walk.gif", "at least two"),
         (["1", "x.png"], "walk.gif", "x.png is neither"),
         (["1", "-2"], "walk.gif", "-2 is neither"),
-        (["1", str(2**64)], "walk.gif", "seed"),
+        (["1", str(2**32)], "walk.gif", f"{2**32} is not possible as a seed: from 0 to {2**32 - 1}"),
+        (["1", "9" * 5000], "walk.gif", r"^9{20}\.\.\. is not possible as a seed"),
         (["1", "2"], "walk.avi", "end it in"),
     ],
 )

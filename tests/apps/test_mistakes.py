@@ -177,6 +177,29 @@ def test_no_command_replaces_a_picture_that_it_reads(run, digits, tmp_path, monk
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("sample --count 9", "--count 9 is too large: from --seed 4294967290 on there are 6 seeds"),
+        ("invert photo.png --restarts 9", "--restarts 9 is too large"),
+        ("inpaint photo.png --box 1,1,2,2", "--restarts 8 is too large"),
+        ("denoise photo.png", "--restarts 8 is too large"),
+        ("stylize photo.png", "--seed 4294967290 is not possible: from 0 to 4294967104"),
+        ("evaluate --data digits --images 40", "--images 40 is too large"),
+    ],
+)
+def test_seeds_that_run_out_are_said_before_the_work(run, tmp_path, monkeypatch, capsys, line, says):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (16, 16)).save("photo.png")
+    command, *rest = line.split()
+    with pytest.raises(SystemExit) as end:
+        main([command, str(run), *rest, "--seed", "4294967290", "--out", "new/result.json"])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert says in line
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
 @pytest.mark.parametrize("name", ["e.png", "e-nearest.png"])
 def test_what_is_in_the_way_of_a_picture_that_goes_with_a_file_is_named_before_the_work(run, tmp_path, name):
     (tmp_path / name).mkdir()

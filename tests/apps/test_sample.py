@@ -34,9 +34,17 @@ def test_a_folder_has_one_picture_a_seed_across_batches(run, tmp_path):
 
 
 def test_a_last_seed_that_is_not_possible_is_said_before_anything_is_written(run, tmp_path):
-    with pytest.raises(UserError, match="is not possible: from 0 to"):
+    with pytest.raises(UserError, match=f"--count 70 is too large: from --seed {LAST_SEED - 66} on there are 67 seeds"):
         sample(run, out=tmp_path / "many", count=70, seed=LAST_SEED - 66)
     assert not (tmp_path / "many").exists()
+
+
+def test_no_two_seeds_are_of_one_picture():
+    assert not torch.equal(latents([LAST_SEED], 100), latents([LAST_SEED - 2**31], 100))
+    assert torch.equal(
+        torch.randn(9, generator=torch.Generator().manual_seed(LAST_SEED + 1)),
+        torch.randn(9, generator=torch.Generator().manual_seed(0)),
+    ), "PyTorch takes more bits now: so can LAST_SEED"
 
 
 def test_the_average_is_not_the_latest_weights(run, tmp_path):
@@ -59,8 +67,9 @@ def test_truncated_latents_keep_their_order_within_the_bounds():
     ("setting", "complaint"),
     [
         ({"count": 0}, "--count"),
+        ({"count": 10**21}, "--count 1000000000000000000000 is too large"),
         ({"seed": -1}, "--seed"),
-        ({"seed": 2**64}, "--seed"),
+        ({"seed": 2**32}, f"--seed {2**32} is not possible: from 0 to {2**32 - 1}"),
         ({"truncation": 0.0}, "--truncation"),
         ({"out": "grid.jpg"}, "end it in .png"),
     ],

@@ -71,8 +71,8 @@ def in_plain_words(error: Exception) -> str | None:
     short = ("out of memory", "can't allocate memory", "calculation overflowed", "STATUS_ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(words in text for words in short):
         return (
-            "there is not enough memory: take less at a time, with a smaller --batch-size, --image-size, --gen-width or"
-            " --count, or free some"
+            "there is not enough memory: take less at a time, with a smaller --batch-size, --image-size, --gen-width,"
+            " --count or --restarts, or free some"
         )
     if "unable to find an engine" in text or "CUBLAS_STATUS_NOT_INITIALIZED" in text:
         return (
@@ -121,9 +121,10 @@ def in_one_line(box: str) -> str:
     words: list[str] = []
     for line in box.splitlines()[1:]:
         text = line.strip("│╭╮╰╯─ ")
-        if not text and words:
+        if text.strip("-"):  # else it is a rule, of hyphens where the terminal knows no other letters than ASCII's
+            words.append(text)
+        elif words:
             break
-        words.append(text)
     return " ".join(words).rstrip(".")
 
 

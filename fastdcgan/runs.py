@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -176,10 +177,11 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
         path: a run folder (its newest checkpoint), one checkpoint folder, a folder made by `fastdcgan export`, or a
             .pth or .safetensors file with a generator's weights, also one saved by the widely used PyTorch example.
         device: where the networks go.
-        ema: the generator's moving average rather than its latest weights.
+        ema: the generator's moving average rather than its latest weights, which a run or a checkpoint alone has.
 
     Raises:
-        UserError: nothing there, or not a generator, or damaged; never runs code from a file.
+        UserError: nothing there, or not a generator, or damaged, or without its latest weights; never runs code from a
+            file.
     """
     path = Path(path).expanduser()
     if torch.device(device).type == "cuda":
@@ -189,6 +191,8 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     if (path / EXPORTED).is_file() and not (path / "state.json").exists():
         path = path / EXPORTED
     if path.is_file():
+        if not ema:
+            raise UserError(f"{path} holds one network's weights alone: leave --no-ema out, or give a run folder")
         return Run(path.parent, _generator(read_weights(path), path).to(device).eval(), None, None, None, None)
     if (path / "state.json").exists():
         saved, folder = checkpoint.load(path), path.resolve().parent.parent
@@ -221,7 +225,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             weights: Any = load_file(file)
         else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # that it is TorchScript, which is refused below
+                weights = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     except Exception as error:  # a damaged or hostile pickle can raise anything

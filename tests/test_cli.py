@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastdcgan import console, processor
-from fastdcgan.cli import main
+from fastdcgan.cli import main, parse
 from fastdcgan.commands import asked
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError, check_utf8, first_line
@@ -52,7 +52,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "smaller --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
-        (MemoryError("Unable to allocate 20.0 GiB for an array"), "smaller --batch-size"),
+        (MemoryError("Unable to allocate 20.0 GiB for an array"), "--count or --restarts, or free some"),
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "install a C compiler"),
     ],
 )
@@ -102,6 +102,25 @@ TINY = ("--steps", "2", "--image-size", "8", "--gen-width", "4", "--batch-size",
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str, says: str) -> None:
     assert says.replace(",", "") in mistake(capsys, *argv.split()).replace(",", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("sample run --count many", "Error parsing --count: invalid literal for int() with base 10: 'many'"),
+        ("train --stepz 5", "Unrecognized options: --stepz, 5"),
+        ("export", "Missing from fastdcgan export: RUN "),
+    ],
+)
+def test_arguments_that_do_not_fit_are_a_line_on_any_terminal(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, argv: str, says: str
+) -> None:
+    """What tyro draws around its words depends on the letters that standard output knows."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    with pytest.raises(UserError) as error:
+        parse(argv.split())
+    assert str(error.value).startswith(says) and "---" not in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

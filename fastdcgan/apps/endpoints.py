@@ -30,7 +30,7 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
     Raises:
         UserError: a word that is neither, or a seed, an image or a run that cannot be used.
     """
-    seeds = {word: seed(word) for word in words if word.isdecimal()}
+    seeds = {word: seed_of(word) for word in words if word.isdecimal()}
     images = list(dict.fromkeys(image_files(words)))
     for image in images:
         if not image.exists():
@@ -48,7 +48,7 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
     return generator, torch.stack([drawn[word] if word in seeds else point[Path(word)] for word in words])
 
 
-def seed(word: str) -> int:
+def seed_of(word: str) -> int:
     """The seed that a word of digits names.
 
     Raises:

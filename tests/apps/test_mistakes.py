@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastdcgan.apps.evaluate import evaluate
+from fastdcgan.apps.export import export
 from fastdcgan.apps.pictures import (
     HEADING,
     fitted,
@@ -84,6 +85,31 @@ def test_a_generator_alone_is_enough_to_sample_and_not_to_invert(run, tmp_path):
     assert open_run(tmp_path / "g.safetensors").generator.image_size == (16, 16)
     with pytest.raises(UserError, match="discriminator"):
         open_both(tmp_path / "g.safetensors")
+
+
+@pytest.mark.parametrize("line", ["sample --out grid.png", "export --out new"])
+@pytest.mark.parametrize("given", ["model", "model/generator.safetensors"])
+def test_what_is_exported_has_no_latest_weights_to_ask_for(run, tmp_path, monkeypatch, capsys, line, given):
+    monkeypatch.chdir(tmp_path)
+    export(run, format="safetensors", out=Path("model"))
+    capsys.readouterr()
+    command, *rest = line.split()
+    with pytest.raises(SystemExit) as end:
+        main([command, given, "--no-ema", *rest])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "holds one network's weights alone: leave --no-ema out" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_torchscript_is_refused_in_a_line(tmp_path, recwarn):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)  # that it is deprecated
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "generator.pt")
+    recwarn.clear()
+    with pytest.raises(UserError, match=r"generator\.pt is not a \.safetensors file, nor a \.pth file of weights"):
+        open_run(tmp_path / "generator.pt")
+    assert not recwarn.list
 
 
 def test_channels_that_no_picture_has_are_explained(tmp_path):

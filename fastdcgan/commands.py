@@ -176,8 +176,8 @@ def interpolate(
 
     Args:
         run: a run folder, a checkpoint folder, an exported folder, or a generator's .pth or .safetensors file.
-        seeds: the points to walk through, separated by commas: seeds, or image files, which are inverted first; that
-            needs a run or a checkpoint.
+        seeds: the points to walk through, separated by commas: seeds, or image files without a comma in their names,
+            which are inverted first; that needs a run or a checkpoint.
         steps: pictures from each point to the next.
         out: .gif, .mp4 (needs ffmpeg), both of which return to the first point, or .png, a row for each way.
         truncation: as in `sample`.
@@ -201,7 +201,7 @@ def arithmetic(
     Args:
         run: a run folder, a checkpoint folder, an exported folder, or a generator's .pth or .safetensors file.
         plus: a group whose mean is added: seeds or image files (which are inverted first, for which `run` must have its
-            discriminator), separated by commas.
+            discriminator), separated by commas, which no file's name may have.
         minus: a group whose mean is taken away.
         out: a .png file: each group with its mean, and the result with eight neighbours.
         truncation: as in `sample`.

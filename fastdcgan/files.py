@@ -21,7 +21,7 @@ def short(name: str) -> str:
     return name.encode(errors="ignore")[:100].decode(errors="ignore")
 
 
-def printable(name: str) -> str:
+def printable(name: str | Path) -> str:
     """A file name that any terminal and any line of text can show: undecodable bytes become \\xNN, a line's end \\n."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

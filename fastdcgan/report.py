@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
-from fastdcgan.files import check_name, check_out, replace_file, target
+from fastdcgan.files import check_name, check_out, printable, replace_file, target
 from fastdcgan.plot import Series, chart
 
 PAGE = (".html", ".htm")
@@ -241,7 +241,7 @@ def _grids(record: Record, prefix: str) -> list[tuple[int, Path]]:
         if not number.isdigit():
             continue
         if not path.resolve().is_relative_to(record.path.resolve()):
-            say(f"warning: {path} points out of the run folder: it is left out")
+            say(f"warning: {printable(path)} points out of the run folder: it is left out")
             continue
         found.append((int(number), path))
     return sorted(found)
@@ -301,5 +301,5 @@ def _write(out: Path, title: str, parts: list[str]) -> Path:
         replace_file(out, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-    say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
+    say(f"{printable(out)} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
     return out

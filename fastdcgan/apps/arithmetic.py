@@ -12,7 +12,7 @@ from fastdcgan.apps.latent import generate
 from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
-from fastdcgan.files import check_name, check_out
+from fastdcgan.files import check_name, check_out, printable
 
 NOISE = 0.25  # of the eight pictures around the result: uniform within plus and minus this, as in the paper
 
@@ -65,7 +65,7 @@ def arithmetic(
     for i, row in enumerate(rows):
         row += [None, *(square[3 * i : 3 * i + 3] if i < 3 else [])]
     save(sheet(rows, [*["plus"] * len(plus), *["minus"] * len(minus), "", "result, and near it"]), out)
-    say(f"groups, under them their means, and the result: {out}")
+    say(f"groups, under them their means, and the result: {printable(out)}")
 
 
 def combine(means: Tensor, added: int) -> Tensor:

@@ -16,7 +16,7 @@ from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_pictur
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError
-from fastdcgan.files import check_out
+from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.01
@@ -71,13 +71,13 @@ def denoise_images(
             noisy_psnr, filtered, modelled = (psnr(x[i], truth[i]) for x in (noisy, wiener(noisy, 2 * sigma), denoised))
             noisy_ssim, after_ssim = (ssim(x[i : i + 1], truth[i : i + 1]).item() for x in (noisy, denoised))
             print(
-                f"{name}: PSNR {noisy_psnr:.1f} -> {modelled:.1f} dB (a filter alone: {filtered:.1f}),"
+                f"{printable(name)}: PSNR {noisy_psnr:.1f} -> {modelled:.1f} dB (a filter alone: {filtered:.1f}),"
                 f" SSIM {noisy_ssim:.2f} -> {after_ssim:.2f}"
             )
     columns = {} if truth is None else {"clean": truth}
     columns |= {"noisy": noisy, "denoised": denoised}
     save(sheet(list(zip(*columns.values(), strict=True)), list(columns)), out / "sheet.png")
-    say(f"{'noisy' if truth is None else 'clean, noisy'}, denoised: {out / 'sheet.png'}")
+    say(f"{'noisy' if truth is None else 'clean, noisy'}, denoised: {printable(out / 'sheet.png')}")
 
 
 def denoise(

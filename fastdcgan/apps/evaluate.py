@@ -24,7 +24,7 @@ from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.apps.trained import device_of, fingerprint, open_both
 from fastdcgan.console import progress, say, spinner
 from fastdcgan.errors import UserError, check_at_least, check_seeds, first_line
-from fastdcgan.files import check_out
+from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_uint8
 from fastdcgan.processor import choose_device
@@ -114,12 +114,12 @@ def evaluate(
     save((json.dumps(report, indent=1) + "\n").encode(), out)
     drawn = fake[: ROWS * COLUMNS]
     save(side_by_side({"real": real, "generated": drawn}), shown)
-    say(f"{out}; real and generated pictures: {shown}")
+    say(f"{printable(out)}; real and generated pictures: {printable(shown)}")
     with progress("looking for the nearest", set_.count, "images") as advance:
         near = nearest(drawn, told(batches(set_, list(range(set_.count))), advance))
     heading = f"nearest of all {set_.count:,} real ones, in the same places"
     save(side_by_side({"generated": drawn, heading: near}), twins)
-    say(f"generated pictures and the nearest real ones: {twins}")
+    say(f"generated pictures and the nearest real ones: {printable(twins)}")
 
 
 def told(parts: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:

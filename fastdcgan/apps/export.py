@@ -85,7 +85,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
         raise UserError(f"--out {out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    say(f"exported: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+    say(f"exported: {', '.join(sorted(path.name for path in out.iterdir()))} in {printable(out)}")
 
 
 def from_pretrained(path: str | Path, device: str | torch.device = "cpu") -> AnyGenerator:

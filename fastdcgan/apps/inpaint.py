@@ -20,7 +20,7 @@ from fastdcgan.apps.pictures import names, open_picture, read_pictures, save, sh
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError
-from fastdcgan.files import check_out
+from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 WINDOW = 7  # pixels a side: known pixels within it of a hole count (the paper's equation 3)
@@ -84,7 +84,7 @@ def inpaint_images(
         save(to_picture(picture), out / f"{name}.png")
     rows = list(zip(target, masked, completed, strict=True))
     save(sheet(rows, ["original", "masked", "completed"]), out / "sheet.png")
-    say(f"original, masked, completed: {out / 'sheet.png'}")
+    say(f"original, masked, completed: {printable(out / 'sheet.png')}")
 
 
 def inpaint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastdcgan.apps.latent import generate, walk
 from fastdcgan.apps.pictures import opaque, save, sheet, to_picture
 from fastdcgan.console import say
 from fastdcgan.errors import UserError, check_at_least
-from fastdcgan.files import check_name, check_out
+from fastdcgan.files import check_name, check_out, printable
 
 KINDS = (".gif", ".mp4", ".png")
 FRAME = 128  # pixels: smaller pictures are enlarged in animations
@@ -62,16 +63,25 @@ def interpolate(
         ]
         held = [frame for i, frame in enumerate(frames) for _ in range(HOLD if i % steps == 0 else 1)]
         save(gif(frames, steps) if kind == ".gif" else mp4(held), out)
-    say(f"{len(images) - animated} pictures: {out}")
+    say(f"{len(images) - animated} pictures: {printable(out)}")
 
 
 def gif(frames: list[Image.Image], steps: int) -> bytes:
-    """An endless animation; every `steps`-th frame, which is one of the points, stays a little."""
+    """An endless animation; every `steps`-th frame, which is one of the points, stays a little.
+
+    Raises:
+        UserError: frames are the same for longer than the format can say.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "walk.gif"
         frame = round(1000 / FRAMES_PER_SECOND)
         durations = [frame * (HOLD if i % steps == 0 else 1) for i in range(len(frames))]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+        try:
+            frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
+        except (OverflowError, struct.error):  # Pillow joins equal frames, and a time has 16 bits
+            raise UserError(
+                "a GIF shows one picture for 11 minutes at most, and this walk stays longer: give fewer --steps"
+            ) from None
         return path.read_bytes()
 
 

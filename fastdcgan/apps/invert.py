@@ -15,7 +15,7 @@ from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_pictur
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_at_least, check_seeds
-from fastdcgan.files import check_out
+from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 
 PRIOR = 0.003
@@ -60,9 +60,9 @@ def invert_images(
     for name, image, picture, latent in zip(named, target, pictures, found.latent.cpu(), strict=True):
         save(to_picture(picture), out / f"{name}.png")
         save(to_safetensors({"latent": latent}), out / f"{name}.safetensors")
-        print(f"{name}: root-mean-square error {rms(picture, image):.1f} of 255")
+        print(f"{printable(name)}: root-mean-square error {rms(picture, image):.1f} of 255")
     save(sheet(list(zip(target, pictures, strict=True)), ["image", "nearest"]), out / "sheet.png")
-    say(f"given pictures and their nearest in the run: {out / 'sheet.png'}")
+    say(f"given pictures and their nearest in the run: {printable(out / 'sheet.png')}")
 
 
 def nearest(

@@ -23,7 +23,7 @@ from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
 from fastdcgan.data import Dataset
 from fastdcgan.errors import UserError, check_at_least, check_seed
-from fastdcgan.files import check_out
+from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator
 from fastdcgan.pixels import to_floats
 
@@ -36,6 +36,8 @@ TOLERANCE = 0.1  # of the solver; a smaller one takes longer and changes the acc
 
 def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, images: int = 5000, seed: int = 0) -> None:
     """Write the accuracy on labelled images, beside its baselines, as JSON and as a picture of bars.
+
+    The least of the baselines is the share of the test images that the largest class has.
 
     Args:
         data: images in one folder a class, or a named set; labels are the folders' names.
@@ -71,22 +73,22 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
         results[kind] = classify(features[0], labels[0], features[1], labels[1])
         low, high = results[kind]["interval"]
         print(f"{kind:24s} {results[kind]['accuracy']:6.1%}  (95%: {low:.1%} to {high:.1%})")
-    names = train.class_names or []
+    largest = (labels[1].bincount().max() / len(labels[1])).item()
     report = {
         "run": str(run),
         "step": run_found.step,
         "data": data,
         "test_data": test_data,
-        "classes": names,
-        "chance": 1 / len(names),
+        "classes": train.class_names,
+        "largest_class": largest,
         "train_images": len(train_numbers),
         "test_images": len(test_numbers),
         "results": results,
         **circumstances(device_of(discriminator)),
     }
     save((json.dumps(report, indent=1) + "\n").encode(), out)
-    save(bars(results, 1 / len(names)), picture)
-    say(f"accuracy with its baselines: {out} and {picture}")
+    save(bars(results, largest), picture)
+    say(f"accuracy with its baselines: {printable(out)} and {printable(picture)}")
 
 
 def choose(
@@ -199,8 +201,9 @@ def svm(features: NDArray[np.float32], labels: NDArray[np.int64], strength: floa
     return machine.fit(features, labels)
 
 
-def bars(results: dict[str, Any], chance: float) -> Image.Image:
-    """The accuracies as horizontal bars with their intervals; a grey line where chance is."""
+def bars(results: dict[str, Any], largest: float) -> Image.Image:
+    """The accuracies as horizontal bars with their intervals; a grey line at the share of the largest class, which who
+    always names that one has."""
     font = ImageFont.load_default(14)
     page = Image.new("RGB", (640, 30 + 40 * len(results)), "white")
     draw = ImageDraw.Draw(page)
@@ -213,7 +216,7 @@ def bars(results: dict[str, Any], chance: float) -> Image.Image:
         )
         draw.line((left + width * low, y + 14, left + width * high, y + 14), "black", 2)
         draw.text((left + width * high + 8, y + 14), f"{result['accuracy']:.1%}", "black", font, anchor="lm")
-    x = left + width * chance
+    x = left + width * largest
     draw.line((x, 8, x, page.height - 22), "#808080", 1)
-    draw.text((x, page.height - 20), "chance", "#808080", font, anchor="ma")
+    draw.text((x, page.height - 20), "largest class", "#808080", font, anchor="ma")
     return page

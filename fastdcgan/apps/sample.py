@@ -13,7 +13,7 @@ from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_at_least, check_seeds
-from fastdcgan.files import check_out, target
+from fastdcgan.files import check_out, printable, target
 from fastdcgan.monitor import save_grid
 
 
@@ -47,4 +47,4 @@ def sample(
             save_grid(torch.cat(grid), target(out))
         except OSError as error:
             raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    say(f"{count} pictures: {out}")
+    say(f"{count} pictures: {printable(out)}")

@@ -15,7 +15,7 @@ from fastdcgan.apps.pictures import fitted, opaque, open_picture, save, to_pictu
 from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_seed
-from fastdcgan.files import check_out
+from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyGenerator
 
 SAMPLES = 192  # generated pictures that pieces are cut from
@@ -58,7 +58,7 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
         drawn = redraw(generator, image, tiles=tiles, seed=seed, advance=advance)
     result = to_picture(torch.lerp(image, drawn, strength))
     save(result if out.suffix.lower() == ".png" else opaque(result), out)
-    say(f"{photo} in the style of {run}: {out}")
+    say(f"{printable(photo)} in the style of {printable(run)}: {printable(out)}")
 
 
 def redraw(
@@ -173,7 +173,7 @@ def quilt(
             if x > 0:
                 new[:, :overlap] &= beyond_seam(difference[:, :overlap])
             canvas[:, y : y + side, x : x + side] = torch.where(new, piece, here)
-        advance(min(step, height - y))
+        advance(step if y + step < rows * step else height - y)
     return canvas[:, :height, :width]
 
 

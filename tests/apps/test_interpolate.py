@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 from itertools import pairwise
@@ -16,7 +17,7 @@ from fastdcgan.apps import endpoints
 from fastdcgan.apps import interpolate as interpolate_module
 from fastdcgan.apps.arithmetic import arithmetic, combine
 from fastdcgan.apps.endpoints import open_points
-from fastdcgan.apps.interpolate import interpolate, mp4
+from fastdcgan.apps.interpolate import gif, interpolate, mp4
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.pictures import HEADING, open_picture, sheet, to_tensor
 from fastdcgan.apps.sample import sample
@@ -150,6 +151,12 @@ def test_impossible_truncations_are_explained(run, tmp_path, truncation):
     with pytest.raises(UserError, match="--truncation"):
         arithmetic(run, [["1"]], [], out=tmp_path / "sum.png", truncation=truncation)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_walk_that_stays_too_long_for_a_gif_is_explained():
+    assert Image.open(io.BytesIO(gif([Image.new("RGB", (4, 4))] * 50, 50))).info["duration"] == 59 * 50
+    with pytest.raises(UserError, match=r"11 minutes at most, and this walk stays longer: give fewer --steps"):
+        gif([Image.new("RGB", (4, 4))] * 13_200, 6_600)
 
 
 def test_a_film_has_its_frames_size(monkeypatch):

@@ -240,6 +240,15 @@ def test_a_picture_of_16_bits_keeps_its_upper_8(tmp_path):
     assert np.array_equal(np.asarray(open_picture(tmp_path / "deep.png")), ramp)
 
 
+def test_a_result_is_a_line_whatever_its_picture_is_called(run, digits, tmp_path, capsys):
+    picture = tmp_path / "two\nlines.png"
+    save(to_picture(digits[0]), picture)
+    main(["invert", str(run), str(picture), "--out", str(tmp_path / "a\nb"), "--steps", "4"])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1 and said.out.startswith("two\\nlines: root-mean-square error")
+    assert said.err.splitlines()[-1].endswith("a\\nb/sheet.png")
+
+
 def test_black_and_white_is_grey(tmp_path):
     Image.new("1", (16, 16), 1).save(tmp_path / "line.png")
     (found,) = read_pictures([tmp_path / "line.png"], Generator(16, 1, 5, 4), fit=False)

@@ -1,9 +1,14 @@
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Under nohup the runs that tests start would ignore a terminal that closes, as they should; but tests ask them to end.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # what a process handles, those that it starts have at its default
 
 # The networks of the tests are tiny: a second thread costs more than it brings, on a busy machine many times more.
 torch.set_num_threads(1)

@@ -132,15 +132,19 @@ def test_an_ablation_is_beside_direct_convolutions_of_the_same_executor(monkeypa
 
 def test_a_scaling_worker_counts_the_images_of_all(monkeypatch, tmp_path):
     clock = Clock(monkeypatch, scaling)
-    world = SimpleNamespace(rank=0, size=3, broadcast_object=lambda value: value, leave=lambda: None)
+    ended: list[str] = []
+    world = SimpleNamespace(
+        rank=0, size=3, broadcast_object=lambda value: value, leave=lambda: ended.append("processes")
+    )
     monkeypatch.setattr(scaling, "join", lambda device: world)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     step = SimpleNamespace(synchronise=lambda: None)
     monkeypatch.setattr(scaling, "TrainStep", lambda *_, **given: step if given["world"] is world else None)
-    executor = SimpleNamespace(run=lambda: clock.pass_by(0.5))
+    executor = SimpleNamespace(run=lambda: clock.pass_by(0.5), close=lambda: ended.append("graphs"))
     monkeypatch.setattr(scaling, "make_executor", lambda step, **_: executor)
     scaling.worker(8, 16, tmp_path / "rate.json")
     assert json.loads((tmp_path / "rate.json").read_text()) == 8 * 3 / 0.5
+    assert ended == ["graphs", "processes"], "NCCL waits for the graphs"
 
 
 def test_processes_that_scale_have_a_core_each(monkeypatch):

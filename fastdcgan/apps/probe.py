@@ -73,7 +73,7 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
         results[kind] = classify(features[0], labels[0], features[1], labels[1])
         low, high = results[kind]["interval"]
         print(f"{kind:24s} {results[kind]['accuracy']:6.1%}  (95%: {low:.1%} to {high:.1%})")
-    largest = (labels[1].bincount().max() / len(labels[1])).item()
+    largest = labels[1].bincount().max().item() / len(labels[1])
     report = {
         "run": str(run),
         "step": run_found.step,

@@ -57,13 +57,14 @@ def without_range(picture: Image.Image) -> str:
 
 
 def in_8_bits(picture: Image.Image, file: Image.Image) -> Image.Image:
-    """The upper 8 of 12 or 16 bits a pixel, whichever way Pillow names those; other pictures as they are.
+    """The upper 8 of 12 or 16 bits a pixel, whichever way Pillow names those; other pictures as they are, but for
+    premultiplied greys, which Pillow converts to LA alone: as that.
 
     Args:
         file: what Pillow opened, of which `picture` is a part or a turned copy: a TIFF says how its values are meant.
     """
     if not picture.mode.startswith("I"):
-        return picture
+        return picture.convert("LA") if picture.mode == "La" else picture
     bits = 12 if _tiff_tag(file, BITS_PER_SAMPLE) == 12 else 16
     values = np.asarray(picture).clip(0, 2**bits - 1) >> (bits - 8)
     if _tiff_tag(file, PHOTOMETRIC) == WHITE_IS_ZERO:  # which Pillow sees to where there are 8 bits

@@ -166,7 +166,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     # Where it goes on: `done` steps of `total` lie behind it.
     place = config.run_dir if saved is not None else None
     resumed = world.broadcast_object(world.first(lambda: load_newest(place) if place else None))
-    known = world.first(lambda: complete(place) if place else []) or []
+    known = complete(place) if place else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     at_end.callback(stream.close)
     step = TrainStep(

@@ -45,8 +45,6 @@ def open_picture(path: Path) -> Image.Image:
     if why:
         raise UserError(f"{path} has {why}")
     picture = in_8_bits(picture, file)
-    if picture.mode == "La":  # which Pillow converts to LA alone
-        picture = picture.convert("LA")
     if picture.has_transparency_data:
         return picture.convert("RGBA")
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")

@@ -84,14 +84,11 @@ class ZipSource(EncodedSource):
                 hidden = is_hidden(name.removeprefix("./"))
                 if name.endswith("/") or hidden:
                     continue
-                named = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-                if not named and not self._starts_like_an_image(name, entry):
+                named, why = PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES, _why_not_in_place(entry)
+                if not named and (why or not self._starts_like_an_image(name, entry)):
                     continue
-                if entry.flag_bits & 1:
-                    self.unusable.append((printable(name), "encrypted"))
-                elif entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    method = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}.get(entry.compress_type, "unknown")
-                    self.unusable.append((printable(name), f"compressed ({method}) in a way that is not read in place"))
+                if why:
+                    self.unusable.append((printable(name), why))
                 elif max(entry.file_size, entry.compress_size) > MOST_ENCODED_BYTES:
                     self.unusable.append((printable(name), TOO_LARGE))
                 else:
@@ -123,8 +120,6 @@ class ZipSource(EncodedSource):
         return Glimpse(self._file.read_at(start, HEAD_BYTES), tail, entry.file_size, lambda: self.read(i))
 
     def _starts_like_an_image(self, name: str, entry: zipfile.ZipInfo) -> bool:
-        if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            return False
         try:
             head = self._file.read_at(self._start(entry), min(entry.compress_size, HEADER_OF_DEFLATE))
             if entry.compress_type == zipfile.ZIP_DEFLATED:
@@ -295,6 +290,16 @@ def _require_images(source: EncodedSource) -> None:
     if not source.names:
         found = "{} is {}; ".format(*source.unusable[0]) if source.unusable else ""
         raise UserError(f"no images in {source.path}: {found}give an archive with .jpg or .png files in it")
+
+
+def _why_not_in_place(entry: zipfile.ZipInfo) -> str:
+    """Why an entry of a zip is not read where it lies; '' for most."""
+    if entry.flag_bits & 1:
+        return "encrypted"
+    if entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return ""
+    method = {zipfile.ZIP_BZIP2: "bzip2", zipfile.ZIP_LZMA: "LZMA"}.get(entry.compress_type, "unknown")
+    return f"compressed ({method}) in a way that is not read in place"
 
 
 def _starts_like_an_image(file: IO[bytes], member: tarfile.TarInfo) -> bool:

@@ -236,8 +236,6 @@ def _with_channels(image: Image.Image, file: Image.Image, channels: int) -> Imag
     image = in_8_bits(image, file)
     if hidden is not None:
         image.putalpha(Image.fromarray(np.where(hidden, 0, 255).astype(np.uint8)))
-    if image.mode == "La":  # which Pillow converts to LA alone
-        image = image.convert("LA")
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info
     if channels == 4:
         return image.convert("RGBA")

@@ -18,8 +18,9 @@ PLAIN_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def speaks() -> bool:
-    """Whether this is the one process of a run that tells the user about it (torchrun numbers them)."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    """Whether this process tells the user what happens: of a run's, as torchrun numbers them, the first does."""
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # else it is none of several
 
 
 def moves() -> bool:

@@ -524,13 +524,14 @@ def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for rank in ("0", "1"):
+    for rank in ("0", "1", "2", "first"):  # the last two are mistakes, which have to be told
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         console.say(f"from {rank}")
         with console.spinner(f"work of {rank}"):
             pass
-    assert capsys.readouterr().err == "from 0\nwork of 0\n"
+    expected = [f"{what} {rank}" for rank in ("0", "2", "first") for what in ("from", "work of")]
+    assert capsys.readouterr().err.splitlines() == expected
 
 
 def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

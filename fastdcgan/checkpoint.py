@@ -141,7 +141,7 @@ def load_newest(run: Path) -> Checkpoint | None:
 
 
 def keep_best(run: Path, folder: Path, distance: float) -> bool:
-    """Copy the checkpoint to checkpoints/best if none kept there had a smaller distance; whether it was copied.
+    """Copy the checkpoint to checkpoints/best unless the one there is as near or nearer; whether it was copied.
 
     Raises:
         OSError: it could not be written, or the one that is there not be read.

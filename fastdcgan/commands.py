@@ -19,8 +19,6 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
 from fastdcgan.errors import UserError, check_at_least
 from fastdcgan.files import make_writable
-from fastdcgan.image_size import parse as parse_size
-from fastdcgan.image_size import stages
 
 app = tyro.extras.SubcommandApp()
 data_app = tyro.extras.SubcommandApp()
@@ -99,10 +97,10 @@ def invert(
         images: image files of the size the run draws.
         out: folder for latents, reconstructions and sheet.png.
         fit: crop, resize and convert images that have another size or other channels.
-        restarts: random starts for each image.
-        steps: of the descent.
-        feature_weight: of the difference in the discriminator's features, beside that in pixels.
-        seed: of the starts.
+        restarts: random starting points for each image.
+        steps: of the search for the latents.
+        feature_weight: weight of the difference in the discriminator's features, beside that in pixels.
+        seed: random seed of the starting points.
     """
     from fastdcgan.apps.invert import invert_images
 
@@ -138,12 +136,12 @@ def inpaint(
         images: image files of the size the run draws.
         mask: a picture of the images' size, white where the hole is.
         box: X,Y,WIDTH,HEIGHT of the hole, in pixels.
-        random_fraction: of the pixels to remove, here and there.
+        random_fraction: share of the pixels to remove, chosen at random.
         out: folder for the completed pictures and sheet.png (original, masked, completed).
         fit: crop, resize and convert images (and mask) that have another size or other channels.
         blend: Poisson blending of the filling, rather than pasting it.
-        restarts: random starts for each image.
-        steps: of the descent.
+        restarts: random starting points for each image.
+        steps: of the search for the latents.
         seed: of the starts and of --random-fraction.
     """
     from fastdcgan.apps.inpaint import inpaint_images
@@ -200,8 +198,8 @@ def arithmetic(
 
     Args:
         run: a run folder, a checkpoint folder, an exported folder, or a generator's .pth or .safetensors file.
-        plus: a group whose mean is added: seeds or image files (which are inverted first, for which `run` must have its
-            discriminator), separated by commas, which no file's name may have.
+        plus: a group whose mean is added: seeds or image files, separated by commas, so that no file's name may contain
+            one. Images are inverted first, which needs a run or a checkpoint.
         minus: a group whose mean is taken away.
         out: a .png file: each group with its mean, and the result with eight neighbours.
         truncation: as in `sample`.
@@ -236,8 +234,8 @@ def denoise(
         clean: what the images are without noise, in their order, to measure against.
         out: folder for the denoised pictures and sheet.png.
         fit: crop, resize and convert images that have another size or other channels.
-        restarts: random starts for each image.
-        steps: of the descent.
+        restarts: random starting points for each image.
+        steps: of the search for the latents.
         seed: of the starts and of --add-noise.
     """
     from fastdcgan.apps.denoise import denoise_images
@@ -276,7 +274,7 @@ def bench(
         data: a folder of images: measure from files to weights instead, each contender with the loader it would use.
         image_size: pixels, a side or HEIGHTxWIDTH.
         batch_size: one or more.
-        width: channels of the first hidden layer, as --gen-width and --disc-width of train.
+        width: channels of the layer next to the image in both networks, as --gen-width and --disc-width of train.
         precision: of the contenders other than the plain example.
         device: auto takes a GPU if there is one.
         only: some of example, example-fp32, skilled, skilled-fp16, fast-eager, fast-compiled, fast-captured.
@@ -293,7 +291,7 @@ def bench(
     from fastdcgan.bench.throughput import bench as bench_step
     from fastdcgan.processor import choose_device
 
-    shape = contenders.Shape(image_size=checked_size(image_size), width=width)
+    shape = contenders.Shape(image_size=TrainConfig(image_size=image_size).size, width=width)
     unknown = set(only) - set(contenders.NAMES)
     if unknown:
         raise UserError(f"--only {' '.join(sorted(unknown))} is not known: use {', '.join(contenders.NAMES)}")
@@ -350,7 +348,7 @@ def profile(
         data: as DATA of train.
         image_size: pixels, a side or HEIGHTxWIDTH.
         batch_size: images a step.
-        width: channels of the first hidden layer, as --gen-width and --disc-width of train.
+        width: channels of the layer next to the image in both networks, as --gen-width and --disc-width of train.
         precision: as of train.
         device: auto takes a GPU if there is one.
         compile: profile the compiled step.
@@ -368,7 +366,7 @@ def profile(
         raise UserError("--cuda-graph needs a GPU; --compile alone profiles the compiled step on the CPU")
     profile_training(
         data=data,
-        image_size=checked_size(image_size),
+        image_size=TrainConfig(image_size=image_size).size,
         batch_size=batch_size,
         width=width,
         precision=choose_precision(precision, where),
@@ -384,20 +382,6 @@ def silence_torchs_profiler() -> None:
     """Keep what its C++ remarks on itself off the terminal; takes effect where torch is not imported yet."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-
-
-def checked_size(text: str) -> tuple[int, int]:
-    """The height and width in --image-size.
-
-    Raises:
-        UserError: a size no DCGAN has.
-    """
-    try:
-        height, width = parse_size(text)
-        stages(height, width)
-    except ValueError as error:
-        raise UserError(f"--image-size: {error}") from None
-    return height, width
 
 
 def data_check(data: DataArgument, strict: bool = False) -> None:
@@ -458,7 +442,7 @@ def stylize(
         tiles: pictures of the generator across the photograph's shorter side: many follow it closely, few look more
             like the domain.
         out: a .png or .jpg file.
-        seed: of the drawing.
+        seed: random seed of the drawing.
     """
     from fastdcgan.apps.stylize import stylize as run_stylize
 
@@ -481,7 +465,7 @@ def probe(
         test_data: another such set to measure on. Default: a fifth of each class of DATA.
         images: to train the classifier on, and to measure it on, at most.
         out: a .json file; a picture goes beside it.
-        seed: of which images.
+        seed: random seed that picks the images.
     """
     from fastdcgan.apps.probe import probe as run_probe
 
@@ -504,7 +488,8 @@ def evaluate(
     Args:
         run: a run folder or a checkpoint folder.
         data: real images, as in `fastdcgan train`.
-        images: how many real ones, and as many generated ones.
+        images: real images to compare with, and as many generated ones; at most half of DATA, as the other half is
+            measured beside them.
         features: a run whose discriminator's features precision and recall are measured in. Default: those of an
             untrained one, with the same weights for all networks of one shape.
         fid: also FID, KID and inception score (needs torch-fidelity; minutes on a CPU).

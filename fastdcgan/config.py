@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from fastdcgan import image_size
+from fastdcgan.dataset_names import NAMES
 from fastdcgan.errors import UserError, check_at_least, check_seed, check_utf8
 from fastdcgan.files import expand_braces
-from fastdcgan.names import NAMES
 
 # What a data set is trained at unless the flags say otherwise: (image size, width, steps); others get DEFAULTS.
 PRESETS = {
@@ -40,7 +40,7 @@ class TrainConfig:
 
     #: Compile the step with torch.compile; on a GPU also record it as one CUDA graph.
     compile: bool = False
-    #: One CUDA graph for the whole step: auto on a GPU with --compile.
+    #: Record the whole step as one CUDA graph; auto: on a GPU, with --compile.
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     #: What convolutions compute in; weights, statistics, losses and optimizer stay float32. auto: bf16 on a GPU that
     #: has it, else fp32.
@@ -56,13 +56,15 @@ class TrainConfig:
     channels: Literal[1, 3, 4] | None = None
     #: Mirror each image with probability 1/2 (--flip, --no-flip). Default: for colour pictures, not for digits.
     flip: bool | None = None
-    #: Which square of an oblong picture; random is another one every epoch, and cannot be cached.
+    #: Which part of a picture whose proportions are not --image-size's; random is another one every epoch, and cannot
+    #: be cached.
     crop: Literal["centre", "random"] = "centre"
     #: What decodes the images; auto takes DALI where it is installed.
     loader: Literal["auto", "dali", "torch"] = "auto"
     #: Where the resized images are kept after the first epoch; auto by size against free memory.
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
-    #: Folder of --cache disk, of downloads, and of what was found of each file. Default: ~/.cache/fastdcgan.
+    #: Folder of --cache disk, of downloads, and of what was found of each file. Default: fastdcgan in
+    #: ~/.cache, or where XDG_CACHE_HOME says.
     cache_dir: Path | None = None
     #: End at the first image that cannot be used, rather than going on without it.
     strict: bool = False
@@ -87,11 +89,11 @@ class TrainConfig:
 
     #: The adversarial loss. wgan-gp has a penalty on the discriminator's gradient: a step takes about twice as long.
     loss: Literal["bce", "hinge", "lsgan", "wgan-gp"] = "bce"
-    #: The discriminator's target for real images is 1 less this (0.1 is usual); with bce and lsgan.
+    #: The discriminator's target for real images is 1 minus this (0.1 is usual); with bce and lsgan.
     label_smoothing: float = 0.0
     #: Weight of the R1 penalty on the discriminator's gradient at real images (1 to 10 are usual); 0 is without.
     r1: float = 0.0
-    #: Steps from one R1 penalty to the next; its weight grows as much.
+    #: Steps from one R1 penalty to the next; its weight is multiplied by this.
     r1_every: int = 16
     #: Divide each of the discriminator's weights by its largest singular value.
     spectral_norm: bool = False

@@ -39,16 +39,16 @@ class Contention:
     def __init__(self) -> None:
         self.threads = torch.get_num_threads()
         self.last, self.shared = read(), 0
-        self.told = self.last is None or self.threads == 1 or "OMP_WAIT_POLICY" in os.environ
+        self.done = self.last is None or self.threads == 1 or "OMP_WAIT_POLICY" in os.environ
 
     def found(self) -> bool:
         """Whether to say so now."""
         now = read()
-        if self.told or now is None or self.last is None or now.wall - self.last.wall < SECONDS:
+        if self.done or now is None or self.last is None or now.wall - self.last.wall < SECONDS:
             return False
         self.shared = self.shared + 1 if is_shared(self.threads, self.last, now) else 0
-        self.last, self.told = now, self.shared == 2
-        return self.told
+        self.last, self.done = now, self.shared == 2
+        return self.done
 
 
 def is_shared(threads: int, before: Reading, now: Reading) -> bool:

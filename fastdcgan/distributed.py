@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,14 @@ class World:
         if complaint is not None:
             raise UserError(complaint)
         return result
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the first process, which alone does it, for all.
+
+        Raises:
+            UserError: what `work` raised, in all processes.
+        """
+        return self.broadcast_object(cast(T, self.first(work)))
 
     @contextmanager
     def first_on_each_machine(self) -> Iterator[None]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch import channels_last as CHANNELS_LAST
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastdcgan import patches, reference, winograd
@@ -26,6 +25,7 @@ from fastdcgan.kernels import (
     image_conv_transpose,
 )
 from fastdcgan.kernels.batch_norm_act import reference as batch_norm_act_reference
+from fastdcgan.reference import TutorialGenerator
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -172,7 +172,7 @@ class Generator(reference.Generator):
         self.main[0].__class__ = Projection
         self.main[-2].__class__ = ImageConvTranspose
         self.main[-1] = nn.Identity()
-        self.to(memory_format=CHANNELS_LAST)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, latent: Tensor) -> Tensor:
         count_batches(self.main, 1)
@@ -193,7 +193,7 @@ class Discriminator(reference.Discriminator):
         self.main[0].__class__ = ImageConv
         self.main[1] = nn.Identity()
         self.main[-1].__class__ = Logit
-        self.to(memory_format=CHANNELS_LAST)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
         """Images (N, channels, height, width) in -1..1 -> logits (N,); `groups` as in `BatchNormAct2d`."""
@@ -204,16 +204,12 @@ class Discriminator(reference.Discriminator):
         return x.view(-1)
 
 
-class TutorialGenerator(reference.TutorialGenerator):
-    __doc__ = reference.TutorialGenerator.__doc__
-
-
 class TutorialDiscriminator(reference.TutorialDiscriminator):
     __doc__ = reference.TutorialDiscriminator.__doc__
 
     def __init__(self, channels: int = 1) -> None:
         super().__init__(channels)
-        self.to(memory_format=CHANNELS_LAST)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
         """Images (N, channels, 28, 28) in -1..1 -> logits (N,); without BatchNorm `groups` changes nothing."""

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastdcgan.alarms import Alarm
 from fastdcgan.files import replace_file
-from fastdcgan.pixels import as_picture, to_uint8
-
-GRID = 64  # pictures in a grid
-GAP = 2  # pixels between them
+from fastdcgan.grid import save_grid
 
 
 class Monitor:
     """Writes the metrics and pictures of one run; a resumed run first drops what came after its checkpoint."""
 
-    def __init__(self, run: Path, resumed_step: int, told: str) -> None:
+    def __init__(self, run: Path, resumed_step: int, known_alarms: str) -> None:
         """
         Args:
-            told: alarms.jsonl as it was when this process began: a step that comes again raises the same alarm.
+            known_alarms: alarms.jsonl as it was when this process began: a step that comes again raises the same alarm.
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.told = run, told
+        self.run, self.known_alarms = run, known_alarms
         self.before = {name: _drop_after(run / f"{name}.jsonl", resumed_step) for name in ("metrics", "quality")}
         self.board = SummaryWriter(str(run), purge_step=resumed_step + 1)
 
@@ -44,7 +39,7 @@ class Monitor:
 
     def alarm(self, alarm: Alarm) -> None:
         """A line of alarms.jsonl, unless the run that is resumed had written it before it was killed."""
-        if _line(dataclasses.asdict(alarm)) not in self.told:
+        if _line(dataclasses.asdict(alarm)) not in self.known_alarms:
             self._write("alarms", dataclasses.asdict(alarm))
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
@@ -65,31 +60,6 @@ class Monitor:
 
     def close(self) -> None:
         self.board.close()
-
-
-def save_grid(images: Tensor, path: Path) -> Tensor:
-    """Save images (N, C, H, W) in -1..1 as one PNG, laid out as by `grid`; returns it, uint8 (C, height, width)."""
-    pixels, buffer = to_uint8(grid(images.detach().float().cpu())), io.BytesIO()
-    as_picture(pixels).save(buffer, "PNG")
-    replace_file(path, buffer.getvalue())
-    return pixels
-
-
-def grid(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) in -1..1 in rows, about as wide as high, with white lines around each: (C, height, width).
-    A single one has none.
-
-    As torchvision's `make_grid` has it, which imports the compiler: a run without it starts two seconds sooner.
-    """
-    count, channels, height, width = images.shape
-    if count == 1:
-        return images[0]
-    columns = min(count, max(1, round((count * height / width) ** 0.5)))
-    rows = -(-count // columns)
-    cells = images.new_ones(rows * columns, channels, height + GAP, width + GAP)
-    cells[:count, :, GAP:, GAP:] = images
-    lines = cells.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4)
-    return pad(lines.flatten(3, 4).flatten(1, 2), (0, GAP, 0, GAP), value=1.0)
 
 
 def _line(values: dict[str, Any]) -> str:

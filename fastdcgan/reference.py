@@ -72,10 +72,6 @@ class Discriminator(nn.Module):
         """Images (N, channels, height, width) in -1..1 -> logits (N,): positive means real."""
         return self.main(images).view(-1)
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Images (N, channels, height, width) in -1..1 -> probability (N,) of being real, after training with bce."""
-        return self(images).sigmoid()
-
 
 class TutorialGenerator(nn.Module):
     """The fully connected generator many tutorials print for 28x28 digits: z -> 256 -> 512 -> 1024 -> pixels."""
@@ -118,10 +114,6 @@ class TutorialDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, channels, 28, 28) in -1..1 -> logits (N,): positive means real."""
         return self.main(images).view(-1)
-
-    def predict(self, images: Tensor) -> Tensor:
-        """Images (N, channels, 28, 28) in -1..1 -> probability (N,) of being real, after training with bce."""
-        return self(images).sigmoid()
 
 
 def adam(network: nn.Module, lr: float = 2e-4, betas: tuple[float, float] = (0.5, 0.999)) -> torch.optim.Adam:

@@ -41,7 +41,8 @@ class RunFolder:
 
         Args:
             config: of the run.
-            facts: what the data turned out to be; kept in config.json beside versions and device.
+            facts: what the configuration alone does not say: number of images, channels, device, precision, processes;
+                kept in config.json under "data".
             known: its checkpoints when the run to go on with was read.
 
         Raises:
@@ -84,7 +85,7 @@ class RunFolder:
             "config": config.as_json(),
             "data": self.facts,
             "versions": versions(),
-            "device": describe_device(self.facts),
+            "device": describe_device(self.facts["device"]),
         }
         replace_file(self.path / "config.json", (json.dumps(content, indent=1) + "\n").encode())
         self.config = config
@@ -302,8 +303,8 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) 
         raise UserError(f"{complaint} that can be used: some of its weights are not finite; take an older checkpoint")
 
 
-def describe_device(facts: dict[str, Any]) -> str:
+def describe_device(device: str) -> str:
     """In words, for config.json."""
-    if str(facts.get("device", "cpu")).startswith("cuda"):
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -58,8 +58,8 @@ class TrainStep:
     memory is taken (`gpu_memory`), and on a CPU what becomes of freed memory (`heap`).
 
     Args:
-        generator, discriminator: freshly built or loaded, float32 (or float64), on the device; with precision "bf16"
-            their convolutions and linear layers are cast to bfloat16 here and float32 masters kept.
+        generator, discriminator: freshly built or loaded, float32 (on a CPU also float64), on the device; with
+            precision "bf16" their convolutions and linear layers are cast to bfloat16 here and float32 masters kept.
         source, index: uint8 (M, H, W, C) and int64 (B,), on the device: the next batch is always `source[index]`.
         flip: mirror each real image with probability 1/2.
         precision: "fp32", "tf32" or "bf16": what convolutions and matrix products compute in.

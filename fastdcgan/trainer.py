@@ -39,7 +39,7 @@ from fastdcgan.watch import Watch
 T = TypeVar("T")
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
-ROLLBACKS = 3  # from one start; then the run ends: what comes back every time is no accident
+ROLLBACKS = 3  # of one start; then the run ends: an alarm that comes back each time will not go away
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
 CHANGES = [
@@ -96,12 +96,12 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         at_end.callback(torch.set_num_threads, torch.get_num_threads())
         device = choose_device(config.device)
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
-        # What computes in which type is --precision's, not the caller's, to say.
+        # The caller's autocast, inference mode and no_grad must not reach the step: --precision alone decides on types.
         at_end.enter_context(torch.autocast(device.type, enabled=False))
         at_end.enter_context(torch.inference_mode(False))
         at_end.enter_context(torch.enable_grad())
         if torch.get_default_device() != torch.device("cpu"):
-            at_end.enter_context(torch.device("cpu"))  # what says nothing else is made there
+            at_end.enter_context(torch.device("cpu"))  # tensors made without a device go there
         at_end.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         world = join(device)
@@ -125,7 +125,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         UserError, Interrupted: as `train`.
     """
     # What to train.
-    saved = world.broadcast_object(world.first(lambda: saved_config(config)))
+    saved = world.from_first(lambda: saved_config(config))
     if saved is not None:
         config = config.resumed(saved, asked)
     precision = choose_precision(config.precision, device)
@@ -165,7 +165,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
 
     # Where it goes on: `done` steps of `total` lie behind it.
     place = config.run_dir if saved is not None else None
-    resumed = world.broadcast_object(world.first(lambda: load_newest(place) if place else None))
+    resumed = world.from_first(lambda: load_newest(place) if place else None)
     known = complete(place) if place else []
     stream = data.stream(config.batch_size, position(resumed, world) if resumed else None)
     at_end.callback(stream.close)
@@ -211,8 +211,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     at_end.callback(executor.close)  # before the processes leave one another, and before the images go
 
     # Who writes, and where.
-    folder = world.broadcast_object(world.first(lambda: choose_folder(config, data.name)))
-    assert folder is not None
+    folder = world.from_first(lambda: choose_folder(config, data.name))
     config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
     facts = {"images": count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}, known))
@@ -355,7 +354,7 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
         UserError: there is no such checkpoint.
     """
     sound = min(alarm.sound for alarm in raised)
-    found = world.broadcast_object(world.first(lambda: load_sound(run, sound)))
+    found = world.from_first(lambda: load_sound(run, sound))
     if found is None:
         end(run, raised[0])
     done = restore(step, found, world)

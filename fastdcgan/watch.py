@@ -13,7 +13,8 @@ from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
 from fastdcgan.contention import Contention
-from fastdcgan.monitor import GRID, Monitor
+from fastdcgan.grid import GRID
+from fastdcgan.monitor import Monitor
 from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
@@ -39,7 +40,7 @@ class Watch:
         self.quality = Quality(real, config.latent_dim, config.seed, device)
         self.contention = Contention() if device.type == "cpu" else None
         alarms = run / "alarms.jsonl"
-        self.told = alarms.read_text(errors="replace") if alarms.exists() else ""
+        self.known_alarms = alarms.read_text(errors="replace") if alarms.exists() else ""
         self.status, self.silent = "", False
         self._begin(done)
         if done == 0:
@@ -47,7 +48,7 @@ class Watch:
                 self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
 
     def _begin(self, done: int) -> None:
-        self.monitor = Monitor(self.run, done, self.told)
+        self.monitor = Monitor(self.run, done, self.known_alarms)
         history = self.monitor.before
         self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history["metrics"] else done)
         # What the run has written up to here: a sign that lasts is not new because the run was stopped meanwhile.
@@ -82,7 +83,7 @@ class Watch:
             f"{rate}loss D {figures['loss_d']:.2f} G {figures['loss_g']:.2f}"
             f"  D(x) {figures['d_real']:.2f}  D(G(z)) {figures['d_fake']:.2f}"
         )
-        return self.tell(self.alarms.look_at_metrics(int(figures["step"]), figures))
+        return self.report(self.alarms.look_at_metrics(int(figures["step"]), figures))
 
     @torch.no_grad()
     def sample(self, done: int, step: TrainStep, last: bool = False) -> list[Alarm]:
@@ -98,9 +99,9 @@ class Watch:
             self.monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(self.latents), done)
         with self.writing():
             self.monitor.log({"step": done, **varied}, "quality")
-        return self.tell(self.alarms.look_at_samples(done, **varied, last=last))
+        return self.report(self.alarms.look_at_samples(done, **varied, last=last))
 
-    def tell(self, raised: list[Alarm]) -> list[Alarm]:
+    def report(self, raised: list[Alarm]) -> list[Alarm]:
         """Write alarms down and say them; returns them."""
         for alarm in raised:
             with self.writing():

@@ -45,7 +45,8 @@ def adam_step(
     to the device and gradients may lie elsewhere at every call.
 
     Args:
-        params: float32, dense in any memory format (contiguous, channels_last, ...). The reference takes float64 too.
+        params: float32, dense in any memory format (contiguous, channels_last, ...). The reference, on a CPU
+            thus "auto", takes float64 too.
         grads: one for each parameter, same shape; float32, bfloat16, float16 (or the parameter's dtype). One that lies
             in memory in another order than its parameter is copied first.
         exp_avgs, exp_avg_sqs: moments, with the parameter's shape, dtype and strides; zero before the first step.

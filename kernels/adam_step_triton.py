@@ -37,7 +37,7 @@ def launch(
 ) -> None:
     """Arguments as `adam_step` checked them; every gradient in its parameter's memory order."""
     if any(param.dtype != torch.float32 for param in params):
-        raise ValueError('adam_step: backend="triton" updates float32 parameters; float64 is the reference\'s')
+        raise ValueError('adam_step: Triton updates float32 parameters; for others use backend="reference"')
     low = {tensor.dtype for tensor in (*grads, *copies) if tensor is not None and tensor.dtype in LOW}
     if len(low) > 1:
         raise ValueError('adam_step: backend="triton" takes bfloat16 or float16 gradients and copies, not both at once')

@@ -54,7 +54,7 @@ def batch_norm_act(
             channels_last (N, C, H, W) and contiguous (N, C) and copies any other layout to that first.
         weight, bias, running_mean, running_var: (C,), contiguous, float32 (float64 with a float64 x).
         momentum: share of the new statistics, in 0..1.
-        eps: added to the variance, > 0.
+        eps: added to the variance, > 0 in training.
         negative_slope: 0 is ReLU, 1 no activation, 0.2 the DCGAN discriminator's LeakyReLU; not negative.
         groups: slices of N with statistics of their own; divides N.
         sync: take the statistics over the batches of all processes of the `torch.distributed` run, each of which calls
@@ -123,6 +123,21 @@ def reference(
 def as_rows(x: Tensor) -> Tensor:
     """x, or a copy of it, with the channels of a pixel side by side and the pixels in order."""
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def in_groups(x: Tensor, groups: int) -> Tensor:
+    """(N, C, ...) as (groups, N / groups, C, ...)."""
+    return x.unflatten(0, (groups, -1))
+
+
+def all_but_channels(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of `in_groups(x, groups)` that statistics are taken over."""
+    return (1, *range(3, x.dim() + 1))
+
+
+def spread(tensor: Tensor, x: Tensor) -> Tensor:
+    """(C,) or (groups, C), to be combined with `in_groups(x, groups)`."""
+    return tensor.reshape(-1, 1, x.shape[1], *(1 for _ in x.shape[2:]))
 
 
 def runs_triton(x: Tensor, training: bool, groups: int, backend: Backend) -> bool:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.kernels import batch_norm_act_triton as kernels
-from fastdcgan.kernels.batch_norm_act import as_rows
+from fastdcgan.kernels.batch_norm_act import all_but_channels, as_rows, in_groups, spread
 from fastdcgan.kernels.plan import Plan
 
 
@@ -194,11 +194,11 @@ def launch_backward(
 
 def launch_statistics(x, groups: int, accumulator: torch.dtype, plan: Plan) -> tuple[Tensor, Tensor]:
     """partial: means and sums of squared deviations."""
-    rows, grid, cut = launch_cut(plan, x, groups, plan.splits, accumulator)
+    rows, grid, constants = launch_constants(plan, x, groups, plan.splits, accumulator)
     mean = torch.empty((groups, plan.splits, x.shape[1]), dtype=accumulator, device=x.device)
     m2 = torch.empty_like(mean)
     with torch.cuda.device_of(x):
-        kernels.statistics[grid](x, mean, m2, rows, **cut)
+        kernels.statistics[grid](x, mean, m2, rows, **constants)
     return mean, m2
 
 
@@ -208,7 +208,7 @@ def launch_normalize(
     groups, splits, channels = partial[0].shape
     y, mean = torch.empty_like(x), weight.new_empty((groups, channels))
     inverse = torch.empty_like(mean)
-    rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
+    rows, grid, constants = launch_constants(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):
         kernels.normalize[grid[0] + 1, *grid[1:]](
             x,
@@ -227,7 +227,7 @@ def launch_normalize(
             MOMENTUM=momentum,
             EPS=eps,
             SLOPE=negative_slope,
-            **cut,
+            **constants,
         )
     return y, mean, inverse
 
@@ -237,9 +237,9 @@ def launch_sums(x, dy, weight, bias, mean, inverse, negative_slope, plan: Plan) 
     groups, channels = mean.shape
     dz = weight.new_empty((groups, plan.splits, channels))
     dzx = torch.empty_like(dz)
-    rows, grid, cut = launch_cut(plan, x, groups, plan.splits, weight.dtype)
+    rows, grid, constants = launch_constants(plan, x, groups, plan.splits, weight.dtype)
     with torch.cuda.device_of(x):
-        kernels.sums[grid](x, dy, weight, bias, mean, inverse, dz, dzx, rows, SLOPE=negative_slope, **cut)
+        kernels.sums[grid](x, dy, weight, bias, mean, inverse, dz, dzx, rows, SLOPE=negative_slope, **constants)
     return dz, dzx
 
 
@@ -248,7 +248,7 @@ def launch_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     groups, splits, _ = partial[0].shape
-    rows, grid, cut = launch_cut(plan, x, groups, splits, weight.dtype)
+    rows, grid, constants = launch_constants(plan, x, groups, splits, weight.dtype)
     with torch.cuda.device_of(x):
         kernels.gradient[grid[0] + 1, *grid[1:]](
             x,
@@ -266,7 +266,7 @@ def launch_gradient(
             CHUNK=min(64, triton.next_power_of_2(splits)),
             TRAINING=training,
             SLOPE=negative_slope,
-            **cut,
+            **constants,
         )
     return dx, dweight, dbias
 
@@ -275,25 +275,20 @@ def differentiable_gradients(
     x, dy, weight, bias, mean, inverse, training, eps, negative_slope
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same three gradients from torch's own operations, so that they have gradients of their own."""
-    groups, channels = mean.shape
-    shape = (groups, x.shape[0] // groups, channels, *x.shape[2:])
-    over = tuple(i for i in range(len(shape)) if i not in (0, 2))
-    x_, dy_ = (tensor.to(weight.dtype).reshape(shape) for tensor in (x, dy))
-
-    def spread(tensor: Tensor) -> Tensor:  # (C,) or (groups, C) against `shape`
-        return tensor.reshape(-1, 1, channels, *(1 for _ in x.shape[2:]))
-
+    over = all_but_channels(x)
+    x_, dy_ = (in_groups(tensor.to(weight.dtype), len(mean)) for tensor in (x, dy))
+    scale, shift = spread(weight, x), spread(bias, x)
     if training:
         x_ = x_ - x_.mean(over, keepdim=True)
         inverse = (x_.square().mean(over, keepdim=True) + eps).rsqrt()
     else:
-        x_, inverse = x_ - spread(mean), spread(inverse)
+        x_, inverse = x_ - spread(mean, x), spread(inverse, x)
     normalized = x_ * inverse
-    dz = torch.where(normalized * spread(weight) + spread(bias) > 0, dy_, dy_ * negative_slope)
+    dz = torch.where(normalized * scale + shift > 0, dy_, dy_ * negative_slope)
     dx = dz
     if training:
         dx = dz - dz.mean(over, keepdim=True) - normalized * (dz * normalized).mean(over, keepdim=True)
-    dx = dx * inverse * spread(weight)
+    dx = dx * inverse * scale
     return (
         dx.reshape(x.shape).to(x.dtype),
         (dz * normalized).sum((0, *over)),
@@ -307,11 +302,11 @@ def plan_for(x, groups: int) -> Plan:
     return kernels.plan(x.numel() // (channels * groups), channels, groups)
 
 
-def launch_cut(plan: Plan, x, groups: int, splits: int, accumulator: torch.dtype):
+def launch_constants(plan: Plan, x, groups: int, splits: int, accumulator: torch.dtype):
     """The rows of a group, the grid, and the constants of a launch that writes or reads `splits` partial results."""
     channels = x.shape[1]
     grid = (plan.splits, triton.cdiv(channels, plan.block_cols), groups)
-    cut = {
+    constants = {
         "C": channels,
         "SPLITS": splits,
         "TURNS": plan.turns,
@@ -322,4 +317,4 @@ def launch_cut(plan: Plan, x, groups: int, splits: int, accumulator: torch.dtype
         "ACCUMULATOR": tl.float64 if accumulator == torch.float64 else tl.float32,
         "num_warps": kernels.WARPS,
     }
-    return x.numel() // (channels * groups), grid, cut
+    return x.numel() // (channels * groups), grid, constants

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdcgan.kernels.batch_norm_act import as_rows
+from fastdcgan.kernels.batch_norm_act import all_but_channels, as_rows, in_groups, spread
 
 
 class SyncBatchNormAct(torch.autograd.Function):
@@ -117,7 +117,7 @@ def backward(
         normalized = (in_groups(x, groups).to(weight.dtype) - spread(mean, x)) * spread(inverse, x)
         dy_ = in_groups(dy, groups).to(weight.dtype)
         dz = torch.where(normalized * spread(weight, x) + spread(bias, x) > 0, dy_, dy_ * negative_slope)
-        over = tuple(i for i in range(dz.dim()) if i not in (0, 2))
+        over = all_but_channels(x)
         own = torch.stack((dz.sum(over), (dz * normalized).sum(over)))
     mean_dz, mean_dzx = (gather(own).mean(0) / rows).unbind(0)  # (groups, C), over the rows of all processes
     if triton:
@@ -140,19 +140,9 @@ def gather(own: Tensor) -> Tensor:
     return everyone
 
 
-def in_groups(x: Tensor, groups: int) -> Tensor:
-    """(N, C, ...) as (groups, N / groups, C, ...)."""
-    return x.unflatten(0, (groups, -1))
-
-
-def spread(tensor: Tensor, x: Tensor) -> Tensor:
-    """(C,) or (groups, C), to be combined with `in_groups(x)`."""
-    return tensor.reshape(-1, 1, x.shape[1], *(1 for _ in x.shape[2:]))
-
-
 def moments(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of each group's channels: (groups, C) each."""
     parts = in_groups(x, groups).to(dtype)
-    over = tuple(i for i in range(parts.dim()) if i not in (0, 2))
+    over = all_but_channels(x)
     mean = parts.mean(over, keepdim=True)
     return mean.flatten(1), (parts - mean).square().sum(over)

@@ -116,7 +116,7 @@ def _(fine, fine_out, coarse, coarse_out, slope):
 def launch_down(fine, out, weight, slope: float) -> Tensor:
     fine, weight = as_rows(fine), as_rows(weight)
     coarse = empty_coarse(fine, len(weight))
-    rows, grid, cut = launch_cut(coarse, DOWN_ROWS)
+    rows, grid, constants = launch_constants(coarse, DOWN_ROWS)
     with torch.cuda.device_of(fine):
         kernels.down[grid](
             fine,
@@ -127,7 +127,7 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
             TANH_GRADIENT=out is not None,
             SLOPE=slope,
             PRECISION=precision(fine),
-            **cut,
+            **constants,
             **window(fine),
             num_warps=4,
             num_stages=2,
@@ -138,9 +138,9 @@ def launch_down(fine, out, weight, slope: float) -> Tensor:
 def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
     coarse, weight = as_rows(coarse), as_rows(weight)
     fine = empty_fine(coarse, weight.shape[1])
-    rows, _, cut = launch_cut(coarse, UP_ROWS)
+    rows, _, constants = launch_constants(coarse, UP_ROWS)
     with torch.cuda.device_of(coarse):
-        kernels.up[triton.cdiv(rows, cut["BLOCK_ROWS"] - 2),](
+        kernels.up[triton.cdiv(rows, constants["BLOCK_ROWS"] - 2),](
             coarse,
             coarse if out is None else as_rows(out),
             weight,
@@ -151,7 +151,7 @@ def launch_up(coarse, out, weight, slope: float, tanh: bool) -> Tensor:
             SLOPE=slope,
             TANH=tanh,
             PRECISION=precision(coarse),
-            **cut,
+            **constants,
             num_warps=4 if out is None else 8,
             num_stages=2,
         )
@@ -162,7 +162,7 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float, norm: tuple[T
     """The partial sums (splits, K, taps) in float32. With `norm`, BatchNorm's mean, inverse deviation, weight and bias,
     (K,) each, `coarse` is its input."""
     fine, coarse = as_rows(fine), as_rows(coarse)
-    rows, grid, cut = launch_cut(coarse, OUTER_ROWS, OUTER_PROGRAMS)
+    rows, grid, constants = launch_constants(coarse, OUTER_ROWS, OUTER_PROGRAMS)
     line = window(fine)
     partial = torch.empty((grid[0], coarse.shape[1], 4 * line["WINDOW"]), dtype=torch.float32, device=fine.device)
     with torch.cuda.device_of(fine):
@@ -179,7 +179,7 @@ def launch_outer(fine, fine_out, coarse, coarse_out, slope: float, norm: tuple[T
             NORMALIZE=norm is not None,
             SLOPE=slope,
             PRECISION=precision(fine),
-            **cut,
+            **constants,
             **line,
             num_warps=4,
             num_stages=1,
@@ -204,12 +204,12 @@ def launch_add_splits(partial, fine) -> Tensor:
     return dweight
 
 
-def launch_cut(coarse, tallest: int, programs: int | None = None):
+def launch_constants(coarse, tallest: int, programs: int | None = None):
     """The rows of the coarse matrix, the grid of a launch, and its constants; `tallest` and `programs` as in `plan`."""
     _, channels, height, width = coarse.shape
     rows = coarse.numel() // channels
     plan = kernels.plan(rows, channels, coarse.element_size(), tallest, programs)
-    cut = {
+    constants = {
         "HEIGHT": height,
         "WIDTH": width,
         "K": channels,
@@ -217,8 +217,8 @@ def launch_cut(coarse, tallest: int, programs: int | None = None):
         "BLOCK_COLS": plan.block_cols,
     }
     if programs is not None:
-        cut["TURNS"] = plan.turns
-    return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), cut
+        constants["TURNS"] = plan.turns
+    return rows, (plan.splits, triton.cdiv(channels, plan.block_cols)), constants
 
 
 def window(fine):

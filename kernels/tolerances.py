@@ -1,4 +1,4 @@
-"""How far a kernel may be from the same computation in float64: the one table that tests and documents use.
+"""How far a kernel may be from the same computation in float64: the one table that the tests use.
 
 An error is the norm of the difference over the norm of what was added up to get there (for a plain output, of the
 output itself), so that a sum that happens to cancel is not held against the kernel.

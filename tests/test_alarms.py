@@ -253,7 +253,7 @@ def test_a_run_goes_back_though_the_disk_is_full(
         raise OSError(28, "No space left on device")
 
     Poison(monkeypatch, {8})
-    monkeypatch.setattr("fastdcgan.monitor.replace_file", full)
+    monkeypatch.setattr("fastdcgan.grid.replace_file", full)
     run = train(small(tmp_path / "run", on_divergence="rollback"))
     assert checkpoint.complete(run)[-1].name == "step-000012"
     said = capsys.readouterr().err

@@ -15,7 +15,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import make_grid
 
-from fastdcgan.monitor import Monitor, grid, save_grid
+from fastdcgan.grid import grid, save_grid
+from fastdcgan.monitor import Monitor
 
 
 def test_a_line_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

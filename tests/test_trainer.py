@@ -718,7 +718,7 @@ def test_a_run_that_failed_lets_go_of_its_folder(tmp_path: Path, monkeypatch: py
 def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastdcgan.monitor.replace_file", full)
+    monkeypatch.setattr("fastdcgan.grid.replace_file", full)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     run = train(small(tmp_path / "run"))
     assert capsys.readouterr().err.count("figures and pictures cannot be written") == 1

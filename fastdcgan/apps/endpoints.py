@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdcgan.apps.invert import nearest
+from fastdcgan.apps.invert import nearest_latents
 from fastdcgan.apps.latent import latents
 from fastdcgan.apps.pictures import read_pictures
 from fastdcgan.apps.trained import open_both, open_run
@@ -42,7 +42,7 @@ def open_points(run: Path, words: list[str], *, truncation: float | None, fit: b
     _, generator, discriminator = open_both(run)
     target = read_pictures(images, generator, fit)
     with progress("inverting the images", STEPS, "steps") as advance:
-        found = nearest(generator, discriminator, target, steps=STEPS, advance=advance).latent.cpu()
+        found = nearest_latents(generator, discriminator, target, steps=STEPS, advance=advance).latent.cpu()
     point = dict(zip(images, found, strict=True))
     drawn = {word: latents([each], generator.latent_dim, truncation)[0] for word, each in seeds.items()}
     return generator, torch.stack([drawn[word] if word in seeds else point[Path(word)] for word in words])

@@ -19,7 +19,7 @@ from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import batches, circumstances, open_images, pictures_of, shuffled
 from fastdcgan.apps.latent import BATCH, generate, latents
-from fastdcgan.apps.neighbours import nearest, prdc
+from fastdcgan.apps.neighbours import nearest_images, prdc
 from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.apps.trained import device_of, fingerprint, open_both
 from fastdcgan.console import progress, say, spinner
@@ -50,7 +50,8 @@ def evaluate(
 
     Args:
         data: real images, as in `fastdcgan train`.
-        images: real ones, and as many generated ones.
+        images: real ones, and as many generated ones; at most half of `data`, as the other half is
+            measured beside them.
         features: a run whose discriminator's features are compared for precision and recall; by default those of an
             untrained one (Naeem et al. 2020, section 4), with the same weights for all networks of one shape and
             BatchNorm's statistics of the real images. A run's own discriminator is partial: it has learned to keep
@@ -116,14 +117,14 @@ def evaluate(
     save(side_by_side({"real": real, "generated": drawn}), shown)
     say(f"{printable(out)}; real and generated pictures: {printable(shown)}")
     with progress("looking for the nearest", set_.count, "images") as advance:
-        near = nearest(drawn, told(batches(set_, list(range(set_.count))), advance))
+        near = nearest_images(drawn, counting(batches(set_, list(range(set_.count))), advance))
     heading = f"nearest of all {set_.count:,} real ones, in the same places"
     save(side_by_side({"generated": drawn, heading: near}), twins)
     say(f"generated pictures and the nearest real ones: {printable(twins)}")
 
 
-def told(parts: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
-    """The parts one by one; `advance` is told of how many images each has once the next is asked for."""
+def counting(parts: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:
+    """The parts one by one; `advance` gets the number of images of each once the next is asked for."""
     for part in parts:
         yield part
         advance(len(part))

@@ -24,8 +24,8 @@ from fastdcgan.apps.trained import fingerprint, open_run
 from fastdcgan.console import say, spinner
 from fastdcgan.errors import UserError, check_utf8
 from fastdcgan.files import printable, unfinished_name
+from fastdcgan.grid import save_grid
 from fastdcgan.models import AnyGenerator, Generator
-from fastdcgan.monitor import save_grid
 from fastdcgan.runs import EXPORTED, Run, load_run
 from fastdcgan.versions import versions
 

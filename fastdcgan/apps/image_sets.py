@@ -52,6 +52,6 @@ def circumstances(device: torch.device) -> dict[str, Any]:
     """When and on what something was measured, for its JSON."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": describe_device({"device": str(device)}),
+        "device": describe_device(str(device)),
         "versions": versions(),
     }

@@ -46,7 +46,7 @@ def invert_images(
     check_out(out)
     named = names(images, out)
     with progress("inverting", steps, "steps") as advance:
-        found = nearest(
+        found = nearest_latents(
             generator,
             discriminator,
             target,
@@ -65,7 +65,7 @@ def invert_images(
     say(f"given pictures and their nearest in the run: {printable(out / 'sheet.png')}")
 
 
-def nearest(
+def nearest_latents(
     generator: AnyGenerator,
     discriminator: AnyDiscriminator,
     target: Tensor,

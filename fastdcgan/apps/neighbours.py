@@ -35,7 +35,7 @@ def prdc(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
     }
 
 
-def nearest(pictures: Tensor, among: Iterable[Tensor]) -> Tensor:
+def nearest_images(pictures: Tensor, among: Iterable[Tensor]) -> Tensor:
     """Of the pictures in the batches `among` (M, C, H, W), those whose pixels are nearest to each of `pictures`.
 
     Args:

@@ -14,7 +14,7 @@ from fastdcgan.apps.trained import open_run
 from fastdcgan.console import progress, say
 from fastdcgan.errors import UserError, check_at_least, check_seeds
 from fastdcgan.files import check_out, printable, target
-from fastdcgan.monitor import save_grid
+from fastdcgan.grid import save_grid
 
 
 def sample(

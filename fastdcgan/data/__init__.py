@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from fastdcgan.console import say
 from fastdcgan.data.dataset import Dataset, Stream
 from fastdcgan.data.packed import open_packed, packed_size
+from fastdcgan.dataset_names import NAMES
 from fastdcgan.errors import UserError
 from fastdcgan.files import expand_braces
-from fastdcgan.names import NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,8 @@ def open_dataset(
         loader: "dali", "torch", or "auto", DALI where it is installed.
         cache: where decoded images are kept for later epochs: "device", "host", "disk", "off", or "auto", the first
             of these in which they take up only part of what is free.
-        cache_dir: for downloads, kept images and verdicts on files; None for ~/.cache/fastdcgan.
+        cache_dir: for downloads, kept images and verdicts on files; None for fastdcgan in ~/.cache, or where
+            XDG_CACHE_HOME says.
         crop: of oblong files, "centre", or "random": another place every epoch, drawn from the seed, so such images
             are decoded every time and never kept. `Dataset.take` shows them as the first epoch does.
         strict: make the first unusable file an error instead of leaving it out.

@@ -82,7 +82,7 @@ class FileDataset(Dataset):
         self._needed = 1  # images without which no stream can go on
         self._store: Store | None = None
         self._store_chosen = False
-        self._told = False  # that files have gone, of which only the first is named
+        self._warned_of_gone = False  # that files have gone, of which only the first is named
 
     @property
     def shape(self) -> Shape:
@@ -203,9 +203,9 @@ class FileDataset(Dataset):
             self.skipped.append((name, reason))
             if self._strict:
                 raise UserError(f"{name}: {reason} (--strict stops at the first unusable file)")
-            if reason.startswith(PASSING) and not self._told:
+            if reason.startswith(PASSING) and not self._warned_of_gone:
                 say(f"warning: {name}: {reason}; what cannot be read is left out for the rest of the run")
-                self._told = True
+                self._warned_of_gone = True
             self._census.drop(i, reason)
         if self._memory is not None:
             remember(self._census, self._source, self._memory)

@@ -28,7 +28,7 @@ from fastdcgan.apps.export import export
 from fastdcgan.apps.features import untrained as fresh_discriminator
 from fastdcgan.apps.image_sets import shuffled
 from fastdcgan.apps.latent import generate, latents
-from fastdcgan.apps.neighbours import _reach, nearest, prdc
+from fastdcgan.apps.neighbours import _reach, nearest_images, prdc
 from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
@@ -187,13 +187,13 @@ def test_precision_and_recall_tell_collapse_from_noise():
 
 def test_the_nearest_real_images_are_found():
     real = torch.rand(20, 3, 8, 8)
-    near = nearest(real[[7, 3, 19]] + 0.01 * torch.randn(3, 3, 8, 8), real.split(6))
+    near = nearest_images(real[[7, 3, 19]] + 0.01 * torch.randn(3, 3, 8, 8), real.split(6))
     assert torch.equal(near, real[[7, 3, 19]])
 
 
 def test_the_nearest_of_bright_images_is_found():
     bright = 1 - 1e-3 * torch.rand(60, 3, 32, 32)
-    assert torch.equal(nearest(bright, [bright]), bright)
+    assert torch.equal(nearest_images(bright, [bright]), bright)
 
 
 def test_a_copy_of_any_real_image_is_shown_beside_it(run, tmp_path, monkeypatch):

@@ -267,7 +267,7 @@ def test_the_same_sum_is_the_same_picture(run, tmp_path, monkeypatch):
 
 
 def test_an_impossible_out_is_said_before_images_are_inverted(run, digit_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoints, "nearest", lambda *_, **__: pytest.fail("inverted"))
+    monkeypatch.setattr(endpoints, "nearest_latents", lambda *_, **__: pytest.fail("inverted"))
     words = [str(digit_files[0]), "2"]
     with pytest.raises(UserError, match=r"end it in \.gif or"):
         interpolate(run, words, out=tmp_path / "walk.avi", steps=2)

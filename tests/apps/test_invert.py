@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from fastdcgan.apps import invert as invert_module
 from fastdcgan.apps.features import activations
-from fastdcgan.apps.invert import PRIOR, invert_images, nearest, rms
+from fastdcgan.apps.invert import PRIOR, invert_images, nearest_latents, rms
 from fastdcgan.apps.latent import generate, invert, latents, slerp, walk
 from fastdcgan.apps.pictures import open_picture, sheet, to_tensor
 from fastdcgan.errors import UserError
@@ -18,7 +18,7 @@ from fastdcgan.errors import UserError
 def test_generated_pictures_are_recovered(networks):
     generator, discriminator = networks
     pictures = generate(generator, latents(range(1000, 1008), 100))
-    found = nearest(generator, discriminator, pictures)
+    found = nearest_latents(generator, discriminator, pictures)
     errors = [rms(a, b) for a, b in zip(found.pictures, pictures, strict=True)]
     nearest_of_64 = [
         min(rms(other, picture) for other in generate(generator, latents(range(64), 100))) for picture in pictures
@@ -35,7 +35,7 @@ def test_the_feature_loss_brings_features_nearer(networks, digits):
     goal = activations(discriminator, digits[:8])[-1]
 
     def distance(weight: float) -> float:
-        found = nearest(generator, discriminator, digits[:8], restarts=2, steps=100, feature_weight=weight)
+        found = nearest_latents(generator, discriminator, digits[:8], restarts=2, steps=100, feature_weight=weight)
         return (activations(discriminator, found.pictures)[-1] - goal).square().mean().item()
 
     assert distance(1.0) < distance(0.0)
@@ -43,7 +43,7 @@ def test_the_feature_loss_brings_features_nearer(networks, digits):
 
 def test_features_weigh_relative_to_their_size(networks, digits):
     """Each stage by its own mean square, so that a weight means the same for any discriminator."""
-    found = nearest(*networks, digits[:2], restarts=1, steps=4, feature_weight=0.5)
+    found = nearest_latents(*networks, digits[:2], restarts=1, steps=4, feature_weight=0.5)
     pixels = (found.pictures - digits[:2]).square().flatten(1).mean(1)
     goals, got = (activations(networks[1], images) for images in (digits[:2], found.pictures))
     features = [(a - b).square().flatten(1).mean(1) / b.square().mean() for a, b in zip(got, goals, strict=True)]
@@ -81,7 +81,7 @@ def test_the_best_start_of_each_target_wins(networks):
     """Each target is the picture of another start, and with so few steps no start gets far."""
     starts = latents(range(20, 24), 100)
     targets = generate(networks[0], starts[[2, 0, 3]])
-    found = nearest(*networks, targets, restarts=4, steps=4, seed=20)
+    found = nearest_latents(*networks, targets, restarts=4, steps=4, seed=20)
     likeness = torch.nn.functional.cosine_similarity(found.latent[:, None], starts, dim=2)
     assert likeness.argmax(1).tolist() == [2, 0, 3] and likeness.amax(1).min() > 0.8
     assert (found.loss < 0.1).all()
@@ -89,21 +89,21 @@ def test_the_best_start_of_each_target_wins(networks):
 
 def test_the_loss_is_that_of_the_start_that_is_taken(networks, digits):
     """Also where several have come to the last stage."""
-    found = nearest(*networks, digits[:2], restarts=16, steps=4)
+    found = nearest_latents(*networks, digits[:2], restarts=16, steps=4)
     pixels = (found.pictures - digits[:2]).square().flatten(1).mean(1)
     prior = torch.nn.functional.softplus(-networks[1](found.pictures)) + found.latent.square().mean(1) / 2
     assert torch.allclose(found.loss, pixels + PRIOR * prior, rtol=1e-3)
 
 
 def test_the_seed_is_that_of_the_starts(networks, digits):
-    found = [nearest(*networks, digits[:1], restarts=2, steps=4, seed=seed).latent for seed in (3, 3, 4)]
+    found = [nearest_latents(*networks, digits[:1], restarts=2, steps=4, seed=seed).latent for seed in (3, 3, 4)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("steps", [4, 5, 7])
 def test_as_many_steps_are_taken_as_asked_for(networks, digits, steps):
     taken = []
-    nearest(*networks, digits[:1], restarts=1, steps=steps, advance=taken.append)
+    nearest_latents(*networks, digits[:1], restarts=1, steps=steps, advance=taken.append)
     assert sum(taken) == steps
 
 
@@ -149,7 +149,9 @@ def test_a_walk_meets_every_point():
 def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        invert_module, "nearest", lambda *given, **named: asked.append(named) or nearest(*given, **named)
+        invert_module,
+        "nearest_latents",
+        lambda *given, **named: asked.append(named) or nearest_latents(*given, **named),
     )
     settings = {"restarts": 1, "steps": 5, "feature_weight": 0.5, "seed": 3}
     invert_images(run, digit_files[:1], out=tmp_path / "out", **settings)

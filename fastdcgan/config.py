@@ -63,8 +63,8 @@ class TrainConfig:
     loader: Literal["auto", "dali", "torch"] = "auto"
     #: Where the resized images are kept after the first epoch; auto by size against free memory.
     cache: Literal["auto", "device", "host", "disk", "off"] = "auto"
-    #: Folder of --cache disk, of downloads, and of what was found of each file. Default: fastdcgan in
-    #: ~/.cache, or where XDG_CACHE_HOME says.
+    #: Folder of --cache disk, of downloads, and of what was found of each file. Default:
+    #: fastdcgan in ~/.cache, or in XDG_CACHE_HOME.
     cache_dir: Path | None = None
     #: End at the first image that cannot be used, rather than going on without it.
     strict: bool = False

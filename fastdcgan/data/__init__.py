@@ -52,8 +52,8 @@ def open_dataset(
         loader: "dali", "torch", or "auto", DALI where it is installed.
         cache: where decoded images are kept for later epochs: "device", "host", "disk", "off", or "auto", the first
             of these in which they take up only part of what is free.
-        cache_dir: for downloads, kept images and verdicts on files; None for fastdcgan in ~/.cache, or where
-            XDG_CACHE_HOME says.
+        cache_dir: for downloads, kept images and verdicts on files; None for fastdcgan in ~/.cache, or in
+            XDG_CACHE_HOME.
         crop: of oblong files, "centre", or "random": another place every epoch, drawn from the seed, so such images
             are decoded every time and never kept. `Dataset.take` shows them as the first epoch does.
         strict: make the first unusable file an error instead of leaving it out.

@@ -33,9 +33,13 @@ def moves() -> bool:
     )
 
 
-def say(message: str) -> None:
-    """One line to the user, on standard error; nothing where that has gone, which is no reason to end a run."""
-    if speaks():
+def say(message: str, anyone: bool = False) -> None:
+    """One line to the user, on standard error; nothing where that has gone, which is no reason to end a run.
+
+    Args:
+        anyone: also from a process that does not speak for its run.
+    """
+    if anyone or speaks():
         try:
             print(message, file=sys.stderr, flush=True)
         except (OSError, ValueError):  # nobody reads it any more, or the disk that it goes to is full

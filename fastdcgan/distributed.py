@@ -7,21 +7,25 @@ for which everything here is free.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdcgan.errors import UserError, number_in
+from fastdcgan.console import say
+from fastdcgan.errors import UserError, first_line, number_in
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SEED_STEP = 1_000_003  # from one process's random numbers to the next one's
+PATIENCE = 30.0  # seconds to wait for the other processes without a word
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,8 @@ def join(device: torch.device) -> World:
         device: what the processes train on.
 
     Raises:
-        UserError: fewer GPUs than processes on this machine; not started as torchrun starts processes.
+        UserError: fewer GPUs than processes on this machine; not started as torchrun starts processes; the others not
+            to be reached; a process group that is open already.
     """
     size = number_in("WORLD_SIZE", 1)
     if size == 1:
@@ -137,9 +143,11 @@ def join(device: torch.device) -> World:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"the environment has WORLD_SIZE but no {missing[0]}: start with torchrun, or unset WORLD_SIZE")
-    rank, local_rank = number_in("RANK", 0), number_in("LOCAL_RANK", 0)
+    rank, local_rank, port = number_in("RANK", 0), number_in("LOCAL_RANK", 0), number_in("MASTER_PORT", 0)
     if not 0 <= rank < size:
         raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={size}: ranks count from 0 to below that")
+    if dist.is_initialized():
+        raise UserError("a process group is open already: call destroy_process_group() before train()")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -153,10 +161,53 @@ def join(device: torch.device) -> World:
     # A process group that is there when this module is imported is kept to the end, and its threads with it: they may
     # then be freeing tensors while the interpreter ends, and abort. A run that compiles imports it later.
     importlib.import_module("torch._dynamo")
-    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    store = dist.PrefixStore(meeting(store, rank, size), store)  # type: ignore[attr-defined]
+    address = os.environ["MASTER_ADDR"]
+
+    def meet() -> Store:
+        store = meeting_place(address, port, rank, size)
+        return dist.PrefixStore(meeting(store, rank, size), store)  # type: ignore[attr-defined]
+
+    others = f"the other processes of WORLD_SIZE={size} at {address}:{port}"
+    store = patiently(meet, others, speaks=local_rank == 0)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return World(rank, size, local_rank)
+
+
+def patiently(connect: Callable[[], T], others: str, *, speaks: bool) -> T:
+    """What `connect` returns. It waits in C++, which does not hear Ctrl-C: so in a thread, while this one does.
+
+    Args:
+        speaks: tell the user where it takes long.
+
+    Raises:
+        UserError: the others are not to be reached.
+    """
+    found: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(connect())
+        except Exception as error:
+            found.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    if not wait([found], PATIENCE).done and speaks:
+        say(f"waiting for {others}; if there are none, unset WORLD_SIZE", anyone=True)
+    try:
+        return found.result()
+    except dist.DistError as error:
+        raise UserError(f"no connection to {others}: {first_line(error)}") from error
+
+
+@functools.cache
+def meeting_place(address: str, port: int, rank: int, size: int) -> Store:
+    """torchrun's store, or one that the first process keeps for all.
+
+    It stays for the life of the process: one that went with a run could go while another process, already at its next
+    run, is reading there.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    return store
 
 
 def meeting(store: Store, rank: int, size: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 
@@ -51,7 +50,7 @@ def choose_device(wanted: str) -> torch.device:
         reason = why_no_gpu()
         if reason is None:
             return torch.device("cuda")
-        found, alone = torch.cuda.is_available(), os.environ.get("WORLD_SIZE", "1") == "1"
+        found, alone = torch.cuda.is_available(), number_in("WORLD_SIZE", 1) == 1
         if wanted == "cuda" or (found and not alone):
             raise UserError(f"--device {wanted}: {reason}; use --device cpu, or check nvidia-smi")
         if found:

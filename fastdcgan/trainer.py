@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 building = Lock()  # a network's first weights come from torch's own generator, which all threads share
 ROLLBACKS = 3  # of one start; then the run ends: an alarm that comes back each time will not go away
+OWN = {"data", "loader", "cache", "cache_dir", "run_dir", "resume"}  # what processes of one run may differ in
 
 # What may change in a resumed run, and makes it another than the one that never stopped.
 CHANGES = [
@@ -128,6 +129,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     saved = world.from_first(lambda: saved_config(config))
     if saved is not None:
         config = config.resumed(saved, asked)
+    check_alike(world, config)
     precision = choose_precision(config.precision, device)
     if config.image_size is None:
         config = dataclasses.replace(config, image_size=packed_size(config.data))
@@ -199,7 +201,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         else:
             seen = resumed.progress["images"]
             total = done + config.total_steps(count, world.size, seen)
-            if "epochs" in asked and seen - config.epochs * count >= config.batch_size * world.size:
+            fewer = config.epochs != resumed.progress["of"][0]  # else it was over, whatever has changed since
+            if "epochs" in asked and fewer and seen - config.epochs * count >= config.batch_size * world.size:
                 behind = f"{seen / count:.4g} epochs"
                 raise UserError(f"the run has {behind} behind it: --epochs {config.epochs:g} would end it before")
     if done > total:
@@ -321,6 +324,15 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
     result = picture if picture.exists() else f"{folder} was at step {done:,} already"
     say(f"done: {result}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))
     return folder
+
+
+def check_alike(world: World, config: TrainConfig) -> None:
+    """Raises UserError where the processes were started with different flags."""
+    everyone = world.gather(config.as_json())
+    for name in everyone[0].keys() - OWN:
+        values = [each[name] for each in everyone]
+        if any(value != values[0] for value in values):
+            raise UserError(f"the processes differ in --{name.replace('_', '-')} ({values}): start all with the same")
 
 
 def everyones(world: World, lists: list[T]) -> list[T]:

@@ -14,13 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from fastdcgan import checkpoint, distributed, models, reference
+from fastdcgan import checkpoint, distributed, models, reference, trainer
 from fastdcgan.checkpoint import Checkpoint
+from fastdcgan.config import TrainConfig
+from fastdcgan.data.array_dataset import ArrayDataset
 from fastdcgan.distributed import ALONE, World, join
 from fastdcgan.errors import UserError
 from fastdcgan.saver import position
@@ -109,7 +112,7 @@ def test_each_process_takes_the_gpu_of_its_place_on_the_machine(monkeypatch: pyt
     taken, begun = [], []
     monkeypatch.setattr(distributed, "meeting", lambda store, rank, size: f"start of {size}, for {rank}")
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(dist.HashStore(), 5, 8)]))
+    monkeypatch.setattr(distributed, "meeting_place", lambda *_: dist.HashStore())
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: prefix)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: begun.append((backend, how)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -260,6 +263,76 @@ def test_what_torchrun_would_have_said_is_missed(monkeypatch: pytest.MonkeyPatch
         distributed.join(torch.device("cpu"))
 
 
+def test_who_waits_for_nobody_is_told_and_can_stop(tmp_path: Path) -> None:
+    """As in a shell whose environment is of something else; where the first should be, and where it is missing."""
+    script = "from fastdcgan import distributed; distributed.PATIENCE = 0.2; from fastdcgan.cli import main; main()"
+    for rank in ("0", "1"):
+        port = str(free_port())
+        place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", script, "train", "digits", "--steps", "1", "--run-dir", str(tmp_path / "run")]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place) as process:
+            assert process.stderr is not None
+            try:
+                said = next(line for line in process.stderr if line.startswith("waiting"))
+                process.send_signal(signal.SIGINT)
+                process.communicate(timeout=60)
+            finally:
+                process.kill()
+        expected = f"waiting for the other processes of WORLD_SIZE=2 at 127.0.0.1:{port}; if there are none, unset"
+        assert (said.startswith(expected), process.returncode) == (True, 130), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_others_that_do_not_come_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> None:
+        raise dist.DistStoreError("Timed out: 1/2 clients joined.")
+
+    with pytest.raises(UserError, match=r"no connection to the others: Timed out: 1/2 clients joined\."):
+        distributed.patiently(nobody, "the others", speaks=True)
+
+
+def test_the_meeting_place_stays_from_one_training_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [dist.HashStore(), dist.HashStore()]
+    made = iter(stores)
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(next(made), 0, 2)]))
+    distributed.meeting_place.cache_clear()
+    try:
+        found = [distributed.meeting_place("127.0.0.1", port, 0, 2) for port in (29500, 29500, 29501)]
+    finally:
+        distributed.meeting_place.cache_clear()
+    assert found[0] is found[1] is stores[0] and found[2] is stores[1]
+
+
+def test_a_group_of_the_callers_is_in_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, usual in {"WORLD_SIZE": "2", "RANK": "0", **MASTER}.items():
+        monkeypatch.setenv(name, usual)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match=r"open already: call destroy_process_group\(\) before"):
+        distributed.join(torch.device("cpu"))
+
+
+def test_packed_sets_of_one_size_are_told_apart() -> None:
+    """As one that was exchanged between two starts, or on one of two machines."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)
+    first, same, other = (
+        ArrayDataset("set", array, "", device=torch.device("cpu"), seed=0, flip=False)
+        for array in (pixels, pixels.copy(), pixels[::-1].copy())
+    )
+    assert first.listed() == same.listed() != other.listed()
+    state = first.stream(8).state()
+    assert (same.changed(state), other.changed(state)) == (False, True)
+    assert not other.changed(state | {"listing": ""})  # of a checkpoint from before
+
+
+def test_processes_started_with_other_flags_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for where each has its files."""
+    other = TrainConfig(data="elsewhere", run_dir=Path("there"), cache="disk", seed=1)
+    monkeypatch.setattr(World, "gather", lambda _, mine: [mine, other.as_json()])
+    trainer.check_alike(World(0, 2), TrainConfig(seed=1))
+    with pytest.raises(UserError, match=r"differ in --seed \(\[0, 1\]\): start all with the same"):
+        trainer.check_alike(World(0, 2), TrainConfig())
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "complaint"),
     [
@@ -268,6 +341,7 @@ def test_what_torchrun_would_have_said_is_missed(monkeypatch: pytest.MonkeyPatch
         ("RANK", "x", "RANK=x: start"),
         ("LOCAL_RANK", "-1", "LOCAL_RANK=-1: start"),
         ("RANK", "2", "RANK=2 and WORLD_SIZE=2"),
+        ("MASTER_PORT", "abc", "MASTER_PORT=abc: start"),
     ],
 )
 def test_an_environment_of_something_else_is_one_line(

@@ -536,6 +536,14 @@ def test_a_resumed_run_says_what_changes_and_no_more(
         train(small(run, resume=True, steps=None, epochs=0.05))
 
 
+def test_epochs_that_are_over_stay_so_with_a_smaller_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A job that is started again by the same command may get fewer processes; its last step went beyond the end."""
+    np.save(tmp_path / "set.npy", np.full((10, 16, 16, 3), 99, np.uint8))
+    run = train(small(tmp_path / "run", data=str(tmp_path / "set.npy"), steps=None, epochs=1.0, batch_size=8))
+    train(small(run, data=str(tmp_path / "set.npy"), steps=None, epochs=1.0, batch_size=2, resume=True))
+    assert checkpoint.complete(run)[-1].name == "step-000002"
+
+
 def test_a_configuration_that_was_altered_is_noticed(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ class Dataset(ABC):
     _order: Order
 
     def listed(self) -> tuple[int, str]:
-        """How many images there are, usable or not, and a digest of their names: the same in all processes of a run."""
+        """How many images there are, usable or not, and a digest of their names or of some: in all processes alike."""
         return self._order.count, self._order.listing
 
     def changed(self, state: dict[str, Any]) -> bool:

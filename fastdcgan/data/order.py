@@ -41,12 +41,13 @@ class Order:
     """The endless sequence of image numbers that one rank sees; element k is global element rank + world_size * k."""
 
     def __init__(self, count: int, seed: int, rank: int = 0, world_size: int = 1, listing: str = "") -> None:
-        """`listing` stands for what the numbers mean, as a digest of the files' names does."""
+        """`listing` stands for what the numbers mean: a digest of the files' names, or of some images."""
         self.count, self.seed, self.rank, self.world_size, self.listing = count, seed, rank, world_size, listing
 
     def changed(self, state: dict[str, Any]) -> bool:
         """Whether a position was saved (`Position.state`) for other images than these."""
-        return bool(state["count"] != self.count or state["listing"] != self.listing)
+        known = state["listing"] != ""  # not of decoded images, in checkpoints from before they had one
+        return bool(state["count"] != self.count or (known and state["listing"] != self.listing))
 
     def slice(self, start: int, length: int) -> Ids:
         """int64 (length,): elements start .. start + length - 1 of this rank's sequence."""

@@ -13,6 +13,8 @@ Weights lie in channels-last order, so that these products need no copy of them.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -44,7 +46,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """x (N, C, H, W) -> the same shape; in training mode each of `groups` equal slices of N has its own statistics,
         and the running statistics move as if the slices had come one after another."""
         momentum = self.share(groups)
-        if self.weight.dtype in (torch.float16, torch.bfloat16) and not self.sync:  # after .half() or .bfloat16()
+        half = self.weight.dtype in (torch.float16, torch.bfloat16)  # after .half() or .bfloat16()
+        # The kernels are compiled for one momentum: for a mean over batches, which has another each time, too often.
+        if (half or self.momentum is None) and not self.sync:
             return batch_norm_act_reference(
                 x, *self.tensors(), self.training, momentum, self.eps, self.negative_slope, groups
             )
@@ -133,7 +137,7 @@ class ImageConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, channels, 2h, 2w) -> (N, C_out, h, w)."""
-        return image_conv(x, self.weight, negative_slope=0.2)
+        return image_conv(x, as_autocast_has(self.weight, x), negative_slope=0.2)
 
 
 class ImageConvTranspose(nn.ConvTranspose2d):
@@ -141,24 +145,25 @@ class ImageConvTranspose(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (N, C_in, h, w) -> (N, channels, 2h, 2w) in -1..1."""
-        return image_conv_transpose(x, self.weight_for(x))
-
-    def weight_for(self, x: Tensor) -> Tensor:
-        """The weight as autocast has it: x, from BatchNorm, which is not cast, is what a convolution left it."""
-        return self.weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else self.weight
+        return image_conv_transpose(x, as_autocast_has(self.weight, x))
 
     def after(self, norm: BatchNormAct2d, x: Tensor) -> Tensor:
         """The same of norm(x), in training mode without keeping that."""
-        if not norm.training or norm.sync or norm.weight.dtype != torch.float32 or _hooked(norm) or _hooked(self):
+        plain = norm.training and not norm.sync and norm.weight.dtype == torch.float32 and norm.momentum is not None
+        if not plain or _hooked(norm) or _hooked(self):
             return self(norm(x))
         return batch_norm_image_conv_transpose(
             x,
             *norm.tensors(),
-            self.weight_for(x),
+            as_autocast_has(self.weight, x),
             momentum=norm.share(),
             eps=norm.eps,
             negative_slope=norm.negative_slope,
         )
+
+
+class Fused(nn.Identity):
+    """Holds the place of an activation that the layer before it computes."""
 
 
 class Generator(reference.Generator):
@@ -171,10 +176,11 @@ class Generator(reference.Generator):
         _fuse(self.main)
         self.main[0].__class__ = Projection
         self.main[-2].__class__ = ImageConvTranspose
-        self.main[-1] = nn.Identity()
+        self.main[-1] = Fused()
         self.to(memory_format=torch.channels_last)
 
     def forward(self, latent: Tensor) -> Tensor:
+        check_fused(self.main)
         count_batches(self.main, 1)
         x = latent.view(len(latent), self.latent_dim, 1, 1)
         *layers, norm, _, conv, _ = self.main
@@ -191,12 +197,13 @@ class Discriminator(reference.Discriminator):
         super().__init__(image_size, channels, width)
         _fuse(self.main)
         self.main[0].__class__ = ImageConv
-        self.main[1] = nn.Identity()
+        self.main[1] = Fused()
         self.main[-1].__class__ = Logit
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, groups: int = 1) -> Tensor:
         """Images (N, channels, height, width) in -1..1 -> logits (N,); `groups` as in `BatchNormAct2d`."""
+        check_fused(self.main)
         count_batches(self.main, groups)
         x = images
         for layer in self.main:
@@ -248,18 +255,34 @@ def sync_batch_norm(network: nn.Module) -> None:
             layer.sync = True
 
 
-def count_batches(main: nn.Sequential, groups: int) -> None:
-    """Move the `num_batches_tracked` of all BatchNorm layers in training mode: on a GPU one launch for them all.
+def check_fused(main: nn.Sequential) -> None:
+    """See that no layer was replaced whose work is done elsewhere, or which does more than its name says.
 
     Raises:
-        TypeError: a layer was replaced by one that does not do what this one's did, BatchNorm and activation.
+        TypeError: a BatchNorm, which is without its activation now, or an activation, which would not be called.
     """
     if any(isinstance(layer, _BatchNorm) and not isinstance(layer, BatchNormAct2d) for layer in main):
         raise TypeError("a BatchNormAct2d was replaced by another BatchNorm: use fastdcgan.models.sync_batch_norm")
+    for layer, after in pairwise(main):
+        if isinstance(layer, BatchNormAct2d | ImageConv | ImageConvTranspose) and not isinstance(after, Fused):
+            raise TypeError(
+                f"a {type(after).__name__} stands where {type(layer).__name__} has its activation already: layers can"
+                " be exchanged in the networks of fastdcgan.reference"
+            )
+
+
+def count_batches(main: nn.Sequential, groups: int) -> None:
+    """Move the `num_batches_tracked` of all BatchNorm layers in training mode: on a GPU one launch for them all."""
     layers = [layer for layer in main if isinstance(layer, BatchNormAct2d) and layer.training]
     counts = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
     if counts:
         torch._foreach_add_(counts, groups)
+
+
+def as_autocast_has(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight in the type of x where autocast is on: x is what it left the layer before, or an image."""
+    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return weight.to(x.dtype) if on else weight
 
 
 def _hooked(layer: nn.Module) -> bool:
@@ -272,7 +295,7 @@ def _fuse(main: nn.Sequential) -> None:
     for i, layer in enumerate(main):
         if isinstance(layer, nn.BatchNorm2d):
             main[i] = BatchNormAct2d(layer, getattr(main[i + 1], "negative_slope", 0.0))
-            main[i + 1] = nn.Identity()
+            main[i + 1] = Fused()
         elif isinstance(layer, nn.Conv2d):
             layer.__class__ = Conv  # only what it computes with changes
         elif isinstance(layer, nn.ConvTranspose2d):

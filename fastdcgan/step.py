@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import logging
 from types import FunctionType, MethodType
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -236,14 +237,17 @@ class TrainStep:
         self.sums += torch.cat((torch.stack((loss_d, loss_g)), outputs, outputs.new_ones(1)))
         steps = self.adam_g.steps
         torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay, out=self.average_decay)
-        buffers = list(zip(self.average.buffers(), self.generator.buffers(), strict=True))
-        if buffers:  # a few launches for all of them
-            means, values = zip(*(pair for pair in buffers if pair[0].is_floating_point()), strict=True)
+        # Of all buffers together: a few launches.
+        means, values = _of_kind(self.average, floating=True), _of_kind(self.generator, floating=True)
+        if means:
             away = torch._foreach_sub(values, means)
             torch._foreach_mul_(away, 1 - self.average_decay)
             torch._foreach_add_(means, away)
-            counts, latest = zip(*(pair for pair in buffers if not pair[0].is_floating_point()), strict=True)
-            torch._foreach_copy_(counts, latest)
+        if counts := _of_kind(self.average, floating=False):
+            torch._foreach_copy_(counts, _of_kind(self.generator, floating=False))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
+        raise TypeError("a TrainStep is not copied: make another, and give it `weights` and `state`")
 
     def compile(self) -> None:
         """Compile the forward functions, and with them their gradients; done at the next update, not here."""
@@ -376,6 +380,11 @@ def _copy(method: MethodType) -> MethodType:
         found.__code__.replace(), found.__globals__, found.__name__, found.__defaults__, found.__closure__
     )
     return MethodType(own, method.__self__)
+
+
+def _of_kind(network: nn.Module, floating: bool) -> list[Tensor]:
+    """The network's buffers that are floating-point numbers, or those that are not."""
+    return [buffer for buffer in network.buffers() if buffer.is_floating_point() == floating]
 
 
 def _check_fit(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

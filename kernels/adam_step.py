@@ -51,7 +51,8 @@ def adam_step(
             in memory in another order than its parameter is copied first.
         exp_avgs, exp_avg_sqs: moments, with the parameter's shape, dtype and strides; zero before the first step.
         step: () float32, on the parameters' device: updates done so far; one more afterwards.
-        lr: learning rate, a number or a () float32 or float64 tensor on the parameters' device.
+        lr: learning rate, a number or a () float32 or float64 tensor on the parameters' device. A number that changes
+            has a Triton kernel compiled anew.
         betas, eps: as in torch.optim.Adam.
         copies: for each parameter None or a bfloat16 or float16 tensor with its shape and strides. For Triton one of
             these two dtypes in a call, with that of `grads`.

@@ -53,7 +53,7 @@ def batch_norm_act(
         x: (N, C, H, W) or (N, C); float32, bfloat16, float16 or float64. The Triton implementation works on
             channels_last (N, C, H, W) and contiguous (N, C) and copies any other layout to that first.
         weight, bias, running_mean, running_var: (C,), contiguous, float32 (float64 with a float64 x).
-        momentum: share of the new statistics, in 0..1.
+        momentum: share of the new statistics, in 0..1; the Triton kernels are compiled anew for another.
         eps: added to the variance, > 0 in training.
         negative_slope: 0 is ReLU, 1 no activation, 0.2 the DCGAN discriminator's LeakyReLU; not negative.
         groups: slices of N with statistics of their own; divides N.

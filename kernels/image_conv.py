@@ -26,8 +26,8 @@ def image_conv(images: Tensor, weight: Tensor, *, negative_slope: float, backend
             to 4 and not for float64; it works on channels_last and copies any other layout to that first.
         weight: (K, C, 4, 4), of images' dtype; the layout as for images.
         negative_slope: 0 is ReLU, 0.2 the DCGAN discriminator's LeakyReLU; not negative.
-        backend: "auto" (Triton on CUDA tensors that it is for and that have 16 bits a value, for which it was measured;
-            the reference elsewhere), "triton" or "reference".
+        backend: "auto" (Triton on CUDA tensors that it is for and that have 16 bits a value, for which it was measured,
+            on GPUs from Ampere on; the reference elsewhere), "triton" or "reference".
 
     Returns:
         y (N, K, h, w) of images' dtype: channels_last from the Triton implementation.
@@ -93,8 +93,16 @@ def runs_triton(operation: str, tensor: Tensor, weight: Tensor, backend: Backend
             f'{operation}: backend="triton" is for up to {MOST_CHANNELS} image channels and not for float64; '
             f"these are {weight.shape[1]}, {tensor.dtype}"
         )
-    measured = fits and tensor.element_size() == 2
+    measured = fits and tensor.element_size() == 2 and not spills(tensor.device.type, tensor.device.index)
     return use_triton(operation, tensor, backend if measured or backend != "auto" else "reference")
+
+
+def spills(device: str, index: int | None) -> bool:
+    """Whether the kernels would not fit the registers of this GPU: one from before Ampere."""
+    return device == "cuda" and torch.cuda.get_device_capability(index) < (8, 0)
+
+
+spills._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as backend.log_once
 
 
 def check(operation: str, name: str, tensor: Tensor, weight: Tensor, channels: torch.Size) -> None:

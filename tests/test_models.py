@@ -159,6 +159,13 @@ def test_running_statistics_can_be_plain_means_over_batches(kind: str) -> None:
         norm(torch.randn(4, norm.num_features, 2, 2, dtype=torch.float64), groups=2)
 
 
+def test_no_kernel_is_compiled_for_each_share_of_a_plain_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernel in ("batch_norm_act", "batch_norm_image_conv_transpose"):
+        monkeypatch.setattr(models, kernel, lambda *_, **__: pytest.fail("would be compiled for this share"))
+    for network, x in ((models.Generator(16, 3, 5, 4), (4, 5)), (models.Discriminator(16, 3, 4), (4, 3, 16, 16))):
+        torch.optim.swa_utils.update_bn([torch.randn(x) for _ in range(2)], network)
+
+
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="no architecture 'resnet'"):
         models.build_generator("resnet", (16, 16), 3, 5, 8)
@@ -232,11 +239,48 @@ def test_networks_in_16_bits(how: str, training: bool) -> None:
             assert all(p.grad is not None for p in fast.parameters())
 
 
+def test_one_network_after_the_other_under_autocast() -> None:
+    """The images that D is given are then what autocast has made of G's."""
+    (slow_g, fast_g), (slow_d, fast_d) = (
+        tuple(network.float() for network in pair(kind, 16)) for kind in ("Generator", "Discriminator")
+    )
+    noise = torch.randn(8, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = slow_d(slow_g(noise)), fast_d(fast_g(noise))
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0.05, atol=0.05)
+    found.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in fast_g.parameters())
+
+
+def test_shapes_are_known_without_numbers() -> None:
+    generator, discriminator = models.Generator(16, 3, 5, 8).to("meta"), models.Discriminator(16, 3, 8).to("meta")
+    images = generator(torch.empty(4, 5, device="meta"))
+    assert (images.shape, discriminator(images).shape) == ((4, 3, 16, 16), (4,))
+
+
 def test_images_of_another_size_are_refused() -> None:
     discriminator = models.Discriminator((64, 96), 3, 8).eval()
     for size in ((96, 64), (64, 64), (32, 192)):
         with pytest.raises((ValueError, RuntimeError)):
             discriminator(torch.randn(2, 3, *size))
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "layer"),
+    [
+        ("Generator", -1, nn.Sigmoid()),
+        ("Generator", -3, nn.Dropout2d()),
+        ("Generator", 2, nn.LeakyReLU(0.2)),
+        ("Discriminator", 1, nn.ReLU()),
+        ("Discriminator", 4, nn.Identity()),
+    ],
+)
+def test_another_activation_is_refused(kind: str, place: int, layer: nn.Module) -> None:
+    """It would be passed over, or come after the one that is fused."""
+    network = getattr(models, kind)(16, 3, *([5] if kind == "Generator" else []), 8)
+    network.main[place] = layer
+    with pytest.raises(TypeError, match=f"a {type(layer).__name__} stands where .* fastdcgan.reference"):
+        network(torch.randn(2, 5) if kind == "Generator" else torch.randn(2, 3, 16, 16))
 
 
 @pytest.mark.parametrize("network", [models.Generator(16, 3, 10, 8), models.Discriminator(16, 3, 8)])

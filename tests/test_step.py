@@ -469,6 +469,46 @@ def test_a_recorded_step_replays_exactly() -> None:
         assert relative(*floats) < 1e-12, kind
 
 
+class Painter(nn.Module):
+    """A generator of one's own, with buffers of one kind."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.latent_dim = 4
+        self.layer = nn.Linear(4, 48)
+        self.register_buffer("moves", torch.zeros(48, dtype=dtype))
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.moves += 1
+        return self.layer(latent).tanh().view(-1, 3, 4, 4)
+
+
+class Judge(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 1)
+
+    def forward(self, images: torch.Tensor, groups: int = 1) -> torch.Tensor:
+        return self.layer(images.flatten(1)).view(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_networks_of_ones_own_may_have_buffers_of_one_kind(dtype: torch.dtype) -> None:
+    step = TrainStep(Painter(dtype), Judge(), torch.zeros(4, 4, 4, 3, dtype=torch.uint8), torch.arange(4))  # type: ignore[arg-type]
+    step.update()
+    (average,) = step.average.buffers()
+    decay = (1 + 0) / (10 + 0)  # in the first update
+    assert average.unique().tolist() == [1 if dtype == torch.int64 else pytest.approx(1 - decay)]
+
+
+def test_a_step_is_not_copied() -> None:
+    """Its optimizers would move the tensors of the first one's networks."""
+    step = TrainStep(Painter(torch.float32), Judge(), torch.zeros(4, 4, 4, 3, dtype=torch.uint8), torch.arange(4))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="make another, and give it `weights` and `state`"):
+        copy.deepcopy(step)
+
+
 def copy_inputs(live: TrainStep, recorded: TrainStep) -> None:
     assert live.flips is not None and recorded.flips is not None
     recorded.index.copy_(live.index)

@@ -62,8 +62,9 @@ def test_what_triton_is_not_for():
         image_conv_transpose(torch.zeros(2, 8, 4, 4).double(), torch.zeros(8, 3, 4, 4).double(), backend="triton")
 
 
-def test_compile():
-    images, weight = torch.randn(2, 3, 8, 6), torch.randn(5, 3, 4, 4, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile(dtype):
+    images, weight = torch.randn(2, 3, 8, 6, dtype=dtype), torch.randn(5, 3, 4, 4, dtype=dtype, requires_grad=True)
 
     def network(images):
         return image_conv_transpose(image_conv(images, weight, negative_slope=0.2), weight / 9)
@@ -80,6 +81,14 @@ def test_auto_is_triton_only_for_what_was_measured(monkeypatch):
             torch.zeros(1, channels, 4, 4, dtype=dtype), torch.zeros(8, channels, 4, 4, dtype=dtype), negative_slope=0
         )
     assert seen == ["auto", "auto", "reference", "reference"]
+
+
+def test_auto_leaves_gpus_from_before_ampere_alone(monkeypatch):
+    """Where the kernels spill kilobytes a thread."""
+    module = sys.modules["fastdcgan.kernels.image_conv"]
+    for capability, left in (((7, 5), True), ((8, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        assert (module.spills("cuda", 1), module.spills("cpu", None)) == (left, False)
 
 
 def test_the_results_have_the_inputs_dtype_under_autocast_too():

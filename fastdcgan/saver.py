@@ -142,5 +142,6 @@ def position(saved: Checkpoint, world: World) -> dict[str, Any]:
     if len(positions) == world.size:
         return positions[world.rank]
     unusable = np.unique(np.concatenate([np.asarray(each["unusable"], dtype=np.int64) for each in positions]))
-    least = min(positions, key=lambda each: int(each["taken"]))  # they drift apart by the broken files each has met
-    return least | {"unusable": unusable.tolist()}
+    # Element k of a rank's order is element rank + size * k of all. They drift apart by the broken files each has met.
+    reached = min(rank + len(positions) * int(each["taken"]) for rank, each in enumerate(positions))
+    return positions[0] | {"taken": reached, "world_size": 1, "unusable": unusable.tolist()}

@@ -113,8 +113,7 @@ class Position:
     def resume(cls, order: Order, state: dict[str, Any] | None) -> Position:
         """The position saved in `state`; the beginning where there is none.
 
-        `state` may come from another number of ranks: these begin together where those were, if all had come equally
-        far (ranks drift apart by the broken files that one meets more than another).
+        `state` may come from another number of ranks: these begin together where that one was.
         """
         if state is None:
             return cls()

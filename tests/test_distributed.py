@@ -24,6 +24,7 @@ from fastdcgan import checkpoint, distributed, models, reference, trainer
 from fastdcgan.checkpoint import Checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.data.array_dataset import ArrayDataset
+from fastdcgan.data.order import Order, Position
 from fastdcgan.distributed import ALONE, World, join
 from fastdcgan.errors import UserError
 from fastdcgan.saver import position
@@ -124,14 +125,14 @@ def test_other_processes_go_on_where_all_have_been() -> None:
     """And know what each has found to be broken."""
     positions = [{"taken": 9, "unusable": [3]}, {"taken": 7, "unusable": [1, 3]}, {"taken": 8, "unusable": []}]
     saved = Checkpoint({}, {"data": positions})
-    there = {
-        "taken": 1 + 3 * 7,
-        "world_size": 1,
-    }  # the second has seen elements 1, 4, ..., 19 of all, and 22 is its next
+    there = {"taken": 22, "world_size": 1}  # the second has seen elements 1, 4, ..., 19 of all: 22 is its next
     assert position(saved, ALONE) == there | {"unusable": [1, 3]}
     positions[1]["unusable"] = []
     assert position(saved, World(1, 2)) == there | {"unusable": [3]}
     assert [position(saved, World(rank, 3)) for rank in range(3)] == positions
+    state = position(saved, World(0, 2)) | {"count": 50, "listing": "", "images": 24}
+    begins = [rank + 2 * Position.resume(Order(50, 0, rank, 2), state).taken for rank in range(2)]
+    assert sorted(begins) == [22, 23]
 
 
 def torchrun(run: Path, *more: str, steps: int, restarts: int = 0) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ checkpoints/best/                a copy of the one whose pictures were nearest t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,7 @@ from fastdcgan.console import say
 from fastdcgan.errors import UserError, first_line
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
+NO_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS)  # what says that there is no such thing for a folder
 LISTINGS = 10  # at most, of a run that replaces its checkpoints while it is looked at
 TENSOR_FILES = ("generator", "average", "discriminator", "state")
 
@@ -70,7 +72,8 @@ def save(
                 save_file({name: _plain(value) for name, value in checkpoint.tensors[kind].items()}, file)
             except SafetensorError as error:  # how safetensors reports a full disk
                 raise OSError(str(error)) from error
-            file.chmod(unfinished.stat().st_mode & 0o666)  # as any other file: safetensors writes for its owner alone
+            with suppress(OSError):  # some file systems know no permissions
+                file.chmod(unfinished.stat().st_mode & 0o666)  # as any other: safetensors writes for its owner alone
             digests[file.name] = _sha256(file)
         progress = {"step": step, **checkpoint.progress}
         digests["state.json"] = _digest(progress)
@@ -156,7 +159,9 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
             raise error.__cause__ from None  # what cannot be read just now may well be sound
     with _appearing(best) as unfinished:
-        shutil.copytree(folder, unfinished)
+        unfinished.mkdir()
+        for file in folder.iterdir():
+            shutil.copyfile(file, unfinished / file.name)  # without its permissions, which some file systems refuse
     return True
 
 
@@ -209,20 +214,30 @@ def step_of(folder: Path) -> int:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Delete what a killed run left half-written."""
+    """Delete what a killed run left half-written, or had replaced."""
     for folder in (run / "checkpoints").glob(f".*{UNFINISHED}"):
         shutil.rmtree(folder, ignore_errors=True)
+    for replaced, folder in _replaced(run):
+        if (folder / "state.json").exists():
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def bring_back(run: Path) -> None:
-    """Give a checkpoint its name back that was to be replaced when the run was killed."""
-    for replaced in (run / "checkpoints").glob(f".*{REPLACED}"):
-        folder = replaced.with_name(replaced.name[1 : -len(REPLACED)])
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            with suppress(OSError):  # of a run that can only be read
+    """Give a checkpoint its name back that was to be replaced when the run was killed; or, where it was half deleted,
+    the one that was to replace it. Where there is a whole one, the run may be under way and about to replace it."""
+    for replaced, folder in _replaced(run):
+        with suppress(OSError):  # it is not there; or of a run that can only be read
+            if "state.json" not in os.listdir(folder):
+                shutil.rmtree(folder)
+        if not folder.exists():
+            with suppress(OSError):
                 replaced.rename(folder)
+
+
+def _replaced(run: Path) -> list[tuple[Path, Path]]:
+    """The folders that have stepped aside (see `_put`), and the names that they had."""
+    found = (run / "checkpoints").glob(f".*{REPLACED}")
+    return [(each, each.with_name(each.name[1 : -len(REPLACED)])) for each in found]
 
 
 def _best(run: Path) -> list[Path]:
@@ -280,7 +295,15 @@ def _put(finished: Path, folder: Path) -> None:
     while finished.exists():
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
+            try:
+                folder.rename(replaced)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                # overlayfs does not move what is of the image below: the new one waits there until that is deleted.
+                finished = finished.rename(replaced)
+                (folder / "state.json").unlink(missing_ok=True)  # from here on a kill leaves the new one
+                shutil.rmtree(folder)
         try:
             finished.rename(folder)
         except OSError:
@@ -313,6 +336,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -10,8 +11,10 @@ import logging
 import os
 import pty
 import random
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -406,7 +409,7 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
 ) -> None:
     saved = checkpoint.load(straight / "checkpoints" / "step-000012")
     taken = dataclasses.replace(saved, progress=saved.progress | {"distance": 0.5})
-    monkeypatch.setattr(checkpoint.shutil, "copytree", full)
+    monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
     run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
     run.path.mkdir()
     (run.path / "config.json").write_text("{}")
@@ -414,6 +417,83 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
     said = capsys.readouterr().err
     assert "step 12 could not be copied to checkpoints/best" in said and "training goes on without" not in said
     assert checkpoint.load(run.path / "checkpoints" / "step-000012").progress["step"] == 12
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_does_not_sync_folders_takes_checkpoints(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fsync, refused = os.fsync, stat.S_ISDIR
+
+    def refuse(descriptor: int) -> None:
+        if refused(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    saved = checkpoint.load(checkpoint.complete(straight)[-1])
+    monkeypatch.setattr(os, "fsync", refuse)
+    folder = checkpoint.save(tmp_path, 12, saved, keep=1)
+    assert checkpoint.keep_best(tmp_path, folder, 0.5)
+    assert [checkpoint.load(each).progress["step"] for each in (folder, folder.with_name("best"))] == [12, 12]
+    refused = stat.S_ISREG  # a file that is not on the disk is another matter
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        checkpoint.save(tmp_path, 13, saved, keep=1)
+
+
+def test_a_file_system_without_permissions_takes_checkpoints(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    saved = checkpoint.load(checkpoint.complete(straight)[-1])
+    monkeypatch.setattr(os, "chmod", refuse)
+    folder = checkpoint.save(tmp_path, 12, saved, keep=1)
+    assert checkpoint.keep_best(tmp_path, folder, 0.5)
+    assert [checkpoint.load(each).progress["step"] for each in (folder, folder.with_name("best"))] == [12, 12]
+
+
+def test_a_checkpoint_of_a_containers_image_is_replaced(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be moved there, only deleted; a kill at any moment leaves one of the two, whole."""
+    older = checkpoint.load(checkpoint.complete(straight)[-1])
+    newer = dataclasses.replace(older, progress=older.progress | {"images": 7})
+    rename, unlink, left, found = Path.rename, Path.unlink, 0, list[int]()
+
+    def moment() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    def move(path: Path, to: Path) -> Path:
+        if path.stat().st_ino == image:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        moment()
+        return rename(path, to)
+
+    def delete(path: Path, **_: object) -> None:
+        for file in path.glob("*"):
+            file.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
+
+    for killed in range(20):
+        run, left = tmp_path / str(killed), killed
+        folder = checkpoint.save(run, 12, older, keep=1)
+        image = folder.stat().st_ino
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "rename", move)
+            patch.setattr(Path, "unlink", lambda path, **how: (moment(), unlink(path, **how)))
+            patch.setattr(checkpoint.shutil, "rmtree", delete)
+            checkpoint.save(run, 12, newer, keep=1)
+        checkpoint.load_newest(run)  # somebody looks at it
+        checkpoint.remove_unfinished(run)  # and it is gone on with
+        assert [path.name for path in (run / "checkpoints").iterdir()] == [folder.name]
+        found.append(checkpoint.load(folder).progress["images"])
+    old = found.count(older.progress["images"])
+    assert 1 < old < 20 and found == [older.progress["images"]] * old + [7] * (20 - old)
 
 
 def test_the_callers_types_are_not_the_runs(straight: Path, tmp_path: Path) -> None:

@@ -6,14 +6,19 @@ import dataclasses
 import errno
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from fastdcgan.alarms import Alarm
 from fastdcgan.files import replace_file
 from fastdcgan.grid import save_grid
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Monitor:
@@ -33,9 +38,10 @@ class Monitor:
     def log(self, values: dict[str, float], name: str = "metrics") -> None:
         """A line of <name>.jsonl, metrics or quality, and a point of each curve; `values` has at least `step`."""
         self._write(name, values)
-        for key, value in values.items():
-            if key != "step":
-                self.board.add_scalar(key, value, int(values["step"]))
+        with self._board() as board:
+            for key, value in values.items():
+                if key != "step":
+                    board.add_scalar(key, value, int(values["step"]))
 
     def alarm(self, alarm: Alarm) -> None:
         """A line of alarms.jsonl, unless the run that is resumed had written it before it was killed."""
@@ -56,7 +62,18 @@ class Monitor:
     def picture(self, name: str, images: Tensor, step: int) -> None:
         """Save images (N, C, H, W) in -1..1 as the grid samples/<name>.png, and show it in TensorBoard."""
         grid = save_grid(images, self.run / "samples" / f"{name}.png")
-        self.board.add_image(name.split("-")[0], grid, step)
+        with self._board() as board:
+            board.add_image(name.split("-")[0], grid, step)
+
+    @contextmanager
+    def _board(self) -> Iterator[SummaryWriter]:
+        """TensorBoard's writer. What its thread could not write ended it, and is raised at every use: another follows,
+        that what comes after a disk was full is shown again."""
+        try:
+            yield self.board
+        except OSError:
+            self.board = type(self.board)(str(self.run))
+            raise
 
     def close(self) -> None:
         self.board.close()

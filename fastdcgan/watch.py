@@ -96,7 +96,9 @@ class Watch:
         varied = self.quality.diversity(pictures)
         with self.writing():
             self.monitor.picture(f"step-{done:06d}", pictures, done)
+        with self.writing():
             self.monitor.picture(f"raw-step-{done:06d}", step.latest_pictures(self.latents), done)
+            self.silent = False  # nothing is larger than a picture: there is room again
         with self.writing():
             self.monitor.log({"step": done, **varied}, "quality")
         return self.report(self.alarms.look_at_samples(done, **varied, last=last))
@@ -111,7 +113,7 @@ class Watch:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A disk that is full, or gone, costs figures and pictures, not the run; said once."""
+        """A disk that is full, or gone, costs figures and pictures, not the run; said once each time."""
         try:
             yield
         except OSError as error:

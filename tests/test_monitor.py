@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import resource
 import signal
 import time
@@ -86,6 +88,28 @@ def test_tensorboard_shows_each_point_once_at_its_step(tmp_path: Path) -> None:
     board = EventAccumulator(str(tmp_path)).Reload()
     assert board.Tags()["images"] == ["raw"]
     assert [(point.step, point.value) for point in board.Scalars("loss")] == [(1, 0.5), (2, 1.0), (3, 3.5), (4, 4.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the one that it has here
+def test_tensorboard_goes_on_once_a_full_disk_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "samples").mkdir()
+    monitor = Monitor(tmp_path, 0, "")
+    monitor.log({"step": 1, "loss": 1.0})
+    monitor.board.flush()
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        monitor.log({"step": 2, "loss": 2.0})
+        monitor.board.flush()  # by then its thread has ended
+    with pytest.raises(OSError):
+        monitor.log({"step": 3, "loss": 3.0})
+    monitor.log({"step": 4, "loss": 4.0})
+    monitor.picture("raw-step-000004", torch.zeros(4, 3, 8, 8), 4)
+    monitor.close()
+    board = EventAccumulator(str(tmp_path)).Reload()
+    assert [point.step for point in board.Scalars("loss")] == [1, 4] and board.Tags()["images"] == ["raw"]
 
 
 def test_a_grid_has_the_colours_of_its_pictures(tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.tensorboard import SummaryWriter
 
-from fastdcgan import checkpoint, saver, trainer
+from fastdcgan import checkpoint, grid, saver, trainer
 from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.checkpoint import step_of
 from fastdcgan.config import TrainConfig
@@ -812,6 +813,31 @@ def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
     assert capsys.readouterr().err.count("figures and pictures cannot be written") == 1
     assert_equal_bits(run, straight, 12)
     assert not list((run / "samples").iterdir())
+
+
+def test_pictures_come_again_once_a_full_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the one of the averages is written and cannot be shown; and when it is full again, that is said."""
+    sample, add_image, replace_file = Watch.sample, SummaryWriter.add_image, grid.replace_file
+    done = 0
+
+    def sample_at(watch: Watch, at: int, *rest: Any, **how: Any) -> list[Alarm]:
+        nonlocal done
+        done = at
+        return sample(watch, at, *rest, **how)
+
+    def add(board: SummaryWriter, name: str, *rest: Any) -> None:
+        full() if (done, name) == (4, "step") else add_image(board, name, *rest)
+
+    monkeypatch.setattr(Watch, "sample", sample_at)
+    monkeypatch.setattr(SummaryWriter, "add_image", add)
+    monkeypatch.setattr(grid, "replace_file", lambda *given: full() if done in (2, 6) else replace_file(*given))
+    run = train(small(tmp_path / "run", steps=8, sample_every=2))
+    assert {path.name for path in (run / "samples").iterdir()} == {
+        "real.png", *(f"{kind}-00000{step}.png" for kind in ("step", "raw-step") for step in (4, 8))
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("figures and pictures cannot be written") == 2
 
 
 @pytest.mark.parametrize("batch_size", [8, 32])

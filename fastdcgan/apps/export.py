@@ -23,7 +23,7 @@ from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.trained import fingerprint, open_run
 from fastdcgan.console import say, spinner
 from fastdcgan.errors import UserError, check_utf8
-from fastdcgan.files import printable, unfinished_name
+from fastdcgan.files import printable, target, unfinished_name
 from fastdcgan.grid import save_grid
 from fastdcgan.models import AnyGenerator, Generator
 from fastdcgan.runs import EXPORTED, Run, load_run
@@ -56,20 +56,26 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
         raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already: name a new folder")
+    place = target(out)
+    if place.is_mount():
+        raise UserError(f"--out {out} is where a disk is mounted, which cannot be replaced: name a new folder in it")
     found = open_run(run, ema)
     numbers = None if evaluation is None else read_evaluation(evaluation, found.generator)
     plain = plain_generator(found.generator)
     if not out.name:
         raise UserError(f"--out {out} has no name of its own: give that of a new folder")
     check_utf8("--out", out)  # or ONNX's and TorchScript's libraries cannot write there
-    unfinished = unfinished_name(out)
+    unfinished = unfinished_name(place)
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, unfinished / EXPORTED)
-        (unfinished / EXPORTED).chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes for its owner alone
+        with contextlib.suppress(OSError):  # some file systems know no permissions
+            (unfinished / EXPORTED).chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes for its owner alone
         if format == "pth":
-            torch.save(plain.state_dict(), unfinished / FILES["pth"])
+            content = io.BytesIO()  # torch has errors of its own for a full disk, some of which end the process
+            torch.save(plain.state_dict(), content)
+            (unfinished / FILES["pth"]).write_bytes(content.getvalue())
         elif format == "torchscript":
             write_torchscript(any_batch(plain), unfinished / FILES["torchscript"])
         elif format == "onnx":
@@ -78,9 +84,9 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
         save_grid(generate(found.generator, latents(range(36), found.generator.latent_dim)), unfinished / "samples.png")
         (unfinished / "config.json").write_text(json.dumps(describe(found), indent=1) + "\n")
         (unfinished / "README.md").write_text(model_card(found, format, numbers), encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        unfinished.replace(out)
+        if place.exists():
+            place.rmdir()
+        unfinished.replace(place)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
@@ -125,8 +131,10 @@ def write_torchscript(generator: nn.Sequential, path: Path) -> None:
     """A file for torch.jit.load, in Python and C++."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated
-        torch.jit.trace(generator, _example(generator)).save(str(path))
-        traced = torch.jit.load(str(path))
+        content = io.BytesIO()
+        torch.jit.save(torch.jit.trace(generator, _example(generator)), content)
+        path.write_bytes(content.getvalue())
+        traced = torch.jit.load(io.BytesIO(path.read_bytes()))
     _agree("TorchScript", traced, generator)
 
 

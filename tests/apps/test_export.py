@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib.util
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -207,6 +212,54 @@ def test_a_full_disk_is_a_line(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         export(run, format="safetensors", out=tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torchscript", "pth"])
+def test_a_disk_that_fills_up_is_a_line_in_every_format(run, tmp_path, format):
+    """Room for the first file, and for no larger one; what torch does then may end the process."""
+    export(run, format="safetensors", out=tmp_path / "whole")
+    most = (tmp_path / "whole" / "generator.safetensors").stat().st_size
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdcgan", "export", run, "--format", format, "--out", tmp_path / "model"],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr == f"fastdcgan: --out {tmp_path / 'model'} cannot be written: File too large\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("format", ["torchscript", "pth"])
+def test_a_file_system_without_permissions_takes_an_export(run, tmp_path, monkeypatch, format):
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    export(run, format=format, out=tmp_path / "model")
+    assert len(list((tmp_path / "model").iterdir())) == 5
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(run, tmp_path, there):
+    if there:
+        (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    export(run, format="safetensors", out=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "folder" / "generator.safetensors").exists()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_where_a_disk_is_mounted_is_refused_before_the_work(run, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path == tmp_path / "disk")
+    monkeypatch.setattr(export_module, "open_run", lambda *_: pytest.fail("begun"))
+    for name in ("disk", "link"):
+        with pytest.raises(UserError, match=f"{name} is where a disk is mounted.*: name a new folder in it"):
+            export(run, format="safetensors", out=tmp_path / name)
 
 
 def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path):

@@ -215,7 +215,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
 
     # Who writes, and where.
     folder = world.from_first(lambda: choose_folder(config, data.name))
-    config = dataclasses.replace(config, data=absolute(config.data), run_dir=folder, resume=False)
+    cache_dir = config.cache_dir and config.cache_dir.absolute()
+    config = dataclasses.replace(config, data=absolute(config.data), cache_dir=cache_dir, run_dir=folder, resume=False)
     facts = {"images": count, "channels": data.channels, "device": str(device), "precision": precision}
     run = world.first(lambda: RunFolder(folder, config, facts | {"processes": world.size}, known))
     if run is not None:
@@ -246,7 +247,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         return watch.alarms.no_sign_before() if watch and config.on_divergence == "rollback" else None
 
     # The loop.
-    go_on = f"fastdcgan train --run-dir {shlex.quote(str(folder))} --resume"
+    equals = "=" if str(folder).startswith("-") else " "  # or the name would be taken for a flag
+    go_on = f"fastdcgan train --run-dir{equals}{shlex.quote(str(folder))} --resume"
     pace = Pace({name: getattr(config, f"{name}_every") for name in USUAL}, world, device)
     with stop_signals() as stop, training_progress(done, total) as show:
         signal, begun = 0, done
@@ -321,7 +323,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         say(f"stopped after step {done:,} of {total:,}; to go on: {go_on}")
         raise Interrupted(signal)
     most, picture = peak_memory(device) / 2**20, folder / "samples" / f"step-{done:06d}.png"
-    result = picture if picture.exists() else f"{folder} was at step {done:,} already"
+    result = picture if picture.exists() else f"{folder} was at step {done:,} already" if done == begun else folder
     say(f"done: {result}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))
     return folder
 

@@ -12,6 +12,7 @@ import os
 import pty
 import random
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -34,6 +35,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastdcgan import checkpoint, grid, saver, trainer
 from fastdcgan.alarms import Alarm, Alarms
 from fastdcgan.checkpoint import step_of
+from fastdcgan.cli import main
 from fastdcgan.config import TrainConfig
 from fastdcgan.data.dataset import LEFT_OUT
 from fastdcgan.data.streams import ResidentStream
@@ -810,7 +812,9 @@ def test_a_disk_that_fills_up_costs_figures_and_pictures_not_the_run(
     monkeypatch.setattr("fastdcgan.grid.replace_file", full)
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
     run = train(small(tmp_path / "run"))
-    assert capsys.readouterr().err.count("figures and pictures cannot be written") == 1
+    said = capsys.readouterr().err
+    assert said.count("figures and pictures cannot be written") == 1
+    assert f"done: {run}  (" in said, "nor was it at the last step already"
     assert_equal_bits(run, straight, 12)
     assert not list((run / "samples").iterdir())
 
@@ -970,6 +974,30 @@ def test_fewer_steps_than_there_are_is_a_mistake(straight: Path, tmp_path: Path)
     shutil.copytree(straight, tmp_path / "run")
     with pytest.raises(UserError, match="at step 12 already"):
         train(small(tmp_path / "run", steps=5, resume=True))
+
+
+def test_how_to_go_on_is_said_of_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one whose name could be a flag's: what is said, given as it is, goes on."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(checkpoint, "save", full)
+        train(small(Path("-run")))
+    _, _, command = str(error.value).partition("then fastdcgan ")
+    main(shlex.split(command))
+    assert load_run("-run").step == 12
+
+
+def test_another_folder_goes_on_with_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("photos", "one", "other"):
+        (tmp_path / name).mkdir()
+    for i in range(16):
+        Image.effect_noise((16, 16), 90).save(tmp_path / f"photos/{i:02}.png")
+    monkeypatch.chdir(tmp_path / "one")
+    changes = {"data": str(tmp_path / "photos"), "cache": "disk", "cache_dir": Path("cache")}
+    train(small(tmp_path / "run", steps=1, **changes))
+    monkeypatch.chdir(tmp_path / "other")
+    train(small(tmp_path / "run", steps=2, resume=True), {"steps"})
+    assert (tmp_path / "one" / "cache").exists() and not list((tmp_path / "other").iterdir())
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -15,12 +15,15 @@ from collections.abc import Callable
 
 from fastdcgan.commands import COMMANDS, app, spelled_out
 from fastdcgan.console import say
-from fastdcgan.errors import UserError, first_line, number_in
+from fastdcgan.errors import UserError, compiler_error, first_line, number_in
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command line. Exits with 0, with 2 after one line about a user's mistake, with 130 after Ctrl-C, with 129
     where the terminal was closed, or with 141 where nobody reads what it prints."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed by whoever started this: the next file to be
+        os.set_inheritable(number, True)  # opened would be standard output or error, here or in what this starts
+    os.close(number)
     if argv is not None:
         sys.argv[1:] = argv
     for name in ("stdout", "stderr"):
@@ -49,14 +52,18 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(complain(str(error)))
     except BrokenPipeError:  # whoever read the output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
+        give_up_stdout()
         sys.exit(141)  # as a process that SIGPIPE ends
     except OSError as error:
+        if (why := why_not_printed()) is not None:
+            sys.exit(complain(f"standard output cannot be written ({why}): send it elsewhere"))
+        if (what := in_plain_words(error)) is not None:
+            sys.exit(complain(what))
         where = f" ({error.filename})" if error.filename else ""
         if error.errno == errno.ENOSPC:
             sys.exit(complain(f"the disk is full{where}: make room and try again"))
         sys.exit(complain(f"a file cannot be used{where}: {error.strerror or error}; look at its permissions and name"))
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, ImportError) as error:
         if (what := in_plain_words(error)) is None:
             raise
         sys.exit(complain(what))
@@ -65,10 +72,31 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def why_not_printed() -> str | None:
+    """Why standard output cannot be written, which then goes nowhere; None where it can."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        give_up_stdout()
+        return error.strerror
+    return None
+
+
+def give_up_stdout() -> None:
+    """What waits to be printed goes nowhere; or the interpreter complains when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def in_plain_words(error: Exception) -> str | None:
     """What a user can do about an error of torch, Triton or numpy that is not this program's; None for all others."""
     text = str(error)
-    short = ("out of memory", "can't allocate memory", "calculation overflowed", "STATUS_ALLOC_FAILED")
+    short = (
+        "out of memory",
+        "can't allocate memory",
+        "calculation overflowed",
+        "STATUS_ALLOC_FAILED",
+        "failed to map segment",  # of a library
+    )
     if isinstance(error, MemoryError) or any(words in text for words in short):
         return (
             "there is not enough memory: take less at a time, with a smaller --batch-size, --image-size, --gen-width,"
@@ -88,6 +116,12 @@ def in_plain_words(error: Exception) -> str | None:
         return (
             "the kernels for the GPU are compiled when they are first used: install a C compiler, such as gcc, and"
             " Python's headers"
+        )
+    dynamo = sys.modules.get("torch._dynamo.exc")  # which takes seconds to import, where nothing is compiled
+    if dynamo is not None and isinstance(error, dynamo.BackendCompilerFailed):  # not what it says of this program
+        return (
+            f"the step cannot be compiled ({compiler_error(error)}): put that right, such as room for the compiler's"
+            " files (in TORCHINDUCTOR_CACHE_DIR, by default in TMPDIR), or leave --compile out"
         )
     return None
 

@@ -18,6 +18,11 @@ def first_line(error: BaseException | str) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def compiler_error(error: BaseException) -> str:
+    """Of what torch.compile says, the line with what is wrong."""
+    return next((line for line in str(error).splitlines() if "error:" in line), first_line(error))
+
+
 def check_at_least(flag: str, value: int, least: int) -> None:
     """Raises UserError for a flag's value that is too small."""
     if value < least:

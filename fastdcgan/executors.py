@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fastdcgan.errors import UserError, first_line
+from fastdcgan.errors import UserError, compiler_error, first_line
 from fastdcgan.step import TrainStep
 
 log = logging.getLogger("fastdcgan")
@@ -147,5 +147,5 @@ def why_not_compiled(kind: str) -> str | None:
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=kind))
     except TorchDynamoException as error:
-        return next((line for line in str(error).splitlines() if "error:" in line), first_line(error))
+        return compiler_error(error)
     return None

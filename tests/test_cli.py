@@ -53,6 +53,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has"), "smaller --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "smaller --batch-size"),
         (MemoryError("Unable to allocate 20.0 GiB for an array"), "--count or --restarts, or free some"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "there is not enough memory"),
+        (OSError("libcudart.so: failed to map segment from shared object"), "there is not enough memory"),
         (RuntimeError("Failed to find C compiler. Please specify via CC"), "install a C compiler"),
     ],
 )
@@ -73,6 +75,27 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fastdcgan.trainer.train", fail)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         main(["train", "digits"])
+
+
+def test_what_keeps_the_compiler_from_working_is_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike a step that cannot be compiled at all, which is an error of the program."""
+    from torch._dynamo.exc import Unsupported
+    from torch._inductor.exc import InductorError
+
+    error: Exception = InductorError(OSError(28, "No space left on device"), None)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fastdcgan.trainer.train", fail)
+    said = mistake(capsys, "train", "digits", "--compile")
+    assert "cannot be compiled (OSError: [Errno 28] No space left on device)" in said
+    assert "room for the compiler's files" in said and "leave --compile out" in said
+    error = Unsupported("a graph break")
+    with pytest.raises(Unsupported):
+        main(["train", "digits", "--compile"])
 
 
 TINY = ("--steps", "2", "--image-size", "8", "--gen-width", "4", "--batch-size", "4")
@@ -306,6 +329,25 @@ def test_closed_streams_do_not_matter(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "samples" / "step-000002.png").exists()
 
 
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    """Where what is written to standard error would end; nor does a program that is started find one closed."""
+    program = """if True:
+        import subprocess
+        from unittest import mock
+        from fastdcgan.cli import main
+
+        def sample(run, *, out, **_):
+            with open(out, "w") as file:
+                file.write(f"{file.fileno()} {subprocess.call(['sh', '-c', 'echo >&2'])}")
+
+        with mock.patch("fastdcgan.apps.sample.sample", sample):
+            main(["sample", "run", "--out", "numbers"])
+    """
+    subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", program], timeout=120, check=True)
+    number, code = Path("numbers").read_text().split()
+    assert int(number) > 2 and code == "0"
+
+
 R, A, B, OUT = Path("R"), Path("a.png"), Path("b.png"), Path("out")
 SEARCH = "--restarts 3 --steps 9 --seed 5 --fit --out out"
 SEARCHED = {"restarts": 3, "steps": 9, "seed": 5, "fit": True, "out": OUT}
@@ -471,6 +513,16 @@ def test_nobody_reads_the_answer(flag: str) -> None:
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_a_full_standard_output_is_a_line(flag: str) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fastdcgan", flag]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, check=False)
+    says = "fastdcgan: standard output cannot be written (No space left on device): send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, says)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import struct
 import subprocess
@@ -72,17 +73,18 @@ def gif(frames: list[Image.Image], steps: int) -> bytes:
     Raises:
         UserError: frames are the same for longer than the format can say.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "walk.gif"
-        frame = round(1000 / FRAMES_PER_SECOND)
-        durations = [frame * (HOLD if i % steps == 0 else 1) for i in range(len(frames))]
-        try:
-            frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
-        except (OverflowError, struct.error):  # Pillow joins equal frames, and a time has 16 bits
-            raise UserError(
-                "a GIF shows one picture for 11 minutes at most, and this walk stays longer: give fewer --steps"
-            ) from None
-        return path.read_bytes()
+    content = io.BytesIO()
+    frame = round(1000 / FRAMES_PER_SECOND)
+    durations = [frame * (HOLD if i % steps == 0 else 1) for i in range(len(frames))]
+    try:
+        frames[0].save(
+            content, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True
+        )
+    except (OverflowError, struct.error):  # Pillow joins equal frames, and a time has 16 bits
+        raise UserError(
+            "a GIF shows one picture for 11 minutes at most, and this walk stays longer: give fewer --steps"
+        ) from None
+    return content.getvalue()
 
 
 def mp4(frames: list[Image.Image]) -> bytes:

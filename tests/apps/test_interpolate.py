@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def test_an_animation_goes_round(run, tmp_path):
             animation.seek(i)
             durations.append(animation.info["duration"])
     assert durations == [500, 50, 50, 50] * 3  # milliseconds: it rests at the points
+
+
+def test_an_animation_needs_no_room_for_temporary_files(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    interpolate(run, ["1", "2"], out=tmp_path / "walk.gif", steps=4)
+    assert Image.open(tmp_path / "walk.gif").n_frames == 8
 
 
 def test_a_film_of_oblong_pictures_keeps_their_proportions(tmp_path):

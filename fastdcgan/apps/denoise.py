@@ -65,12 +65,13 @@ def denoise_images(
         denoised = denoise(
             generator, discriminator, noisy, sigma, restarts=restarts, steps=steps, seed=seed, advance=advance
         )
+    lines = []
     for i, name in enumerate(named):
         save(to_picture(denoised[i]), out / f"{name}.png")
         if truth is not None:
             noisy_psnr, filtered, modelled = (psnr(x[i], truth[i]) for x in (noisy, wiener(noisy, 2 * sigma), denoised))
             noisy_ssim, after_ssim = (ssim(x[i : i + 1], truth[i : i + 1]).item() for x in (noisy, denoised))
-            print(
+            lines.append(
                 f"{printable(name)}: PSNR {noisy_psnr:.1f} -> {modelled:.1f} dB (a filter alone: {filtered:.1f}),"
                 f" SSIM {noisy_ssim:.2f} -> {after_ssim:.2f}"
             )
@@ -78,6 +79,8 @@ def denoise_images(
     columns |= {"noisy": noisy, "denoised": denoised}
     save(sheet(list(zip(*columns.values(), strict=True)), list(columns)), out / "sheet.png")
     say(f"{'noisy' if truth is None else 'clean, noisy'}, denoised: {printable(out / 'sheet.png')}")
+    for line in lines:  # last: standard output may be full
+        print(line)
 
 
 def denoise(

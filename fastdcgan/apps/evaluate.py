@@ -45,8 +45,8 @@ def evaluate(
     seed: int = 0,
     ema: bool = True,
 ) -> None:
-    """Write the measurements as JSON, print them as a table, and draw real and generated pictures side by side, and
-    generated ones beside the nearest of the whole set.
+    """Write the measurements as JSON, draw real and generated pictures side by side, and generated ones beside the
+    nearest of the whole set, and print the measurements as a table.
 
     Args:
         data: real images, as in `fastdcgan train`.
@@ -100,7 +100,6 @@ def evaluate(
             inception = inception_scores(real, sets, inception_weights)
     with spinner(f"comparing {count:,} generated pictures with as many real ones"):
         results = {name: measure(real, images, judge, seed) | inception.get(name, {}) for name, images in sets.items()}
-    print(table(results))
     report = {
         "run": str(run),
         "step": run_found.step,
@@ -121,6 +120,7 @@ def evaluate(
     heading = f"nearest of all {set_.count:,} real ones, in the same places"
     save(side_by_side({"generated": drawn, heading: near}), twins)
     say(f"generated pictures and the nearest real ones: {printable(twins)}")
+    print(table(results))  # last: standard output may be full
 
 
 def counting(parts: Iterable[Tensor], advance: Callable[[int], None]) -> Iterator[Tensor]:

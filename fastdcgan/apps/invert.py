@@ -57,12 +57,13 @@ def invert_images(
             advance=advance,
         )
     pictures = found.pictures.cpu()
-    for name, image, picture, latent in zip(named, target, pictures, found.latent.cpu(), strict=True):
+    for name, picture, latent in zip(named, pictures, found.latent.cpu(), strict=True):
         save(to_picture(picture), out / f"{name}.png")
         save(to_safetensors({"latent": latent}), out / f"{name}.safetensors")
-        print(f"{printable(name)}: root-mean-square error {rms(picture, image):.1f} of 255")
     save(sheet(list(zip(target, pictures, strict=True)), ["image", "nearest"]), out / "sheet.png")
     say(f"given pictures and their nearest in the run: {printable(out / 'sheet.png')}")
+    for name, image, picture in zip(named, target, pictures, strict=True):  # last: standard output may be full
+        print(f"{printable(name)}: root-mean-square error {rms(picture, image):.1f} of 255")
 
 
 def nearest_latents(

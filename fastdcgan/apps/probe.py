@@ -35,7 +35,7 @@ TOLERANCE = 0.1  # of the solver; a smaller one takes longer and changes the acc
 
 
 def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, images: int = 5000, seed: int = 0) -> None:
-    """Write the accuracy on labelled images, beside its baselines, as JSON and as a picture of bars.
+    """Write the accuracy on labelled images, beside its baselines, as JSON and as a picture of bars, and print it.
 
     The least of the baselines is the share of the test images that the largest class has.
 
@@ -71,8 +71,6 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
         with progress(kind, total, "images") as advance:
             features = [extract(describe, images, device_of(discriminator), advance) for images in pixels]
         results[kind] = classify(features[0], labels[0], features[1], labels[1])
-        low, high = results[kind]["interval"]
-        print(f"{kind:24s} {results[kind]['accuracy']:6.1%}  (95%: {low:.1%} to {high:.1%})")
     largest = labels[1].bincount().max().item() / len(labels[1])
     report = {
         "run": str(run),
@@ -89,6 +87,9 @@ def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, imag
     save((json.dumps(report, indent=1) + "\n").encode(), out)
     save(bars(results, largest), picture)
     say(f"accuracy with its baselines: {printable(out)} and {printable(picture)}")
+    for kind, result in results.items():  # last: standard output may be full
+        low, high = result["interval"]
+        print(f"{kind:24s} {result['accuracy']:6.1%}  (95%: {low:.1%} to {high:.1%})")
 
 
 def choose(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -50,3 +52,15 @@ def digit_files(digits: Tensor, tmp_path: Path) -> list[Path]:
     for path, image in zip(paths, digits, strict=False):
         save(to_picture(image), path)
     return paths
+
+
+class Full(io.StringIO):
+    """Standard output that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def full() -> Full:
+    return Full()

@@ -55,6 +55,13 @@ def test_what_the_generator_misses_is_filtered_by_the_noise_there_is(networks, d
     assert torch.allclose(asked[0], huber, atol=1e-6)
 
 
+def test_pictures_are_saved_where_nothing_can_be_printed(run, digit_files, tmp_path, monkeypatch, full):
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        denoise_images(run, digit_files[:2], out=tmp_path / "out", sigma=0.3, add_noise=True, restarts=1, steps=4)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"digit0.png", "digit1.png", "sheet.png"}
+
+
 def test_outputs_and_report(run, digit_files, tmp_path, capsys):
     denoise_images(run, digit_files, out=tmp_path / "a", sigma=0.1, add_noise=True, restarts=2, steps=40)
     assert Image.open(tmp_path / "a" / "sheet.png").size == (3 * 98 - 2, 20 + 4 * 98 - 2)

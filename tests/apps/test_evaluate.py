@@ -366,6 +366,14 @@ def test_two_sets_stand_beside_each_other():
     assert (page[:96, 7 * 98 :: 98] == 128).all() and (page[-96:, 7 * 98 :: 98] == 128).all()
 
 
+def test_what_was_measured_is_saved_where_it_cannot_be_printed(evaluated, tmp_path, monkeypatch, full):
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluated()
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.png", "e-nearest.png"}
+    assert json.loads((tmp_path / "e.json").read_text())["results"]["generated"] == {"swd": 1.0}
+
+
 def test_each_set_has_its_own_inception_scores(evaluated, tmp_path, monkeypatch):
     pytest.importorskip("torch_fidelity")
     scores = {"generated": {"fid": 3.0}, "other real images": {"fid": 1.0}}

@@ -52,6 +52,14 @@ def test_features_weigh_relative_to_their_size(networks, digits):
     assert torch.allclose(found.loss, expected, rtol=1e-3)
 
 
+def test_pictures_are_saved_where_nothing_can_be_printed(run, digit_files, tmp_path, monkeypatch, full):
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        invert_images(run, digit_files[:2], out=tmp_path / "out", restarts=1, steps=4)
+    names = {"digit0.png", "digit1.png", "digit0.safetensors", "digit1.safetensors", "sheet.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
 def test_outputs_belong_together(run, networks, digit_files, tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(invert_module, "sheet", lambda rows, names: shown.append((rows, names)) or sheet(rows, names))

@@ -116,6 +116,22 @@ def test_another_set_to_measure_on_has_its_own_labels(run, tmp_path):
         assert result["accuracy"] == 1 and result["interval"] == pytest.approx((0.7719, 1.0), abs=1e-4)
 
 
+def test_what_was_measured_is_saved_where_it_cannot_be_printed(run, labelled, tmp_path, monkeypatch, full):
+    monkeypatch.setattr("sys.stdout", full)
+    with pytest.raises(OSError, match="No space left"):
+        probe(run, data=str(labelled), out=tmp_path / "probe.json", images=50)
+    assert {path.name for path in tmp_path.iterdir()} == {"probe.json", "probe.png"}
+    assert len(json.loads((tmp_path / "probe.json").read_text())["results"]) == 3
+
+
+def test_what_was_measured_is_printed(run, labelled, tmp_path, capsys):
+    probe(run, data=str(labelled), out=tmp_path / "probe.json", images=50)
+    results = json.loads((tmp_path / "probe.json").read_text())["results"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].rstrip() for line in lines] == ["raw pixels", "untrained discriminator", "discriminator"]
+    assert [line[24:].split()[0] for line in lines] == [f"{result['accuracy']:.1%}" for result in results.values()]
+
+
 def test_the_regularisation_that_does_best_is_taken(monkeypatch):
     """Of classifiers that do best at 1 over the number of images; each is judged on images it has not seen."""
 

@@ -17,7 +17,7 @@ from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.pixels import to_floats
-from fastdcgan.quality import Quality
+from fastdcgan.quality import CHUNK, Quality
 from fastdcgan.runs import load_run
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import ROLLBACKS, train
@@ -403,7 +403,7 @@ def test_whose_gradients_are_steep_is_said() -> None:
 
 
 def test_the_first_few_gradients_are_no_measure_of_the_rest() -> None:
-    assert watch([{"grad_norm_g": 0.001}, *[{}] * 20]) == []
+    assert watch([{"grad_norm_g": 0.001}] * 4 + [{}] * 20) == []
 
 
 def test_a_discriminator_that_only_leads_under_hinge_has_not_won() -> None:
@@ -416,3 +416,60 @@ def test_a_run_knows_its_last_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Quality, "diversity", lambda *_: {"diversity": 0.01, "nearest": 0.01})
     run = train(small(tmp_path / "run", steps=6))
     assert [(alarm["kind"], alarm["step"]) for alarm in lines(run, "alarms")] == [("collapse", 6)]
+
+
+def test_a_resumed_run_may_go_back_three_times_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it did before it was stopped. A poisoned step is one behind that of its alarm."""
+    Poison(monkeypatch, {5})
+    run = train(small(tmp_path / "run", steps=6, on_divergence="rollback"))
+    assert checkpoint.load(checkpoint.complete(run)[-1]).progress["rollbacks"] == 1
+    poison = Poison(monkeypatch, set(range(1, 10_000)))
+    with pytest.raises(UserError, match="not finite"):
+        train(small(run, on_divergence="rollback", resume=True))
+    assert poison.calls == 2 * (ROLLBACKS + 1)
+
+
+def test_the_latents_of_the_distance_are_the_seeds_and_no_others() -> None:
+    """Or a resumed run would compare its distances with those of other pictures."""
+    real = torch.randint(0, 256, (70, 8, 8, 1), dtype=torch.uint8)
+    first, again, other = (Quality(real, 8, seed, torch.device("cpu")).latents for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == (70, 8)
+
+
+def test_a_discriminator_that_leads_under_bce_has_not_won() -> None:
+    """D(x) 0.97 and D(G(z)) 0.03: a loss of 0.061, beyond 0.98 and 0.02."""
+    assert watch([{"loss_d": 0.061, "d_real": 0.97, "d_fake": 0.03}] * 40) == []
+
+
+def test_gradients_that_are_all_zero_are_nothing_to_divide_by() -> None:
+    assert watch([{"grad_norm_g": 0.0}] * 20) == []
+
+
+def test_the_distance_is_of_as_many_pictures_as_there_are_real_ones() -> None:
+    """Drawn a few at a time."""
+    quality = Quality(torch.randint(0, 256, (150, 16, 16, 1), dtype=torch.uint8), 8, 0, torch.device("cpu"))
+    drawn: list[Tensor] = []
+
+    class Noted(torch.nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            drawn.append(latents)
+            return torch.zeros(len(latents), 1, 16, 16)
+
+    quality.distance(Noted())
+    assert torch.equal(torch.cat(drawn), quality.latents) and len(quality.latents) == 150
+    assert max(map(len, drawn)) == CHUNK
+
+
+def test_gradients_that_grow_slowly_are_measured_by_the_latest() -> None:
+    assert watch([{"grad_norm_g": norm} for norm in (0.02, 1.2, 72.0) for _ in range(60)]) == []
+
+
+def test_a_resumed_run_is_sound_up_to_where_it_starts() -> None:
+    assert Alarms("bce", 0.0, 1000).no_sign_before() == 1000
+
+
+def test_where_the_thresholds_are() -> None:
+    assert len(watch([{"loss_g": 21.0}] * 3)) == 1 and watch([{"loss_g": 19.0}] * 3) == []
+    for nearest, said in ((0.04, 1), (0.06, 0)):
+        alarms = Alarms("bce", 0.0, 0)
+        assert sum(len(alarms.look_at_samples(step, 0.9, nearest)) for step in (400, 500)) == said

@@ -27,6 +27,11 @@ from fastdcgan.errors import UserError
         ({"r1": 1e300}, "--r1 1e[+]300 is not possible.* 1e[+]06 at most"),
         ({"instance_noise": float("inf")}, "--instance-noise inf"),
         ({"beta1": 1.0}, "--beta1"),
+        ({"beta2": 1.0}, "--beta2"),
+        ({"ema_decay": 1.0}, "--ema-decay"),
+        ({"keep": 0}, "--keep"),
+        ({"log_every": 0}, "--log-every"),
+        ({"checkpoint_every": 10**13}, "--checkpoint-every 10000000000000 is too large"),
         ({"gen_width": 0}, "--gen-width"),
         ({"latent_dim": 0}, "--latent-dim"),
         ({"seed": -1}, "--seed"),
@@ -175,6 +180,13 @@ def test_what_is_usual() -> None:
     assert (usual.lr, usual.beta1, usual.beta2, usual.ema_decay) == (2e-4, 0.5, 0.999, 0.999)
     assert (usual.batch_size, usual.latent_dim, usual.r1_every, usual.keep) == (64, 100, 16, 3)
     names = {"mnist": (28, 32, 4_000), "cifar10": (32, 64, 20_000), "svhn": (32, 64, 20_000), "fake": (32, 32, 1_000)}
+    names |= {"fashion-mnist": names["mnist"], "digits": names["fake"], "celeba": (64, 64, 20_000)}
     for name, expected in names.items():
         config = TrainConfig(data=name)
         assert (config.size[0], config.widths[0], config.total_steps(9)) == expected
+
+
+def test_learning_rates_are_those_of_lr_unless_said_otherwise() -> None:
+    assert TrainConfig(lr=1e-3).rates == (1e-3, 1e-3)
+    assert TrainConfig(lr=1e-3, lr_g=1e-4).rates == (1e-4, 1e-3)
+    assert TrainConfig(lr=1e-3, lr_d=1e-4).rates == (1e-3, 1e-4)

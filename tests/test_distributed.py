@@ -28,6 +28,7 @@ from fastdcgan.data.order import Order, Position
 from fastdcgan.distributed import ALONE, World, join
 from fastdcgan.errors import UserError
 from fastdcgan.saver import position
+from fastdcgan.step import TrainStep
 
 STEPS, BATCH = 10, 8  # of all processes together
 MASTER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -86,6 +87,16 @@ def test_no_two_processes_of_any_machine_draw_the_same() -> None:
     worlds = [World(rank, 4, rank % 2) for rank in range(4)]  # two machines with two processes each
     assert len({world.seed(7) for world in worlds}) == 4
     assert worlds[0].seed(7) == ALONE.seed(7) == 7
+
+
+def test_processes_train_on_noise_of_their_own() -> None:
+    noise = []
+    for world in (ALONE, World(0, 2, 0), World(1, 2, 1)):
+        networks = models.Generator(16, 3, 10, 8), models.Discriminator(16, 3, 8)
+        step = TrainStep(*networks, torch.zeros(4, 16, 16, 3, dtype=torch.uint8), torch.arange(4), seed=7, world=world)
+        step.draw()
+        noise.append(step.noise.clone())
+    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[1], noise[2])
 
 
 def test_each_start_has_a_name_of_its_own() -> None:

@@ -289,3 +289,26 @@ def test_another_batch_norm_in_the_place_of_ours_is_refused(network: nn.Module) 
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     with pytest.raises(TypeError, match="sync_batch_norm"):
         converted(torch.randn(2, 10) if isinstance(network, models.Generator) else torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # G's last layers are joined in float32
+@pytest.mark.parametrize("kind", ["Generator", "Discriminator"])
+def test_another_momentum_and_eps_are_heeded(kind: str, dtype: torch.dtype) -> None:
+    slow, fast = (network.to(dtype) for network in pair(kind, 16))
+    for layer in (*slow.modules(), *fast.modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum, layer.eps = 0.3, 0.2
+    x = torch.randn(6, 5, dtype=dtype) if kind == "Generator" else torch.randn(6, 3, 16, 16, dtype=dtype)
+    for training in (True, False):
+        torch.testing.assert_close(fast.train(training)(x), slow.train(training)(x), rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(fast.named_buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_hooks_of_the_backward_pass_are_called() -> None:
+    network = models.Generator(16, 3, 5, 4)
+    calls: list[str] = []
+    for name in ("4", "6"):  # which are computed together where there are none
+        network.main.get_submodule(name).register_full_backward_hook(lambda *_, name=name: calls.append(name))
+    network(torch.randn(4, 5)).sum().backward()
+    assert sorted(calls) == ["4", "6"]

@@ -88,3 +88,24 @@ def test_the_time_of_a_step_is_that_of_the_latest_ones(monkeypatch: pytest.Monke
         now[0] = at
         tested.tick(done)
         assert tested.step_seconds == pytest.approx(expected)
+
+
+def test_what_comes_before_the_start_is_no_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step compiles, for a minute."""
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    tested = Pace({"log": None, "sample": None, "checkpoint": None}, ALONE, CPU)
+    now[0] = 60.0
+    tested.start(1)
+    now[0] = 62.0
+    tested.tick(21)
+    assert tested.step_seconds == pytest.approx(0.1)
+
+
+def test_a_log_point_without_a_step_before_it_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: now[0])
+    tested = Pace({"log": None, "sample": None, "checkpoint": None}, ALONE, CPU)
+    tested.start(5)
+    tested.tick(5)
+    assert tested.step_seconds == float("inf")

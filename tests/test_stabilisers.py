@@ -478,3 +478,38 @@ def test_spectral_norm_cannot_come_in_the_middle_of_a_run() -> None:
 def test_spectral_norm_divides_linear_layers_too() -> None:
     norm = SpectralNorm(dict(models.TutorialDiscriminator().named_parameters()), torch.Generator().manual_seed(0))
     assert {weight.dim() for weight in norm.normalised().values()} == {2, 4}
+
+
+def test_the_losses_that_are_shown_are_without_the_penalty() -> None:
+    """Alarms compare D's with what it is at its lowest."""
+    shown = []
+    for options in ({}, {"r1": 50.0, "r1_every": 1}):
+        step = make_step(**options)
+        step.update()
+        shown.append(step.read_metrics()["loss_d"])
+    assert shown[0] == shown[1]
+
+
+def test_under_bfloat16_losses_of_normalised_weights_are_float32s() -> None:
+    step = make_step(precision="bf16", spectral_norm=True)
+    assert step.discriminate(step.draw()).dtype == torch.float32
+
+
+def test_each_image_has_draws_of_its_own() -> None:
+    step = make_step(loss="wgan-gp", diffaugment=True, instance_noise=0.1)
+    step.draw()
+    assert step.interpolation is not None and step.views.draws is not None and step.views.noise is not None
+    assert step.interpolation.shape == (BATCH, 1, 1, 1) and len(step.interpolation.unique()) == BATCH
+    assert step.views.noise.shape == (3, BATCH, SIZE, SIZE, 3)
+    for drawn in (step.views.draws[..., 0], step.views.noise[..., 0, 0, 0]):
+        assert len(drawn.unique()) == 3 * BATCH
+
+
+def test_a_run_begins_at_the_level_of_noise_that_was_given() -> None:
+    assert float(make_step(instance_noise=0.2).views.level) == pytest.approx(0.2)
+
+
+def test_singular_vectors_begin_where_the_steps_own_generator_says() -> None:
+    weight, elsewhere = torch.randn(4, 3, 2, 2), torch.get_rng_state()
+    first, again = (SpectralNorm({"w": weight}, torch.Generator().manual_seed(3)).left["w"] for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(torch.get_rng_state(), elsewhere)

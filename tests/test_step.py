@@ -8,6 +8,7 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,11 +295,11 @@ def test_every_step_draws_new_noise_and_flips_from_its_own_generator() -> None:
 
 
 def test_the_average_follows_weights_and_statistics() -> None:
-    step = make_step(ema_decay=0.5)
+    step = make_step(ema_decay=0.2)  # reached in the third step
     expected = {n: v.clone().double() for n, v in step.generator.state_dict().items()}
     for t in range(4):
         step.update()
-        decay = min(0.5, (1 + t) / (10 + t))
+        decay = min(0.2, (1 + t) / (10 + t))
         for name, value in step.generator.state_dict().items():
             expected[name] = value.double() if value.ndim == 0 else decay * expected[name] + (1 - decay) * value
     for name, value in step.average.state_dict().items():
@@ -580,3 +581,58 @@ def test_networks_in_bf16_compute_with_the_weights_that_have_moved() -> None:
         for network, adam in ((each.generator, each.adam_g), (each.discriminator, each.adam_d)):
             for name, weight in network.named_parameters():
                 assert torch.equal(weight, adam.masters[name].to(weight.dtype)), name
+
+
+def test_networks_that_were_loaded_for_evaluation_are_trained() -> None:
+    fresh, given = make_step(), make_step()
+    loaded = TrainStep(given.generator.eval(), given.discriminator.eval(), given.source, given.index, flip=True, seed=5)
+    fresh.update(), loaded.update()
+    for name, value in fresh.generator.state_dict().items():
+        assert torch.equal(loaded.generator.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_networks_compute_with_what_the_first_process_has(precision: str) -> None:
+    """In bfloat16 too, before the first update; the average is the first one's as well."""
+    first, step = make_step(precision=precision), make_step(precision=precision)
+    first.update()
+    theirs = {name: value.clone() for name, value in first.state().items() if name not in ("rng", "sums")}
+    weights = [value for values in first.learned_weights().values() for value in values.values()]
+
+    def receive(tensors: list[Tensor]) -> None:
+        for mine, sent in zip(tensors, [*weights, *theirs.values()], strict=True):
+            mine.copy_(sent)
+
+    step.world = SimpleNamespace(broadcast=receive)  # type: ignore[assignment]
+    step.synchronise()
+    for network, expected in ((step.generator, first.generator), (step.discriminator, first.discriminator)):
+        for (name, found), right in zip(network.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(found, right), name
+    for found, right in zip(step.average.parameters(), first.average.parameters(), strict=True):
+        assert torch.equal(found, right)
+
+
+def test_the_average_asks_for_no_gradient() -> None:
+    """Pictures that are drawn with it would each keep a graph."""
+    assert not any(p.requires_grad for p in make_step().average.parameters())
+
+
+def test_masters_begin_as_the_weights_before_they_were_rounded() -> None:
+    step, exact = make_step(precision="bf16"), make_step()
+    for adam, other in ((step.adam_g, exact.adam_g), (step.adam_d, exact.adam_d)):
+        assert all(torch.equal(master, other.masters[name]) for name, master in adam.masters.items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_metrics_add_up_in_float32(precision: str) -> None:
+    """bfloat16 would count to 256 and no further."""
+    step = make_step(precision=precision)
+    assert step.sums.dtype == torch.float32
+
+
+def test_the_state_of_other_networks_is_refused() -> None:
+    step, other = make_step(), make_step(channels=1)
+    with pytest.raises(ValueError, match="belongs to other networks"):
+        step.load_state(other.state())
+    with pytest.raises(ValueError, match="belongs to other networks"):
+        step.load_weights(other.weights())

@@ -1391,3 +1391,57 @@ def test_epochs_are_whole_where_only_the_batches_change(tmp_path: Path) -> None:
     train(small(run, resume=True, steps=None, batch_size=8))
     seen = json.loads((checkpoint.complete(run)[-1] / "state.json").read_text())["images"]
     assert 0.3 * images <= seen < 0.3 * images + 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_size": 8},
+        {"seed": 1},
+        {"crop": "random"},
+        {"precision": "bf16"},
+        {"loss": "hinge"},
+        {"label_smoothing": 0.1},
+        {"r1": 1.0},
+        {"r1_every": 4},
+        {"diffaugment": True},
+        {"instance_noise": 0.1},
+        {"lr_g": 1e-3},
+        {"lr_d": 1e-3},
+        {"beta2": 0.9},
+        {"ema_decay": 0.9},
+        {"compile": True},
+        {"sync_batchnorm": True},
+        {"lr_decay": "linear"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_each_change_that_makes_it_another_run_is_said(
+    change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ((name, now),) = change.items()
+    trainer.warn_of_changes(dataclasses.replace(SMALL, **change), SMALL, False)
+    before = getattr(SMALL, name)
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {name} changes from {before} to {now}: the run is no longer the one that never stopped"
+    ]
+
+
+@pytest.mark.parametrize("schedule", [{"lr_decay": "linear"}, {"instance_noise": 0.1}])
+def test_other_lengths_of_a_run_with_a_schedule_are_said(
+    schedule: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Learning rates and noise fall to 0 at its last step."""
+    config = dataclasses.replace(SMALL, **schedule)
+    trainer.warn_of_changes(dataclasses.replace(config, steps=20), config, False)
+    assert "note: steps changes from 12 to 20" in capsys.readouterr().err
+
+
+def test_what_a_run_took_of_the_memory_is_in_mebibytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = SimpleNamespace(ru_maxrss=1536 * 1024, ru_utime=0.0, ru_stime=0.0, ru_nivcsw=0)  # KiB, as Linux counts
+    monkeypatch.setattr("resource.getrusage", lambda _: usage)
+    assert trainer.peak_memory(torch.device("cpu")) == 1536 << 20
+    train(small(tmp_path / "run", steps=1))
+    assert "(peak memory 1,536 MiB)" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastdcgan.apps import denoise as denoise_module
-from fastdcgan.apps.denoise import denoise, denoise_images, wiener
+from fastdcgan.apps.denoise import PRIOR, denoise, denoise_images, wiener
 from fastdcgan.apps.distances import psnr, ssim
 from fastdcgan.apps.latent import Inversion
 from fastdcgan.apps.pictures import open_picture, save, sheet, to_picture, to_tensor
@@ -71,7 +71,9 @@ def test_outputs_and_report(run, digit_files, tmp_path, capsys):
     assert Image.open(tmp_path / "b" / "digit3.png").size == (16, 16)
 
 
-@pytest.mark.parametrize("setting", [{"sigma": 0.0}, {"sigma": float("nan")}, {"steps": 0}, {"restarts": 0}])
+@pytest.mark.parametrize(
+    "setting", [{"sigma": 0.0}, {"sigma": 1.01}, {"sigma": float("nan")}, {"steps": 0}, {"restarts": 0}]
+)
 def test_impossible_settings_are_explained(run, digit_files, tmp_path, setting):
     with pytest.raises(UserError, match="--" + next(iter(setting))):
         denoise_images(run, digit_files, out=tmp_path / "out", **setting)
@@ -157,3 +159,18 @@ def test_the_settings_are_those_of_the_search(run, digit_files, tmp_path, monkey
     settings = {"restarts": 1, "steps": 5, "sigma": 0.3, "seed": 3}
     denoise_images(run, digit_files[:1], out=tmp_path / "out", **settings)
     assert asked[0].items() >= settings.items()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.8])
+def test_the_search_has_the_settings_and_the_priors_weight_goes_with_the_noise(networks, digits, monkeypatch, sigma):
+    """Huber's loss grows with its threshold, up to the largest difference there is in pixels."""
+    asked = []
+
+    def found(generator, discriminator, loss, count, **settings):
+        asked.append(settings)
+        return Inversion(torch.zeros(2, 100), digits[:2], torch.zeros(2))
+
+    monkeypatch.setattr(denoise_module, "invert", found)
+    denoise(*networks, digits[:2], sigma, restarts=2, steps=5, seed=3)
+    expected = {"restarts": 2, "steps": 5, "seed": 3, "prior": PRIOR * min(1, 2 * sigma)}
+    assert asked[0].items() >= expected.items()

@@ -168,6 +168,23 @@ def test_ssim_agrees_with_its_formula_on_constants():
     assert ssim(a, b).item() == pytest.approx((2 * 191.25 * 95.625 + 6.5) / (191.25**2 + 95.625**2 + 6.5), abs=1e-4)
 
 
+def test_ssim_agrees_with_its_formula_in_one_window():
+    """Of 11x11 pixels with a deviation of 1.5, by the formula of Wang et al. in 0..255, where c2 is (0.03 * 255)^2."""
+    a = 0.05 * images(1, 11, channels=1)  # so pale that c2 counts
+    b = a + 0.03 * images(1, 11, seed=1, channels=1)
+    away = torch.arange(11) - 5.0
+    window = torch.exp(-(away[:, None] ** 2 + away**2) / (2 * 1.5**2)).double()
+    window /= window.sum()
+    x, y = ((image[0, 0].double() + 1) * 127.5 for image in (a, b))
+    mean_x, mean_y = (window * x).sum(), (window * y).sum()
+    var_x, var_y = ((window * (each - mean) ** 2).sum() for each, mean in ((x, mean_x), (y, mean_y)))
+    covariance = (window * (x - mean_x) * (y - mean_y)).sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    expected = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    expected /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    assert ssim(a, b).item() == pytest.approx(expected.item(), abs=1e-4)
+
+
 def test_one_picture_in_many_brightnesses_is_one_picture():
     picture = images(1, 64).clamp(-0.9, 0.9)
     shades = picture + torch.linspace(-0.05, 0.05, 8)[:, None, None, None]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from fastdcgan.apps import inpaint as inpaint_module
 from fastdcgan.apps.inpaint import (
+    PRIOR,
     box_mask,
     context_weight,
     inpaint,
@@ -16,6 +17,7 @@ from fastdcgan.apps.inpaint import (
     random_mask,
     read_mask,
 )
+from fastdcgan.apps.latent import Inversion
 from fastdcgan.apps.pictures import open_picture, sheet, to_tensor
 from fastdcgan.errors import UserError
 
@@ -176,7 +178,7 @@ def test_blending_and_the_seed_can_be_chosen(run, digit_files, tmp_path, monkeyp
     blended, holes = [], []
 
     def spy(*arguments, blend, **others):
-        assert (others["restarts"], others["steps"]) == (1, 4)
+        assert (others["restarts"], others["steps"], others["seed"]) == (1, 4, len(blended) // 2 + 1)
         blended.append(blend)
         holes.append(arguments[3])
         return inpaint(*arguments, blend=blend, **others)
@@ -189,3 +191,25 @@ def test_blending_and_the_seed_can_be_chosen(run, digit_files, tmp_path, monkeyp
     assert torch.equal(holes[0], holes[1]) and not torch.equal(holes[1], holes[2])
     pictures = [(tmp_path / str(i) / "digit0.png").read_bytes() for i in range(3)]
     assert len(set(pictures)) == 3
+
+
+def test_the_search_is_for_what_fits_the_surroundings(networks, digits, monkeypatch):
+    """By the mean weighed difference, whatever the number of channels, as the prior's weight is relative to it; with
+    the settings that were asked for."""
+    asked = []
+
+    def found(generator, discriminator, loss, count, **settings):
+        asked.append((loss(pictures[:, : target.shape[1]], torch.tensor([0, 1])), count, settings))
+        return Inversion(torch.zeros(2, 100), pictures[:, : target.shape[1]], torch.zeros(2))
+
+    monkeypatch.setattr(inpaint_module, "invert", found)
+    hole = box_mask((4, 2, 8, 10), (16, 16)).expand(2, 16, 16)
+    weight = context_weight(hole)[:, None]
+    pictures = digits[2:4].expand(-1, 3, -1, -1)
+    for channels in (1, 3):
+        target = digits[:2].expand(-1, channels, -1, -1)
+        inpaint(*networks, target, hole, restarts=2, steps=5, seed=3, blend=False)
+    expected = (weight * (digits[2:4] - digits[:2]).abs()).flatten(1).sum(1) / weight.flatten(1).sum(1)
+    for loss, count, settings in asked:
+        assert torch.allclose(loss, expected, atol=1e-6) and count == 2
+        assert settings.items() >= {"restarts": 2, "steps": 5, "seed": 3, "prior": PRIOR}.items()

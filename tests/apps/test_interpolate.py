@@ -61,10 +61,11 @@ def test_an_animation_needs_no_room_for_temporary_files(run, tmp_path, monkeypat
     assert Image.open(tmp_path / "walk.gif").n_frames == 8
 
 
-def test_a_film_of_oblong_pictures_keeps_their_proportions(tmp_path):
-    torch.save(Generator((8, 12), channels=1, latent_dim=5, width=4).state_dict(), tmp_path / "netG.pth")
+@pytest.mark.parametrize(("size", "film"), [((8, 12), (192, 128)), ((24, 28), (168, 144))])  # 16 and 6 times as large
+def test_a_film_of_oblong_pictures_keeps_their_proportions(size, film, tmp_path):
+    torch.save(Generator(size, channels=1, latent_dim=5, width=4).state_dict(), tmp_path / "netG.pth")
     interpolate(tmp_path / "netG.pth", ["1", "2"], out=tmp_path / "walk.gif", steps=2)
-    assert Image.open(tmp_path / "walk.gif").size == (192, 128)  # 16 times 12 x 8
+    assert Image.open(tmp_path / "walk.gif").size == film
 
 
 def test_the_case_of_a_suffix_does_not_matter(run, tmp_path):

@@ -270,9 +270,10 @@ def test_a_picture_too_large_to_open_is_a_line(tmp_path, monkeypatch):
 
 
 def test_a_strip_is_too_narrow_to_stylize(run, tmp_path):
-    Image.new("RGB", (3_000, 3)).save(tmp_path / "strip.png")
-    with pytest.raises(UserError, match="too narrow for --tiles 8"):
-        stylize(run, tmp_path / "strip.png", out=tmp_path / "out.png")
+    for size in ((3_000, 3), (9_000, 1)):  # the longer one is made smaller, of which no line would be left
+        Image.new("RGB", size).save(tmp_path / "strip.png")
+        with pytest.raises(UserError, match="too narrow for --tiles 8"):
+            stylize(run, tmp_path / "strip.png", out=tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 
@@ -386,3 +387,9 @@ def test_the_case_of_a_suffix_does_not_matter(tmp_path):
     for name, format in (("A.PNG", "PNG"), ("B.JPG", "JPEG")):
         save(Image.new("RGB", (4, 4)), tmp_path / name)
         assert Image.open(tmp_path / name).format == format
+
+
+def test_a_sheet_is_large_enough_to_be_seen():
+    """By whole multiples, the least that has CELL pixels a side."""
+    sizes = [sheet([[torch.zeros(1, side, side)]]).width for side in (16, 32, 48, 64, 95, 96, 97)]
+    assert sizes == [96, 96, 96, 128, 190, 96, 97]

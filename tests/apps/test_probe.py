@@ -209,3 +209,16 @@ def test_images_are_judged_one_by_one():
     features = torch.randn(100, 5, generator=random) + 4 * labels[:, None]
     ones = 4 + torch.randn(30, 5, generator=random)  # all of one class, so with another mean
     assert classify(features, labels, ones, torch.ones(30).long())["accuracy"] > 0.95
+
+
+def test_the_interval_is_of_whole_images(monkeypatch):
+    """29 of 100, although 0.29 * 100 is 28.999999999999996."""
+
+    class Fake:
+        def score(self, features, labels):
+            return 0.29
+
+    monkeypatch.setattr(probe_module, "svm", lambda *_: Fake())
+    labels = torch.arange(100) % 2
+    found = classify(torch.randn(100, 3), labels, torch.randn(100, 3), labels)
+    assert found["interval"] == pytest.approx((0.2101, 0.3854), abs=1e-4)

@@ -212,3 +212,18 @@ def test_an_oblong_photo_is_drawn_on_an_oblong_canvas(tmp_path, monkeypatch):
     )
     stylize(tmp_path / "netG.pth", tmp_path / "wide.png", out=tmp_path / "out.png", tiles=2)
     assert asked == [total[0][0]] == [16]
+
+
+def test_pieces_are_three_eighths_of_the_shorter_side(monkeypatch):
+    """Of an oblong generator's pictures: larger ones would hardly differ from one another."""
+    sides = []
+
+    def cut(samples, side, random):
+        sides.append(side)
+        return cut_out(samples, side, random)
+
+    monkeypatch.setattr(stylize_module, "cut_out", cut)
+    for size in ((16, 28), (28, 16), (32, 32)):
+        image = photograph(size[0] * 2, size[1] * 2)
+        redraw(Generator(size, channels=1, latent_dim=5, width=4).eval(), image, tiles=1)
+    assert sides == [6, 6, 12]

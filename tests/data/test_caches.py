@@ -474,6 +474,11 @@ def test_free_memory_is_a_sensible_number() -> None:
     assert 1 <= room.cores() <= (os.cpu_count() or 1)
 
 
+def test_sizes_are_said_in_powers_of_ten() -> None:
+    sizes = {0: "0 MB", 4_194_304: "4 MB", 52_428_800: "52 MB", 999_400_000: "999 MB", 10**9: "1.0 GB"}
+    assert {size: room.in_words(size) for size in (*sizes, 2_560_000_000)} == sizes | {2_560_000_000: "2.6 GB"}
+
+
 def test_who_has_no_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As in a container that runs as a user of whom its system knows nothing."""
     monkeypatch.delenv("XDG_CACHE_HOME")

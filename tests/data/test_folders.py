@@ -397,14 +397,17 @@ def test_images_that_broke_do_not_count_for_a_batch(
 
 
 @pytest.mark.usefixtures("nothing_held")
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_loses_too_many_images_says_so(
-    make_folder: Callable[..., Path], opened: Callable[..., Dataset], loader: str
+    ranks: int, make_folder: Callable[..., Path], opened: Callable[..., Dataset], loader: str
 ) -> None:
+    """For one batch in each of its processes."""
     folder = make_folder(6)
-    stream = opened(folder, loader=loader).stream(6)
+    stream = opened(folder, loader=loader, world_size=ranks).stream(6 // ranks)
     (folder / "good-0000.jpg").unlink()
     with pytest.raises(UserError, match="only 5 images of pictures can be decoded"):
-        stream.advance()
+        for _ in range(9):  # it may be another process's turn to show that image
+            stream.advance()
 
 
 def test_a_path_is_found_before_a_name_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -489,6 +489,18 @@ def test_images_that_are_gone_for_a_while(
     assert again.skipped == [] and "12 images that could not be used can be used again" in capsys.readouterr().err
 
 
+def test_what_was_left_out_stays_so_where_one_batch_is_left(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder(12)
+    state = opened(folder, loader="torch").stream(4).state()
+    for unusable, left_out in ((list(range(8)), 8), (list(range(9)), 0)):
+        data = opened(folder, loader="torch")
+        data.stream(4, state | {"unusable": unusable}).advance()
+        assert len(data.skipped) == left_out
+        assert ("images that could not be used can be used again" in capsys.readouterr().err) == (left_out == 0)
+
+
 @pytest.mark.usefixtures("nothing_held")
 def test_a_file_that_vanishes_after_it_was_listed_costs_that_file(
     loader: str,
@@ -699,8 +711,10 @@ def test_what_has_shades_of_grey_alone_is_grey(
         "with transparency": picture(1).convert("LA"),
         "black and white": picture(1).convert("1"),
     }[kind]
-    data = opened(make_folder(0, {"a.png": file_of(image, "PNG")}), loader=loader)
-    assert (data.channels, data.flip) == (1, False)
+    folder = make_folder(0, {"a.png": file_of(image, "PNG")})
+    for channels in (None, 3):  # in more channels it is still what it was, which may be writing
+        data = opened(folder, loader=loader, channels=channels)
+        assert (data.channels, data.flip) == (channels or 1, False)
 
 
 def test_four_channels_keep_transparency(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastdcgan.kernels import image_conv, image_conv_transpose
+from fastdcgan.kernels import batch_norm_act, batch_norm_image_conv_transpose, image_conv, image_conv_transpose
 
 
 @pytest.mark.parametrize("channels", [1, 3, 6])
@@ -109,3 +109,12 @@ def test_float32_products_are_those_of_cudnn_by_either_switch():
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # `allow_tf32` can no longer be read
     assert precision(single) == "ieee"
+
+
+def test_joined_on_a_cpu_it_is_both_operations():
+    x, (weight, bias, mean, var) = torch.randn(4, 6, 3, 5), torch.rand(4, 6).unbind()
+    last, options = torch.randn(6, 3, 4, 4) / 9, {"momentum": 0.3, "eps": 0.2, "negative_slope": 0.2}
+    apart, joined = (mean.clone(), var.clone()), (mean.clone(), var.clone())
+    expected = image_conv_transpose(batch_norm_act(x, weight, bias, *apart, training=True, **options), last)
+    assert torch.equal(batch_norm_image_conv_transpose(x, weight, bias, *joined, last, **options), expected)
+    assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))

@@ -108,6 +108,12 @@ def test_every_cut_gives_the_same(check_batch_norm_act, monkeypatch, cut):
     check_batch_norm_act(fused, (2, 19, 9, 9), groups=2)
 
 
+def test_more_splits_than_are_combined_at_once(check_batch_norm_act, monkeypatch):
+    """79 of 16 rows, the last one of 12."""
+    monkeypatch.setattr(batch_norm_act_op.kernels, "plan", lambda rows, channels, groups: Plan(16, 16, 1, 79))
+    check_batch_norm_act(fused, (2, 3, 36, 35), groups=2)
+
+
 def test_the_plan_covers_every_row_and_no_split_is_empty():
     for rows in [1, 2, 15, 16, 17, 100, 255, 257, 1023, 4096, 65537, 2**22 + 1]:
         for channels in [1, 3, 16, 17, 64, 128, 255, 256, 512, 1024]:
@@ -224,6 +230,7 @@ def test_gradient_penalty(device, training):
             channels[2].clone(),
             channels[3].clone(),
             training=training,
+            eps=0.3,
             negative_slope=0.2,
             groups=groups,
             backend=backend,

@@ -181,14 +181,15 @@ def test_only_what_is_needed(device, launches, assert_close, needed, compiled):
         assert_close("loss or gradient", actual, right)
 
 
-def test_gradient_penalty(device, launches, assert_close):
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_gradient_penalty(device, launches, assert_close, slope):
     """With create_graph=True the gradients are torch's own operations, and so are those of them."""
     images, first, last = (draw(*shape, device=device) for shape in ((2, 3, 8, 6), (5, 3, 4, 4), (5, 3, 4, 4)))
     first, last = first / 7, last / 9
 
     def gradients(dtype, backend):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in (images, first, last)]
-        y = image_conv(leaves[0], leaves[1], negative_slope=0.2, backend=backend)
+        y = image_conv(leaves[0], leaves[1], negative_slope=slope, backend=backend)
         y = image_conv_transpose(y, leaves[2], backend=backend)
         once = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         assert backend == "reference" or launches == ["down", "up"]

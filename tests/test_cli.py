@@ -264,6 +264,16 @@ def test_what_is_no_run_names_one_nearby(capsys: pytest.CaptureFixture[str]) -> 
     assert "not a .safetensors file, nor a .pth" in mistake(capsys, "sample", "text.jpg")
 
 
+def test_the_newest_of_several_runs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for time, name in enumerate(("b", "c", "a")):
+        (Path("runs") / name).mkdir(parents=True)
+        (Path("runs") / name / "config.json").touch()
+        for path in (Path("runs") / name / "config.json", Path("runs") / name):
+            os.utime(path, (time, time))
+    assert "the newest is runs/a" in mistake(capsys, "train", "--resume")
+    assert "give a run, such as runs/a" in mistake(capsys, "sample", "runs")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--version"])
     assert capsys.readouterr().out == f"fastdcgan {importlib.metadata.version('fastdcgan')}\n"

@@ -159,6 +159,29 @@ def test_the_summary_has_the_median_rate(tmp_path: Path) -> None:
     assert "step 3, images 192, epoch 3.0, 7 images/s (median), no alarms" in page.text
 
 
+def test_the_summary_counts_the_alarms(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for words in ("1 alarm", "2 alarms"):
+        alarm(run, "Try --r1 5")
+        assert f"images/s (median), {words}</p>" in report(run, None).read_text()
+
+
+def test_what_no_chart_can_show_is_left_out_of_it(tmp_path: Path) -> None:
+    """Figures that are not finite or as good as that, in lines of another program or of an older version."""
+    run = make_run(tmp_path / "run", points=3)
+    with open(run / "metrics.jsonl", "a") as file:
+        for number in ("NaN", "Infinity", "1e305", "true"):
+            file.write(f'\n{{"step": 80, "loss_d": {number}, "loss_g": 1.0}}\n')
+    lines = assert_alone(report(run, None)).all("polyline")
+    assert [len(line["points"].split()) for line in lines[:2]] == [3, 7]
+    assert "nan" not in lines[0]["points"] and "inf" not in lines[0]["points"]
+
+
+def test_what_is_not_set_is_an_empty_cell(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", channels=None)
+    assert "<tr><td>channels</td><td></td></tr>" in report(run, None).read_text()
+
+
 def test_a_long_run_is_thinned(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", points=5000, grids=150)
     page = assert_alone(report(run, tmp_path / "new" / "page.html"))
@@ -240,6 +263,14 @@ def test_compare(tmp_path: Path) -> None:
     keys = re.findall(r'style="background:(.*?)"></span>(one|two)', (tmp_path / "compare.html").read_text())
     assert [name for _, name in keys] == ["one", "two"]
     assert [line["stroke"] for line in page.all("polyline")][:4] == 2 * [colour for colour, _ in keys]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    """Which alone is no difference between them."""
+    runs = [make_run(tmp_path / place / "run", run_dir=f"{place}/run") for place in ("one", "two")]
+    page = assert_alone(compare(runs, tmp_path / "compare.html"))
+    assert all(page.text.count(str(run)) == 4 for run in runs), "in title, key, table and under a picture"
+    assert "run_dir" not in page.text
 
 
 def test_user_mistakes(tmp_path: Path) -> None:

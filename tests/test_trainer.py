@@ -43,7 +43,7 @@ from fastdcgan.distributed import ALONE, World
 from fastdcgan.errors import UserError
 from fastdcgan.heap import heap
 from fastdcgan.models import build_discriminator, build_generator
-from fastdcgan.runs import RunFolder, choose_folder, load_run
+from fastdcgan.runs import RunFolder, choose_folder, load_run, saved_config
 from fastdcgan.saver import restore, write
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import Interrupted, train
@@ -278,6 +278,13 @@ def test_a_checkpoint_under_another_steps_name_is_damaged(
     assert "step-000099 cannot be read: it is of step 9" in capsys.readouterr().err
 
 
+def test_a_copy_with_a_name_of_ones_own_is_no_checkpoint_of_the_run(straight: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    mine = Path(shutil.copytree(run / "checkpoints" / "step-000009", run / "checkpoints" / "step-000009-mine"))
+    assert [step_of(folder) for folder in checkpoint.complete(run)] == [6, 9, 12]
+    assert (load_run(run).step, load_run(mine).step) == (12, 9)
+
+
 @pytest.mark.parametrize("what", ["a disk that is away", "no permission"])
 def test_a_run_whose_checkpoints_cannot_be_seen_does_not_begin_anew(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
@@ -320,6 +327,16 @@ def test_the_best_checkpoint_stays_where_it_cannot_be_read_just_now(
     assert state.read_text() == content
     state.write_text("{")
     assert checkpoint.keep_best(run, run / "checkpoints" / "step-000012", -1.0), "a damaged one is replaced"
+
+
+def test_a_checkpoint_as_near_as_the_best_does_not_take_its_place(straight: Path, tmp_path: Path) -> None:
+    """Nor does the best one itself, again at every resume."""
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    best = run / "checkpoints" / "best"
+    before = best.stat().st_ino
+    distance = checkpoint.load(best).progress["distance"]
+    assert not checkpoint.keep_best(run, run / "checkpoints" / "step-000012", distance)
+    assert best.stat().st_ino == before
 
 
 @pytest.mark.parametrize("renamings", [1, 2])
@@ -567,10 +584,18 @@ def test_a_run_that_has_drawn_is_not_taken_for_one_that_never_began(tmp_path: Pa
     run = train(small(tmp_path / "run"))
     shutil.rmtree(run / "checkpoints")
     (run / "metrics.jsonl").unlink()
-    for left in (run / "quality.jsonl", run / "samples"):
+    for left in (run / "quality.jsonl", run / "samples"):  # either alone says so
+        away = left.rename(tmp_path / "away")
         with pytest.raises(UserError, match="already holds a run"):
             train(small(run))
-        left.unlink() if left.is_file() else shutil.rmtree(left)
+        away.rename(left)
+
+
+def test_a_folder_that_a_kill_left_before_anything_was_written_is_none_of_another(tmp_path: Path) -> None:
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    for name in (".lock", ".config.json.unfinished"):
+        (tmp_path / "run" / name).touch()
+    assert saved_config(small(tmp_path / "run")) is None
 
 
 def test_the_real_images_are_shown_once(tmp_path: Path) -> None:
@@ -1018,7 +1043,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_load_run(straight: Path, tmp_path: Path) -> None:
     run = load_run(straight)
     assert run.step == 12 and run.config is not None and run.discriminator is not None
-    assert not run.generator.training and run.generator.image_size == (16, 16)
+    assert not run.generator.training and not run.discriminator.training and run.generator.image_size == (16, 16)
     noise = torch.randn(4, 8)
     assert torch.equal(run.generator(noise), load_run(straight / "checkpoints/step-000012").generator(noise))
     raw = load_run(straight, ema=False).generator
@@ -1027,6 +1052,15 @@ def test_load_run(straight: Path, tmp_path: Path) -> None:
     assert torch.equal(load_run(tmp_path / "netG.pth").generator(noise), raw(noise))
     file = straight / "checkpoints/step-000012/generator.safetensors"
     assert torch.equal(load_run(file).generator(noise), raw(noise))
+
+
+def test_load_run_takes_weights_as_wrappers_name_them(straight: Path, tmp_path: Path) -> None:
+    """torch.compile and DataParallel, one in the other, and PyTorch's own moving average, which counts besides."""
+    raw, noise = load_run(straight, ema=False).generator, torch.randn(4, 8)
+    wrapped = {f"module._orig_mod.{name}": value for name, value in raw.state_dict().items()}
+    for weights in (wrapped, torch.optim.swa_utils.AveragedModel(raw).state_dict()):
+        torch.save(weights, tmp_path / "wrapped.pth")
+        assert torch.equal(load_run(tmp_path / "wrapped.pth").generator(noise), raw(noise))
 
 
 def test_load_run_finds_the_layers_of_deep_networks(tmp_path: Path) -> None:
@@ -1131,6 +1165,15 @@ def test_a_checkpoint_that_links_out_of_its_run_is_refused(tmp_path: Path) -> No
     shutil.rmtree(file.parent)
     train(small(tmp_path / "alias", steps=3, resume=True))
     assert load_run(tmp_path / "alias").step == 3
+
+
+def test_a_state_that_links_out_of_its_run_is_refused(straight: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    state = run / "checkpoints" / "step-000012" / "state.json"
+    state.rename(tmp_path / "state.json")
+    state.symlink_to(tmp_path / "state.json")
+    with pytest.raises(UserError, match=r"state\.json is a link out of its folder"):
+        checkpoint.load(state.parent)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

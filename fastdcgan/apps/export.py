@@ -56,14 +56,14 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
         raise UserError(f"--format onnx needs {' and '.join(missing)}: pip install onnx onnxscript onnxruntime")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} exists already: name a new folder")
+    if not out.name:
+        raise UserError(f"--out {out} has no name of its own: give that of a new folder")
     place = target(out)
     if place.is_mount():
         raise UserError(f"--out {out} is where a disk is mounted, which cannot be replaced: name a new folder in it")
     found = open_run(run, ema)
     numbers = None if evaluation is None else read_evaluation(evaluation, found.generator)
     plain = plain_generator(found.generator)
-    if not out.name:
-        raise UserError(f"--out {out} has no name of its own: give that of a new folder")
     check_utf8("--out", out)  # or ONNX's and TorchScript's libraries cannot write there
     unfinished = unfinished_name(place)
     try:

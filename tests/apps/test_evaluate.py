@@ -33,6 +33,7 @@ from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError
 from fastdcgan.models import Discriminator, Generator
+from fastdcgan.pixels import to_uint8
 
 
 def test_trained_ranks_above_untrained(networks):
@@ -200,6 +201,12 @@ def test_precision_and_recall_tell_collapse_from_noise():
     assert collapsed["precision"] > 0.95 and collapsed["recall"] < 0.05 and collapsed["coverage"] < 0.2
     far = prdc(real, 3 * torch.randn(400, 4, generator=random))
     assert far["precision"] < 0.5 and far["recall"] > 0.8
+
+
+def test_surroundings_are_of_five_neighbours():
+    """As in the papers, where nothing else is said."""
+    real, fake = torch.randn(50, 4), torch.randn(50, 4)
+    assert prdc(real, fake) == prdc(real, fake, k=5) != prdc(real, fake, k=4)
 
 
 def test_the_nearest_real_images_are_found():
@@ -398,6 +405,22 @@ def test_each_set_has_its_own_inception_scores(evaluated, tmp_path, monkeypatch)
     evaluated(fid=True)
     results = json.loads((tmp_path / "e.json").read_text())["results"]
     assert {name: each["fid"] for name, each in results.items()} == {"generated": 3.0, "other real images": 1.0}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_the_inception_network_sees_colours_of_as_many_images_as_there_are(channels, monkeypatch):
+    fidelity = pytest.importorskip("torch_fidelity")
+    found = {"frechet_inception_distance": 1.0, "inception_score_mean": 4.0, "inception_score_std": 5.0}
+    found |= {"kernel_inception_distance_mean": 2.0, "kernel_inception_distance_std": 3.0}
+    asked = []
+    monkeypatch.setattr(fidelity, "calculate_metrics", lambda **how: asked.append(how) or found)
+    real, fake = (torch.rand(40, channels, 8, 8) * 2 - 1 for _ in range(2))
+    scores = inception_scores(real, {"generated": fake}, None)
+    assert scores == {"generated": {"fid": 1.0, "kid": 2.0, "inception_score": 4.0}}
+    (how,) = asked
+    assert how["kid_subset_size"] == len(how["input1"]) == len(how["input2"]) == 40
+    for seen, images in ((how["input1"], fake), (how["input2"], real)):
+        assert torch.equal(seen[7], to_uint8(images[7:8, :3].expand(-1, 3, -1, -1))[0])
 
 
 def test_latest_weights_and_another_runs_features_can_be_asked_for(evaluated, run, networks, tmp_path):

@@ -202,6 +202,13 @@ def test_what_is_no_number_does_not_agree():
         export_module._agree("ONNX", lambda z: network(z) * float("nan"), network)
 
 
+def test_what_differs_a_little_does_not_agree(networks):
+    """By less than can be seen, and more than rounding."""
+    plain = export_module.any_batch(export_module.plain_generator(networks[0]))
+    with pytest.raises(UserError, match=r"the ONNX file differs from the run by 1\.0e-03"):
+        export_module._agree("ONNX", lambda z: plain(z) + 1e-3, plain)
+
+
 def test_a_full_disk_is_a_line(run, tmp_path, monkeypatch):
     """safetensors has an error of its own for it."""
 
@@ -260,6 +267,12 @@ def test_where_a_disk_is_mounted_is_refused_before_the_work(run, tmp_path, monke
     for name in ("disk", "link"):
         with pytest.raises(UserError, match=f"{name} is where a disk is mounted.*: name a new folder in it"):
             export(run, format="safetensors", out=tmp_path / name)
+
+
+def test_the_folder_one_is_in_is_no_mount_point(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="has no name of its own"):
+        export(run, format="safetensors", out=Path())
 
 
 def test_mistakes_are_explained_and_nothing_is_written(run, tmp_path):

@@ -214,6 +214,21 @@ def test_an_oblong_photo_is_drawn_on_an_oblong_canvas(tmp_path, monkeypatch):
     assert asked == [total[0][0]] == [16]
 
 
+def test_a_photo_too_narrow_for_its_tiles_is_explained(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(stylize_module, "LONGEST", 64)
+    save(to_picture(photograph(8, 40)), tmp_path / "narrow.png")
+    with pytest.raises(UserError, match=r"narrow\.png is too narrow for --tiles 2"):
+        stylize(run, tmp_path / "narrow.png", out=tmp_path / "out.png", tiles=2)
+
+
+def test_a_large_photo_is_made_smaller_by_means(networks, monkeypatch):
+    """Fine lines become grey, not what of them lies where the smaller picture's pixels are."""
+    seen = []
+    monkeypatch.setattr(stylize_module, "recoloured", lambda image, samples: seen.append(image) or image)
+    redraw(networks[0], torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(16).expand(1, 64, 64), tiles=1)
+    assert seen[0].shape == (1, 16, 16) and seen[0].abs().max() < 0.5
+
+
 def test_pieces_are_three_eighths_of_the_shorter_side(monkeypatch):
     """Of an oblong generator's pictures: larger ones would hardly differ from one another."""
     sides = []

@@ -114,6 +114,19 @@ def test_images_without_a_suffix_are_known_by_how_they_begin_in_archives_too(
         assert (data.count, data.skipped) == (2, [])
 
 
+def test_what_unpacks_to_more_than_a_file_may_hold_is_left_out(
+    encoded: Callable[..., bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small it is in the archive."""
+    monkeypatch.setattr(archives, "MOST_ENCODED_BYTES", 10_000)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.jpg", encoded() + bytes(20_000))
+        archive.writestr("good.jpg", encoded())
+        assert archive.infolist()[0].compress_size < 10_000
+    source = ZipSource(tmp_path / "set.zip")
+    assert (source.names, source.unusable) == (["good.jpg"], [("bomb.jpg", "larger than 1 GiB")])
+
+
 def test_encrypted_entries_are_named(files: dict[str, bytes], tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
@@ -127,11 +140,11 @@ def test_encrypted_entries_are_named(files: dict[str, bytes], tmp_path: Path) ->
     assert source.unusable == [(next(iter(files)), "encrypted")]
 
 
-@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_zip_that_cannot_be_read_in_place_says_why(compression: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("compression", "name"), [(zipfile.ZIP_BZIP2, "bzip2"), (zipfile.ZIP_LZMA, "LZMA")])
+def test_a_zip_that_cannot_be_read_in_place_says_why(compression: int, name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w", compression) as archive:
         archive.writestr("a.jpg", b"x")
-    with pytest.raises(UserError, match=r"a\.jpg is compressed \((bzip2|LZMA)\)"):
+    with pytest.raises(UserError, match=rf"a\.jpg is compressed \({name}\)"):
         ZipSource(tmp_path / "set.zip")
 
 
@@ -177,6 +190,19 @@ def test_a_label_is_of_the_image_with_its_key(
         add(archive, "./a/2.cls", b"no")
     data = opened(path)
     assert data.class_names == ["/1", "/3", "v1"] and data.labels == [0, 2, 1]
+
+
+def test_a_label_is_a_number_whatever_blanks_are_around_it(
+    files: dict[str, bytes], tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    """As those that other programs write end in a line's end."""
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as archive:
+        for k, label in enumerate((b"10\n", b" 9\r\n", b"10")):
+            add(archive, f"{k}.jpg", files["a/0.jpg"])
+            add(archive, f"{k}.cls", label)
+    data = opened(path)
+    assert (data.class_names, data.labels) == (["9", "10"], [1, 0, 1])
 
 
 def test_one_tar_has_classes_from_its_folders(

@@ -104,6 +104,15 @@ def test_what_is_out_of_the_ordinary_is_counted(make_folder: Callable[..., Path]
     }
 
 
+def test_photos_of_several_pictures_and_one_transparent_colour_are_known(make_folder: Callable[..., Path]) -> None:
+    """Cameras name the former, MPO, as JPEGs."""
+    folder = make_folder(1)
+    photos = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    photos[0].save(folder / "photo.jpg", "MPO", save_all=True, append_images=photos[1:])
+    photos[0].save(folder / "clear.png", transparency=(0, 0, 255))
+    assert check(str(folder)).traits == {"JPEG": 1, "MPO": 1, "PNG": 1, "transparent": 1}
+
+
 def test_what_cannot_be_read_is_named(
     make_folder: Callable[..., Path], unreadable: Callable[[str], AbstractContextManager[None]]
 ) -> None:

@@ -117,6 +117,16 @@ def test_links_are_followed_and_loops_end(make_folder: Callable[..., Path], open
     assert sorted(data.skipped) == [("gone.jpg", "broken link"), ("self.jpg", "broken link")]
 
 
+def test_a_link_that_leads_nowhere_and_names_no_image_is_none(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset]
+) -> None:
+    folder = make_folder(2)
+    for name in ("notes.txt", "latest"):
+        (folder / name).symlink_to("nowhere")
+    data = opened(folder, strict=True)
+    assert (data.count, data.skipped) == (2, [])
+
+
 def test_a_folder_that_cannot_be_read_is_named(
     make_folder: Callable[..., Path],
     opened: Callable[..., Dataset],
@@ -224,6 +234,13 @@ def test_a_run_among_the_images_is_left_out(
     run = {"runs/a/config.json": b"{}", "runs/a/.lock": b"", "runs/a/samples/real.png": encoded(format="PNG")}
     folder = make_folder(3, run)
     assert (opened(folder).count, opened(folder / "runs" / "a" / "samples").count) == (3, 1)
+
+
+def test_a_run_that_is_named_is_a_folder_as_any(
+    make_folder: Callable[..., Path], opened: Callable[..., Dataset], encoded: Callable[..., bytes]
+) -> None:
+    run = {"config.json": b"{}", ".lock": b"", "samples/real.png": encoded(format="PNG")}
+    assert opened(make_folder(0, run)).count == 1
 
 
 def test_a_tar_beside_images_does_not_hide_them(

@@ -390,6 +390,7 @@ UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
     "truncated JPEG": ("x.jpg", lambda e: e(size=(200, 200))[:-900], "truncated"),
     "truncated progressive JPEG": ("x.jpg", lambda e: e(size=(200, 200), progressive=True)[:-900], "truncated"),
     "truncated PNG": ("x.png", lambda e: e(format="PNG", size=(200, 200))[:-4000], "truncated"),
+    "truncated GIF": ("x.gif", lambda e: e(format="GIF", size=(200, 200))[:-4000], "truncated"),
     "truncated WebP": ("x.webp", lambda e: e(format="WEBP", size=(200, 200))[:-400], ""),
     "empty": ("x.jpg", lambda e: b"", "empty file"),
     "text": ("x.jpg", lambda e: b"<html>404 not found</html>\n" * 40, "text"),
@@ -607,6 +608,20 @@ def test_what_says_that_it_is_huge_is_not_unpacked(
     assert check(str(folder)).unusable == [unusable]
 
 
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_a_way_of_turning_that_there_is_not_turns_nothing(orientation: int, picture: Picture) -> None:
+    data = with_segments(file_of(picture(5), "JPEG"), app1(exif_block(orientation)))
+    facts = examine(Glimpse(data, data[-64:], len(data), lambda: data))
+    assert facts[:3] == (JPEG, 24, 30)
+
+
+@pytest.mark.parametrize(("rgb", "kind"), [(True, OTHER), (False, JPEG)])
+def test_a_jpeg_that_holds_rgb_is_left_to_pillow(rgb: bool, kind: int, picture: Picture) -> None:
+    """Others may take its values for those of the usual colour space."""
+    data = file_of(picture(5), "JPEG", keep_rgb=rgb)
+    assert examine(Glimpse(data, data[-64:], len(data), lambda: data)).kind == kind
+
+
 def test_a_huge_progressive_jpeg_is_not_used(make_folder: Callable[..., Path], opened: Callable[..., Dataset]) -> None:
     """Its decoder holds all of it, at any scale."""
     progressive = huge_jpeg(20_000).replace(b"\xff\xc0", b"\xff\xc2", 1)
@@ -615,7 +630,7 @@ def test_a_huge_progressive_jpeg_is_not_used(make_folder: Callable[..., Path], o
 
 @pytest.mark.parametrize(
     ("image_size", "too_large"),
-    [(64, []), (1024, []), (4096, []), (8192, [0, 1]), (20_000, [0, 1, 2])],
+    [(64, []), (1024, []), (4096, []), (8000, [1]), (8192, [0, 1]), (20_000, [0, 1, 2])],
 )
 def test_jpegs_are_as_large_as_scaled_decoding_allows(image_size: int, too_large: list[int]) -> None:
     census = Census.empty(3)

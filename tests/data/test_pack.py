@@ -175,6 +175,17 @@ def test_a_journal_without_its_rows_is_not_believed(make_folder: Callable[..., P
     assert np.array_equal(np.load(pack(str(folder), image_size=SIZE, out=out)), whole)
 
 
+def test_what_was_begun_of_another_set_is_begun_anew(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Else the first rows would be that one's pictures."""
+    folder, out = make_folder(5), tmp_path / "set.npy"
+    whole = np.load(pack(str(folder), image_size=SIZE, out=tmp_path / "whole.npy"))
+    (tmp_path / "set.npy.part").write_bytes(bytes(9999))
+    journal = {"fingerprint": "another's", "next": 3, "broken": [1], "skipped": [["its.jpg", "truncated"]]}
+    (tmp_path / "set.npy.part.json").write_text(json.dumps(journal))
+    assert np.array_equal(np.load(pack(str(folder), image_size=SIZE, out=out)), whole)
+    assert json.loads((tmp_path / "set.npy.json").read_text())["skipped"] == []
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path

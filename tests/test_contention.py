@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,23 @@ def later(seconds: float, processor: float, switches: int, since: Reading = STAR
 )
 def test_what_is_taken_for_shared(processor: float, switches: int, shared: bool) -> None:
     assert is_shared(2, START, later(10, processor, switches)) is shared
+
+
+def test_switches_are_counted_by_processor_time() -> None:
+    """Sixteen threads have eight times those of two, also where they wait for a disk now and then."""
+    assert not is_shared(16, START, later(10, 100, 19 * 100))
+    assert is_shared(16, START, later(10, 100, 150 * 100))
+    assert is_shared(2, START, later(10, 2.5, 150 * 2.5)), "beside seven others"
+
+
+def test_what_is_read_is_of_all_threads_and_of_switches_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = SimpleNamespace(ru_utime=3.0, ru_stime=0.5, ru_nvcsw=1_000, ru_nivcsw=70)
+    monkeypatch.setattr(resource, "getrusage", {resource.RUSAGE_SELF: used}.get)
+    monkeypatch.setattr(contention.sys, "platform", "linux")
+    found = contention.read()
+    assert found is not None and (found.processor, found.switches) == (3.5, 70)
+    monkeypatch.setattr(contention.sys, "platform", "darwin")
+    assert contention.read() is None
 
 
 @pytest.fixture

@@ -269,6 +269,21 @@ def test_the_first_process_of_a_machine_goes_before_its_others(monkeypatch: pyte
     assert done == ["barrier"]
 
 
+def test_one_process_of_all_machines_does_what_is_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not the first of each machine."""
+    monkeypatch.setattr(World, "broadcast_object", lambda _, value: value)
+    done: list[int] = []
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        World(rank, 4, local_rank).first(lambda rank=rank: done.append(rank))  # type: ignore[misc]
+    assert done == [0]
+
+
+def test_what_the_first_process_complains_of_ends_the_others_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "broadcast_object", lambda _, value: "there is no such folder")
+    with pytest.raises(UserError, match="there is no such folder"):
+        World(1, 2).first(lambda: pytest.fail("the first does it"))
+
+
 def test_what_torchrun_would_have_said_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
@@ -358,6 +373,7 @@ def test_processes_started_with_other_flags_are_told(monkeypatch: pytest.MonkeyP
         ("LOCAL_RANK", "-1", "LOCAL_RANK=-1: start"),
         ("RANK", "2", "RANK=2 and WORLD_SIZE=2"),
         ("MASTER_PORT", "abc", "MASTER_PORT=abc: start"),
+        ("RANK", "", "no RANK: start"),
     ],
 )
 def test_an_environment_of_something_else_is_one_line(

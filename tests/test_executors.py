@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,6 +70,11 @@ def test_executors_agree() -> None:
 def test_cuda_graph_on_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="needs a GPU"):
         make_executor(make_step(), compile=False, cuda_graph="on")
+
+
+def test_another_cuda_graph_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="there is no cuda_graph 'never': auto, on or off"):
+        make_executor(make_step(), compile=False, cuda_graph="never")
 
 
 @pytest.mark.parametrize(
@@ -285,6 +292,28 @@ def test_a_capture_that_fails_half_way_leaves_a_step_that_works(
     run_alone(plain, 6)
     assert torch.equal(executor.step.rng.get_state(), plain.rng.get_state()), "what the capture drew is drawn again"
     assert any("operation not permitted" in record.getMessage() for record in caplog.records)
+
+
+def test_the_reason_is_what_spoilt_the_capture_and_not_that_ending_it_fails_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in torch, where the second error is raised while the first is handled."""
+    executor, _ = captured_with_stand_ins(monkeypatch, require=False, fails=False)
+
+    @contextlib.contextmanager
+    def record(*_: object, **__: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    def not_in_a_capture(_: Tensor) -> Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    monkeypatch.setattr(executor.step, "generator_loss", not_in_a_capture)
+    executor.capture()
+    assert "(operation not permitted when stream is capturing)" in caplog.text
 
 
 @pytest.mark.gpu

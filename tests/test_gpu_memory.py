@@ -47,7 +47,12 @@ def test_what_the_user_has_set_stays(settings: list[str], variable: str) -> None
 
 @pytest.mark.parametrize(
     ("system", "release", "processes"),
-    [("Windows", "11", 1), ("Linux", "6.6.87.2-microsoft-standard-WSL2", 1), ("Linux", "6.8.0-generic", 2)],
+    [
+        ("Windows", "11", 1),
+        ("Linux", "6.6.87.2-microsoft-standard-WSL2", 1),
+        ("Linux", "4.4.0-19041-Microsoft", 1),
+        ("Linux", "6.8.0-generic", 2),
+    ],
 )
 def test_segments_do_not_grow_where_that_was_seen_to_fail(
     settings: list[str], monkeypatch: pytest.MonkeyPatch, system: str, release: str, processes: int

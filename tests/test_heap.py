@@ -57,3 +57,10 @@ def test_afterwards_the_c_library_is_as_it_was(monkeypatch: pytest.MonkeyPatch) 
     assert len(told) == 2
     other.keeps = False
     assert dict(told) == {-4: 65536, -3: 32 * 2**20, -1: 64 * 2**20} and not other.keeps
+
+
+def test_another_c_library_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
+    other = Heap()
+    other.keeps = True
+    assert not other.keeps

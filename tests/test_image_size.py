@@ -26,6 +26,8 @@ def test_every_side_has_the_stages_its_form_says() -> None:
         ((64, 128), "64x112"),
         ((100, 60), "96x64"),
         ((64, 48), "56x48"),
+        ((64, 100), "64x96"),
+        ((1000, 1000), "1024 and 896"),
     ],
 )
 def test_an_impossible_size_names_the_nearest(size: tuple[int, int], nearest: str) -> None:

@@ -1,5 +1,7 @@
 """The fast networks against the reference: names, values and gradients, in float64."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -112,6 +114,13 @@ def test_small_grids_are_matrix_products_where_those_are_faster(
         grids.clear()
         discriminator(images)
         assert (by_g, grids) == ((expected, expected) if intel or dtype != torch.float32 else ([], [])), size
+
+
+def test_patches_are_for_processors_alone() -> None:
+    x = SimpleNamespace(is_cuda=False, dtype=torch.bfloat16)
+    assert patches.are_faster(x, 4)  # type: ignore[arg-type]
+    x.is_cuda = True
+    assert not patches.are_faster(x, 4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -58,6 +58,18 @@ def test_in_float64_they_are_torchs(
 
 
 @both
+@pytest.mark.parametrize("which", [0, 1], ids=["of the images", "of the weight"])
+def test_a_gradient_is_the_same_where_it_is_the_only_one(
+    ours: Convolution, torchs: Convolution, scale: int, which: int
+) -> None:
+    """As of the images where a network's weights are kept fixed."""
+    given = operands(scale, (4, 8), 3, 5, 7, torch.float64)
+    given[1 - which].requires_grad_(False)
+    found, expected = (torch.autograd.grad(each(*given).square().sum(), given[which])[0] for each in (ours, torchs))
+    assert distance(found, expected) < 1e-13
+
+
+@both
 def test_in_float32_rounding_stays_within_what_is_stated(ours: Convolution, torchs: Convolution, scale: int) -> None:
     x, weight = operands(scale, (8, 8), 32, 64, 128, torch.float32)
     exact = with_gradients(torchs, x.detach().double().requires_grad_(), weight.detach().double().requires_grad_())

@@ -62,6 +62,7 @@ def test_ratios_are_to_the_plain_example_whatever_ran_first():
     for row in content["rows"]:
         row["ratio"] = row["cpu_ratio"] = 0.5
     assert "x1.30 | 65%" in report.table({"cpu-64": content})
+    assert "**1.3 to 2.4 times**" in report.headline({"cpu-64": content})
     content["rows"][-1]["rounds"] = []
     assert report.comparisons({"cpu-64": content}, "cpu") == [], "nothing was measured that ours could be compared with"
 
@@ -144,6 +145,10 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
             ],
         },
     }  # fmt: skip
+    gpus = found["scaling"] | {"device": {"kind": "cuda", "name": "Some GPU"}}
+    (line,) = report.other_lines({"scaling": gpus})
+    assert line.startswith("- 2 processes, one GPU each, on Some GPU: weak scaling 80%")
+    found["end"]["rows"].insert(1, {"contender": "fast-eager", **both, "later_epochs": 70.0, "later_ratio": 2.3})
     text = report.readme(found)
     alone = found["end"] | {"rows": found["end"]["rows"][1:]}
     assert report.end_to_end_lines({"end": alone}) == [], "not against the plain example"
@@ -208,6 +213,8 @@ def test_the_plot_of_rates_and_floors(drawn):
     axes = drawn(report.plot_throughput, content)
     shown = {bars.get_label(): [line.tolist() for line in bars[0].get_data()] for bars in axes.containers}
     assert shown == {"example fp32": [[128, 64], [100, 50]], "fast-compiled bf16": [[128, 64], [240, 120]]}
+    reach = [segment.tolist() for bars in axes.containers for segment in bars[2][0].get_segments()]
+    assert reach == [[[x, y - 1], [x, y + 1]] for x, y in ((128, 100), (64, 50), (128, 240), (64, 120))]
     floors = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [[list(each) for each in line.get_data()] for line in floors] == [[[64, 128], [100, 200]]] * 2
     assert [text.get_text() for text in axes.texts] == ["floor bf16", "floor fp32"]

@@ -84,6 +84,14 @@ def test_winograds_convolutions_multiply_25_times_where_direct_ones_do_64(monkey
             assert b.bytes == a.bytes and (b.flops == a.flops or b.flops * 64 == a.flops * 25)
 
 
+def test_winograds_channels_are_those_of_the_larger_grid(monkeypatch):
+    """So none of the convolutions between images and feature maps, however many channels those have."""
+    monkeypatch.setattr(winograd, "_limits", lambda channels: winograd.IN_C)
+    direct, less = (step_passes(32, (64, 64), 3, 100, 64, "fp32", by_winograd=each) for each in (False, True))
+    fewer = {a.layer for a, b in zip(direct, less, strict=True) if a != b}
+    assert fewer == {*(f"D {i} Conv2d" for i in (2, 5, 8)), *(f"G {i} ConvTranspose2d" for i in (3, 6, 9))}
+
+
 def test_rates_are_measured_and_the_table_adds_up(monkeypatch):
     rates = measure_rates(torch.device("cpu"), "fp32")
     assert rates.matrix > 1e9 and rates.copy > 1e8
@@ -100,6 +108,42 @@ def test_rates_count_both_operations_of_a_product_and_both_ways_of_a_copy(monkey
     assert rates.copy == pytest.approx(2 * 2**28 / 1e-2)
     took = iter([1e-3, 1.0, 1e-2])
     assert measure_rates(torch.device("cpu"), "fp32").matrix == pytest.approx(2 * 2048**3 / 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp32", "bf16"])
+def test_rates_are_those_of_the_precision_and_no_switch_stays(precision, monkeypatch):
+    seen = []
+
+    def noted(*operands, out=None):
+        if operands[0].dtype != torch.uint8:
+            switches = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+            seen.append((operands[0].dtype, *switches))
+
+    monkeypatch.setattr(roofline, "_best_seconds", lambda work, device: work() is None or 1.0)
+    monkeypatch.setattr(torch, "mm", noted)
+    monkeypatch.setattr(torch, "conv2d", noted)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    measure_rates(torch.device("cpu"), precision)
+    assert seen == [(roofline.DTYPES[precision], precision == "tf32", precision == "tf32")] * 2
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
+def test_seconds_are_of_one_call_in_the_fastest_round_until_the_device_is_done(monkeypatch):
+    """With a stand-in for a GPU, whose work takes its time after the call has returned."""
+    now, waiting, rounds = [100.0], [0.0], iter([9.0, 4.0, 2.0, 3.0, 5.0, 6.0, 7.0])
+    cost = [0.0]
+
+    def wait(device):
+        now[0] += waiting[0]
+        waiting[0], cost[0] = 0.0, 0.0
+
+    def work():
+        cost[0] = cost[0] or next(rounds)
+        waiting[0] += cost[0]
+
+    monkeypatch.setattr(roofline, "synchronize", wait)
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
+    assert roofline._best_seconds(work, torch.device("cuda")) == 2
 
 
 def test_the_layer_table_has_units_and_says_what_decides():

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastdcgan import winograd
-from fastdcgan.bench import contenders, end_to_end, overhead, throughput
+from fastdcgan.bench import contenders, end_to_end, overhead, roofline, throughput
 from fastdcgan.bench.contenders import Entry, Shape, entries
 from fastdcgan.bench.contestant import Contestant, Failed, in_one_line
 from fastdcgan.bench.end_to_end import bench_data
@@ -90,6 +90,54 @@ def test_a_contender_that_fails_later_costs_its_row_only_too(method, capsys):
     assert (fast.rounds, fast.kernels, fast.ratio, skilled.ratio) == ([75.0] * 3, 7, 1.5, 1)  # of the first that runs
     assert fast.cpu_ratio == 2.25
     assert capsys.readouterr().err.count("failed: its process ended") == 1
+
+
+class Answers:
+    """In the place of a contestant: 100 images a second, and its name in `order` for every block."""
+
+    def __init__(self, name, order):
+        self.name, self.order = name, order
+
+    def ask(self, method, *_):
+        if method == "block":
+            self.order.append(self.name)
+        return {"prepare": ("", 1.0), "block": (100.0, 50.0), "count": (7, 8)}[method]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_a_round_has_a_block_of_each(kind):
+    """And a ratio of processor time is of a CPU alone: beside a GPU a processor mostly waits."""
+    order = []
+    chosen = [(Entry(name, "fp32"), Answers(name, order)) for name in ("example", "skilled", "fast-eager")]
+    rows = throughput.bench_shape(Shape(4), chosen, {"fp32": Rates(1e11, 1e10)}, 2, torch.device(kind))
+    assert order == ["example", "skilled", "fast-eager"] * 2
+    assert [row.cpu_ratio for row in rows] == [1 if kind == "cpu" else None] * 3
+
+
+def test_the_layers_of_each_precision_are_at_its_own_rates(monkeypatch, capsys):
+    rates = {"fp32": Rates(1e11, 1e10), "bf16": Rates(4e11, 2e10)}
+    monkeypatch.setattr("fastdcgan.bench.roofline.measure_rates", lambda device, precision: rates[precision])
+    monkeypatch.setattr(throughput, "Contestant", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(throughput, "bench_shape", lambda *_: [])
+    names = ("example", "fast-eager")
+    bench(shape=SMALL, batch_sizes=(8,), device=CPU, names=names, precision="bf16", per_layer=True)
+    said = capsys.readouterr().out
+    for each, rate in rates.items():
+        passes = throughput.least_passes(Shape(8, (16, 16), latent_dim=8, width=4), each, CPU)
+        assert f"\n{each}, batch 8:\n{roofline.layer_table(passes, rate)}\n" in said
+
+
+def test_what_was_measured_is_kept_when_a_later_batch_size_ends_it(monkeypatch, tmp_path):
+    def bench_shape(shape, *_):
+        if shape.batch_size == 8:
+            raise KeyboardInterrupt
+        return [Row("example", "fp32", shape.batch_size, rounds=[1.0])]
+
+    monkeypatch.setattr(throughput, "Contestant", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(throughput, "bench_shape", bench_shape)
+    with pytest.raises(KeyboardInterrupt):
+        bench(shape=SMALL, batch_sizes=(4, 8), device=CPU, names=("example",), json=tmp_path / "out.json")
+    assert [row["batch_size"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == [4]
 
 
 def test_ratios_are_to_the_example_whatever_runs_first():
@@ -253,6 +301,28 @@ def test_a_block_counts_the_images_of_its_steps(monkeypatch):
     assert len(calls) == 5
 
 
+def test_a_block_ends_when_the_device_is_done(monkeypatch):
+    order, runner = [], Runner.__new__(Runner)
+    runner.device, runner.images, runner.steps, runner.run = CPU, 64, 2, lambda: order.append("step")
+    monkeypatch.setattr(throughput, "synchronize", lambda device: order.append("wait"))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: order.append("look") or float(len(order)))
+    runner.block()
+    assert order == ["wait", "look", "step", "step", "wait", "look"]
+
+
+def test_the_first_step_takes_its_building_too(monkeypatch):
+    clock = [10.0]
+
+    def built(*_):
+        clock[0] += 5
+        return lambda: None, ""
+
+    monkeypatch.setattr(contenders, "on_random_images", built)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Runner, "block", lambda self: (160.0, 0.0))
+    assert Runner(Entry("fast-eager", "fp32"), CPU, block_seconds=1.0).prepare(Shape(64)) == ("", 5)
+
+
 def test_a_row_is_the_median_of_its_rounds_beside_floor_and_baseline():
     shape, rates = Shape(64), Rates(matrix=1e12, copy=1e11)
     baseline, row = (Row("", "fp32", 64, rounds=rounds) for rounds in ([100.0, 200.0, 400.0], [300.0, 200.0, 1000.0]))
@@ -279,6 +349,22 @@ def test_calls_are_those_of_the_step_and_not_of_one_another():
     weight, x = torch.ones(8, 3, 3, 3), torch.ones(2, 3, 8, 8)
     calls, _ = throughput.cpu_calls_and_memory(lambda: torch.relu(torch.conv2d(x, weight).view(2, -1)))
     assert calls == 2
+
+
+def test_memory_is_the_most_at_a_time():
+    def run():
+        for _ in range(3):
+            torch.empty(2**20, dtype=torch.uint8)
+
+    assert throughput.cpu_calls_and_memory(run)[1] == 2**20
+
+
+def test_who_failed_is_not_followed(monkeypatch):
+    monkeypatch.setattr(throughput, "Contestant", lambda *_: contextlib.nullcontext())
+    rows = [Row("example", "fp32", 4, 90.0, ratio=1.0, floor=1.0, rounds=[90.0]), Row("fast-eager", "fp32", 4)]
+    monkeypatch.setattr(throughput, "bench_shape", lambda *_: rows)
+    monkeypatch.setattr(overhead, "overhead", lambda *_: pytest.fail("it does not run"))
+    assert bench(shape=SMALL, batch_sizes=(4,), device=CPU, names=("example", "fast-eager"), follow=True) == rows
 
 
 def test_a_block_has_the_steps_that_fill_its_seconds(monkeypatch):

@@ -42,6 +42,7 @@ def test_errors():
         "3 channels": lambda: image_conv(images[:, :2], weight, negative_slope=0.2),
         "not empty": lambda: image_conv(images[:0], weight, negative_slope=0.2),
         "2h, 2w": lambda: image_conv(images[..., 1:], weight, negative_slope=0.2),
+        r"2h, 2w.*3, 7, 6": lambda: image_conv(images[:, :, 1:], weight, negative_slope=0.2),
         "negative_slope": lambda: image_conv(images, weight, negative_slope=-0.1),
         "images is float32": lambda: image_conv(images.int(), weight.int(), negative_slope=0.2),
         "weight is torch.float32": lambda: image_conv(images, weight.half(), negative_slope=0.2),
@@ -118,3 +119,33 @@ def test_joined_on_a_cpu_it_is_both_operations():
     expected = image_conv_transpose(batch_norm_act(x, weight, bias, *apart, training=True, **options), last)
     assert torch.equal(batch_norm_image_conv_transpose(x, weight, bias, *joined, last, **options), expected)
     assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))
+
+
+def test_joined_or_not_both_run_on_the_same_backend(monkeypatch):
+    """Where one of them has no kernel, say: neither is chosen anew."""
+    module = sys.modules["fastdcgan.kernels.batch_norm_image_conv"]
+    seen = []
+    for name in ("batch_norm_act", "image_conv_transpose"):
+        monkeypatch.setattr(module, name, lambda x, *_, backend="auto", **__: seen.append(backend) or x)
+    x, channel, weight = torch.randn(2, 6, 4, 4), torch.rand(4, 6), torch.randn(6, 3, 4, 4)
+    batch_norm_image_conv_transpose(x, *channel, weight, backend="reference")
+    assert seen == ["reference", "reference"]
+
+
+def test_joined_a_weight_that_does_not_fit_leaves_the_statistics_alone():
+    x, (weight, bias, mean, var) = torch.randn(4, 6, 3, 5), torch.rand(4, 6).unbind()
+    before = mean.clone(), var.clone()
+    with pytest.raises(ValueError, match="5 channels for this weight"):
+        batch_norm_image_conv_transpose(x, weight, bias, mean, var, torch.randn(5, 3, 4, 4))
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1])
+
+
+@pytest.mark.parametrize("kernels", [(True, False), (False, True)])
+def test_joined_only_where_both_have_a_kernel(kernels, monkeypatch):
+    """As for images of more than four channels."""
+    module = sys.modules["fastdcgan.kernels.batch_norm_image_conv"]
+    for name, has in zip(("norm_runs_triton", "conv_runs_triton"), kernels, strict=True):
+        monkeypatch.setattr(module, name, lambda *_, has=has: has)
+    x, channel, weight = torch.randn(4, 6, 3, 5), torch.rand(4, 6), torch.randn(6, 5, 4, 4) / 9
+    expected = image_conv_transpose(batch_norm_act(x, *channel.clone(), training=True), weight)
+    assert torch.equal(batch_norm_image_conv_transpose(x, *channel.clone(), weight), expected)

@@ -27,6 +27,7 @@ def test_gather_and_mirror(dtype):
     whole = uint8_to_float(images, torch.arange(5), dtype=dtype)
     assert torch.equal(batch, torch.stack([whole[4].flip(2), whole[0], whole[0].flip(2)]))
     assert torch.equal(batch, uint8_to_float(images, index, flip.bool(), dtype=dtype))
+    assert torch.equal(batch, uint8_to_float(images, index, 255 * flip, dtype=dtype))
 
 
 def test_one_channel_is_channels_last_too():

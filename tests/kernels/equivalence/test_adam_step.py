@@ -88,6 +88,8 @@ def test_what_it_refuses(device):
     q = [torch.zeros(4, device=device) for _ in range(2)]
     with pytest.raises(ValueError, match="not both"):
         fused(q, [q[0].bfloat16(), q[1].half()], q, q, step, lr=1e-3)
+    with pytest.raises(ValueError, match="not both"):
+        fused(q, [each.bfloat16() for each in q], q, q, step, lr=1e-3, copies=[each.half() for each in q])
 
 
 def test_replay(device):

@@ -63,6 +63,13 @@ def test_index_and_flip_may_lie_anywhere(device):
         assert torch.equal(actual, expected)
 
 
+def test_whatever_is_not_zero_mirrors(device):
+    images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8, device=device)
+    index, flip = torch.arange(4, device=device), torch.tensor([0, 1, 2, 255], dtype=torch.uint8, device=device)
+    expected = uint8_to_float(images, index, flip != 0, backend="reference")
+    assert torch.equal(uint8_to_float(images, index, flip, backend="triton"), expected)
+
+
 def test_an_index_out_of_range_is_nan_and_touches_nothing(device):
     images = torch.randint(0, 256, (4, 6, 5, 3), dtype=torch.uint8, device=device)
     batch = uint8_to_float(images, torch.tensor([1, 4, -1, 2**40], device=device), backend="triton")

@@ -296,7 +296,10 @@ def test_what_torchrun_would_have_said_is_missed(monkeypatch: pytest.MonkeyPatch
 
 def test_who_waits_for_nobody_is_told_and_can_stop(tmp_path: Path) -> None:
     """As in a shell whose environment is of something else; where the first should be, and where it is missing."""
-    script = "from fastdcgan import distributed; distributed.PATIENCE = 0.2; from fastdcgan.cli import main; main()"
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"  # ignored by jobs in the background
+        " from fastdcgan import distributed; distributed.PATIENCE = 0.2; from fastdcgan.cli import main; main()"
+    )
     for rank in ("0", "1"):
         port = str(free_port())
         place = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

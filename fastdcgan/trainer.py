@@ -17,7 +17,7 @@ import torch
 
 from fastdcgan.alarms import LOST, Alarm
 from fastdcgan.checkpoint import Checkpoint, complete, keep_if_best, load_newest, load_sound, step_of
-from fastdcgan.config import TrainConfig, absolute
+from fastdcgan.config import TrainConfig, absolute, flag
 from fastdcgan.console import say, speaks, spinner, training_progress
 from fastdcgan.data import open_dataset, packed_size
 from fastdcgan.data.dataset import LEFT_OUT
@@ -334,7 +334,7 @@ def check_alike(world: World, config: TrainConfig) -> None:
     for name in everyone[0].keys() - OWN:
         values = [each[name] for each in everyone]
         if any(value != values[0] for value in values):
-            raise UserError(f"the processes differ in --{name.replace('_', '-')} ({values}): start all with the same")
+            raise UserError(f"the processes differ in {flag(name)} ({values}): start all with the same")
 
 
 def everyones(world: World, lists: list[T]) -> list[T]:

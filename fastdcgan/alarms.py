@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 LOST = "not finite"  # the one that nothing comes back from
+ROLLBACK = "rollback"  # none of KINDS: what was done about one
 KINDS = (LOST, "large losses", "steep gradients", "discriminator wins", "collapse")
 PATIENCE, LASTING = 5, 400  # log points in a row, and steps, before the discriminator has won: early on it often leads
 # D's loss above its lowest possible, which wgan-gp's has not. With bce where D(x) is 0.98 and D(G(z)) 0.02; lsgan's at
@@ -26,7 +27,7 @@ class Alarm:
     """Something that has gone wrong.
 
     Attributes:
-        kind: one of KINDS.
+        kind: one of KINDS, or ROLLBACK.
         step: when it was noticed.
         sound: the last step at which there was no sign of it.
         message: one line: what is seen, what it means, what to try.

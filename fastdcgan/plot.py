@@ -4,63 +4,99 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 24  # margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 28, 8, 24  # margins
 POINTS = 600  # in a line; of more, the means of neighbours
+FAR = 1.5  # times the height that nearly all of a line's values need: what lies beyond is cut off
+# Of the lines of a chart, in order: colour, dashes, width. Without colours they differ too; on white as on black.
+STYLES = (
+    ("#2563eb", "none", 1.5),
+    ("#e8590c", "6 2", 1.5),
+    ("#0f9960", "2 2", 2),
+    ("#b5179e", "9 3 2 3", 1.5),
+    ("#868e96", "none", 3),
+    ("#0891b2", "4 4", 2.5),
+    ("#e64980", "14 4", 2.5),
+    ("#7f7f00", "8 3 2 3 2 3", 2),
+)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its label, a CSS colour, steps and as many values, all finite."""
+    """One line.
+
+    Attributes:
+        label: what it is called.
+        style: which of STYLES.
+        steps, values: of its points, all finite.
+        lost: the steps whose value is not.
+    """
 
     label: str
-    colour: str
+    style: int
     steps: list[float]
     values: list[float]
+    lost: list[float] = field(default_factory=list)
 
 
-def chart(title: str, series: list[Series], marks: list[float], legend: bool = True) -> str:
-    """A figure with the lines over the step and a dashed upright at each mark; what shoots far beyond is cut off."""
-    series = [_thinned(line) for line in series if line.steps]
-    keys = "".join(
-        f'<span class="key" style="background:{line.colour}"></span>{html.escape(line.label)}'
-        for line in series
-        if legend and line.label
-    )
-    caption = f"<figcaption><h2>{html.escape(title)}</h2>{keys}</figcaption>"
-    if not series:
-        return f'<figure>{caption}<p class="faint">nothing recorded</p></figure>'
-    last = max(line.steps[-1] for line in series)
-    low, high = _range([value for line in series for value in line.values])
+def key(style: int, label: str) -> str:
+    """A piece of a line of a style, and what is drawn so."""
+    piece = f'<svg viewBox="0 0 32 8"><path {_stroke(style)} d="M0 4H32"/></svg>'
+    return f'<span class="key">{piece}{html.escape(label)}</span>'
+
+
+def chart(title: str, series: list[Series], marks: list[float], last: float, legend: bool = True) -> str:
+    """A figure with the lines over the steps up to `last`, and a dashed upright at each mark, an alarm's step.
+
+    What cannot be seen in it is said below: values that are not finite, or cut off, and what is a mean of several.
+    """
+    drawn = [line for line in series if line.steps]
+    keys = [key(line.style, line.label) for line in drawn if legend and line.label]
+    if marks and drawn:
+        keys.append('<span class="key"><svg viewBox="0 0 32 8"><path class="alarm" d="M0 4H32"/></svg>alarm</span>')
+    caption = f"<figcaption><h2>{html.escape(title)}</h2>{''.join(keys)}</figcaption>"
+    low, high = _range([line.values for line in drawn])
+    remarks = [remark for line in series for remark in _remarks(line, low, high)]
+    if not drawn:
+        remarks = ["nothing recorded", *remarks]
+    notes = "".join(f'<p class="faint">{html.escape(remark)}</p>' for remark in remarks)
+    if not drawn:
+        return f"<figure>{caption}{notes}</figure>"
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / max(last, 1)
 
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
+        inside = min(max(value, low), high)
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (inside - low) / (high - low)
+
+    def path(points: list[tuple[float, float]]) -> str:
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
 
     parts = []
     for value in ticks(low, high, 5):
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:,.6g}</text>')
     for step in ticks(0, last, 6):
-        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:,.6g}</text>')
+        parts.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{step:,.12g}</text>')
+    parts.append(f'<text x="{LEFT - 14}" y="{HEIGHT - 6}" text-anchor="end">step</text>')
     for step in marks:
-        parts.append(f'<line class="alarm" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-    for line in series:
-        points = " ".join(
-            f"{x(s):.1f},{min(max(y(v), TOP), HEIGHT - BOTTOM):.1f}"
-            for s, v in zip(line.steps, line.values, strict=True)
-        )
-        if len(line.steps) == 1:  # of which no line can be seen
-            points += f" {points}"
-        style = f'fill="none" stroke="{line.colour}" stroke-width="1.5" stroke-linecap="round"'
-        parts.append(f'<polyline {style} points="{points}"/>')
+        place = f'x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
+        parts.append(f'<line class="alarm" {place}><title>alarm at step {step:,}</title></line>')
+    for line in drawn:
+        colour = STYLES[line.style][0]
+        means, lowest, highest = _thinned(line)
+        if len(means) < len(line.steps):
+            band = path(lowest + highest[::-1])
+            parts.append(f'<polygon fill="{colour}" fill-opacity="0.15" points="{band}"/>')
+        if len(means) == 1:  # of which no line can be seen
+            parts.append(f'<circle fill="{colour}" r="3" cx="{x(means[0][0]):.1f}" cy="{y(means[0][1]):.1f}"/>')
+        parts.append(f'<polyline {_stroke(line.style)} points="{path(means)}"/>')
     return (
         f'<figure>{caption}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f"{''.join(parts)}</svg></figure>"
+        f"{''.join(parts)}</svg>{notes}</figure>"
     )
 
 
@@ -73,18 +109,51 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _range(values: list[float]) -> tuple[float, float]:
-    """What the axis shows: 0 and nearly all values, with some room."""
-    ordered = sorted(values)
-    low = min(0.0, ordered[int(0.01 * (len(ordered) - 1))])
-    high = max(0.0, ordered[math.ceil(0.99 * (len(ordered) - 1))])
+def _stroke(style: int) -> str:
+    colour, dashes, width = STYLES[style]
+    return f'fill="none" stroke="{colour}" stroke-dasharray="{dashes}" stroke-width="{width}"'
+
+
+def _range(lines: list[list[float]]) -> tuple[float, float]:
+    """What the axis shows: 0 and the values of every line, with some room; but not those far beyond its others."""
+    low = high = 0.0
+    for values in lines:
+        ordered = sorted(values)
+        least = min(0.0, ordered[int(0.01 * (len(ordered) - 1))])
+        most = max(0.0, ordered[math.ceil(0.99 * (len(ordered) - 1))])
+        far = (FAR - 1) * (most - least)
+        low = min(low, least if ordered[0] < least - far else ordered[0])
+        high = max(high, most if ordered[-1] > most + far else ordered[-1])
     room = 0.05 * (high - low) or 1.0
     return low - (room if low < 0 else 0.0), high + room
 
 
-def _thinned(line: Series) -> Series:
-    size = math.ceil(len(line.steps) / POINTS)
-    parts = [(line.steps[i : i + size], line.values[i : i + size]) for i in range(0, len(line.steps), size)]
-    return Series(
-        line.label, line.colour, [s[-1] for s, _ in parts], [sum(values) / len(values) for _, values in parts]
-    )
+def _remarks(line: Series, low: float, high: float) -> list[str]:
+    """What of a line cannot be seen where values from low to high are."""
+    name = f"{line.label}: " if line.label else ""
+    remarks = []
+    if line.lost:
+        count, points = len(line.lost), len(line.lost) + len(line.steps)
+        remarks.append(f"{name}not finite at {count:,} of {points:,} points, first at step {line.lost[0]:,}")
+    if line.steps and max(line.values) > high:
+        remarks.append(f"{name}goes up to {max(line.values):,.4g}, cut off")
+    if line.steps and min(line.values) < low:
+        remarks.append(f"{name}goes down to {min(line.values):,.4g}, cut off")
+    if (size := _size(line)) > 1:
+        remarks.append(f"{name}means of {size:,} points each; the shade is their range")
+    return remarks
+
+
+def _size(line: Series) -> int:
+    return math.ceil(len(line.steps) / POINTS)
+
+
+def _thinned(line: Series) -> list[list[tuple[float, float]]]:
+    """Its means, least and greatest values over so many points that POINTS are left at most, each at its last step."""
+    size = _size(line)
+    parts = [(line.steps[i : i + size][-1], line.values[i : i + size]) for i in range(0, len(line.steps), size)]
+    return [
+        [(step, sum(values) / len(values)) for step, values in parts],
+        [(step, min(values)) for step, values in parts],
+        [(step, max(values)) for step, values in parts],
+    ]

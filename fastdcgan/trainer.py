@@ -305,7 +305,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                 saver.rollbacks += 1
                 done = roll_back(world, folder, step, raised, config.seed, saver.rollbacks)
                 if watch:
-                    watch.begin_again(done)
+                    watch.begin_again(done, raised[0], saver.rollbacks)
             # Processes get a signal each, or only some do, at different steps: they agree on where to stop.
             if world.size == 1 or pace.listens(done):
                 signal = max(world.gather(stop.number))
@@ -373,7 +373,6 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
         end(run, raised[0])
     done = restore(step, found, world)
     step.rng.manual_seed(world.seed(seed + 1000 * raised[0].step + count))
-    say(f"back to step {done:,} with other noise (rollback {count})")
     return done
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdcgan.alarms import Alarm, Alarms
+from fastdcgan.alarms import ROLLBACK, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.console import say
 from fastdcgan.contention import Contention
@@ -61,9 +61,13 @@ class Watch:
         if self.config.on_divergence != "warn":
             self.alarms.raised.clear()  # the run was to end or to go back at what lasts, and still is
 
-    def begin_again(self, done: int) -> None:
-        """The run has gone back to step `done`."""
+    def begin_again(self, done: int, alarm: Alarm, count: int) -> None:
+        """The run has gone back to step `done` for an alarm, for the `count`th time."""
+        message = f"back to step {done:,} with other noise (rollback {count})"
+        say(message)
         self.close()
+        with self.writing():
+            self.monitor.alarm(Alarm(ROLLBACK, alarm.step, done, message))
         with self.writing():
             self._begin(done)
 

@@ -18,6 +18,7 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.pixels import to_floats
 from fastdcgan.quality import CHUNK, Quality
+from fastdcgan.report import report
 from fastdcgan.runs import load_run
 from fastdcgan.step import TrainStep
 from fastdcgan.trainer import ROLLBACKS, train
@@ -196,7 +197,10 @@ def test_rollback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     said = capsys.readouterr().err
     assert "no longer finite" in said and "no checkpoint at step 9" in said and "back to step 6" in said
     assert [line["step"] for line in lines(run, "metrics")] == list(range(1, 13))
-    assert [(a["kind"], a["step"], a["sound"]) for a in lines(run, "alarms")] == [("not finite", 9, 8)]
+    alarms = [(a["kind"], a["step"], a["sound"]) for a in lines(run, "alarms")]
+    assert alarms == [("not finite", 9, 8), ("rollback", 9, 6)]
+    page = report(run, None).read_text()
+    assert "1 alarm, 1 rollback</p>" in page and "back to step 6 with other noise (rollback 1)" in page
     assert not torch.equal(poison.noise[6], poison.noise[9])  # step 7, the first and the second time
     assert all(v.isfinite().all() for v in load_run(run).generator.state_dict().values())
     assert [f.name for f in checkpoint.complete(run)] == ["step-000006", "step-000009", "step-000012"]
@@ -240,7 +244,8 @@ def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch
             train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1))
     draws = [tuple(noise.flatten().tolist()) for noise in poison.noise]
     assert len(set(draws)) == len(draws), "other noise each time"
-    assert len(lines(tmp_path / "run", "alarms")) == ROLLBACKS + 1
+    kinds = [alarm["kind"] for alarm in lines(tmp_path / "run", "alarms")]
+    assert kinds == ["not finite", "rollback"] * ROLLBACKS + ["not finite"]
     Poison(monkeypatch, {1})
     with pytest.raises(UserError, match="the last sound step is 1"):  # before any checkpoint
         train(small(tmp_path / "early", on_divergence="rollback"))
@@ -316,7 +321,7 @@ def test_a_run_goes_back_to_before_the_first_of_all_signs(tmp_path: Path, monkey
     alarms = [Alarm("not finite", 9, 8, "-"), Alarm("large losses", 9, 6, "-")]
     monkeypatch.setattr(Alarms, "look_at_metrics", lambda _, step, __: alarms if step == 9 and not gone_back else [])
     gone_back: list[int] = []
-    monkeypatch.setattr(Watch, "begin_again", lambda _, done: gone_back.append(done))
+    monkeypatch.setattr(Watch, "begin_again", lambda _, done, *__: gone_back.append(done))
     train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=2))
     assert gone_back == [6]
 
@@ -327,7 +332,7 @@ def test_what_a_run_may_have_to_go_back_to_is_kept(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Alarms, "look_at_metrics", lambda _, step, __: alarms if step == 12 and not gone_back else [])
     monkeypatch.setattr(Alarms, "no_sign_before", lambda _: 4)
     gone_back: list[int] = []
-    monkeypatch.setattr(Watch, "begin_again", lambda _, done: gone_back.append(done))
+    monkeypatch.setattr(Watch, "begin_again", lambda _, done, *__: gone_back.append(done))
     run = train(small(tmp_path / "run", on_divergence="rollback", checkpoint_every=1, keep=1))
     assert gone_back == [4]
     assert [f.name for f in checkpoint.complete(run)] == ["step-000004", "step-000012"]

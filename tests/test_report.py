@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastdcgan.cli import main
 from fastdcgan.errors import UserError
-from fastdcgan.plot import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, TOP, WIDTH, Series, _thinned, chart, ticks
+from fastdcgan.plot import BOTTOM, HEIGHT, LEFT, POINTS, RIGHT, STYLES, TOP, WIDTH, Series, _thinned, chart, ticks
 from fastdcgan.report import FRAMES, _embedded, compare, report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -84,6 +84,7 @@ def alarm(run: Path, message: str) -> None:
 def assert_alone(path: Path) -> Page:
     """Nothing in the page is loaded from anywhere."""
     page = Page(path)
+    assert not any(attrs.get("src") == "" or (tag == "img" and "src" not in attrs) for tag, attrs in page.found)
     for _, attrs in page.found:
         for name in ("src", "href", "action", "srcset"):
             assert attrs.get(name, "data:,").startswith("data:")
@@ -108,6 +109,8 @@ def test_report(tmp_path: Path) -> None:
     (box,) = (each for each in page.all("section") if "data-frames" in each)
     frames = json.loads(box["data-frames"])
     assert [frame["step"] for frame in frames] == [100, 200, 300, 400]
+    shown = [image["src"] for image in page.all("img") if image.get("class") == "frame"]
+    assert shown == frames[-1]["images"] and "Samples: step 400" in page.text, "without scripts too"
     assert len({image for frame in frames for image in frame["images"]}) == 4  # two the same in each
     assert len(page.all("img")) == 3
 
@@ -117,8 +120,8 @@ def curves(page: str) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
     for figure in re.findall(r"<figure>.*?</figure>", page, re.DOTALL):
         if title := re.search(r"<h2>(.*?)</h2>", figure):
-            labels = dict(re.findall(r'style="background:(.*?)"></span>([^<]*)', figure))
-            lines = re.findall(r'stroke="(.*?)".*?points="(.*?)"', figure)
+            labels = dict(re.findall(r'<path fill="none" stroke="(.*?)"[^>]*/></svg>([^<]*)', figure))
+            lines = re.findall(r'<polyline fill="none" stroke="(.*?)".*?points="(.*?)"', figure)
             found[html.unescape(title[1])] = {
                 html.unescape(labels.get(colour, colour)): [
                     HEIGHT - BOTTOM - float(point.split(",")[1]) for point in points.split()
@@ -177,9 +180,10 @@ def test_what_no_chart_can_show_is_left_out_of_it(tmp_path: Path) -> None:
     assert "nan" not in lines[0]["points"] and "inf" not in lines[0]["points"]
 
 
-def test_what_is_not_set_is_an_empty_cell(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", channels=None)
-    assert "<tr><td>channels</td><td></td></tr>" in report(run, None).read_text()
+def test_settings_and_the_machine_are_listed(tmp_path: Path) -> None:
+    page = report(make_run(tmp_path / "run", channels=None), None).read_text()
+    assert "<tr><td>channels</td><td>not set</td></tr>" in page
+    assert "<tr><td>data: machine</td><td>a CPU</td></tr>" in page
 
 
 def test_a_long_run_is_thinned(tmp_path: Path) -> None:
@@ -260,7 +264,7 @@ def test_compare(tmp_path: Path) -> None:
     assert "0.001" in page.text and "bce" not in page.text  # only what differs
     assert [each["src"] for each in page.all("img")] == [_embedded(run / "samples" / "step-000400.png") for run in runs]
     assert "one, step 400" in page.text and "two, step 400" in page.text
-    keys = re.findall(r'style="background:(.*?)"></span>(one|two)', (tmp_path / "compare.html").read_text())
+    keys = re.findall(r'stroke="([^"]*)"[^>]*/></svg>(one|two)', (tmp_path / "compare.html").read_text())
     assert [name for _, name in keys] == ["one", "two"]
     assert [line["stroke"] for line in page.all("polyline")][:4] == 2 * [colour for colour, _ in keys]
 
@@ -309,7 +313,7 @@ def test_ticks() -> None:
 
 def test_a_constant_line_and_an_outlier_can_be_drawn() -> None:
     for values in ([0.0, 0.0], [5.0] * 300 + [1e9]):
-        text = chart("x", [Series("", "red", list(range(1, len(values) + 1)), values)], [])
+        text = chart("x", [Series("", 0, list(range(1, len(values) + 1)), values)], [], len(values))
         (points,) = re.findall(r'points="([^"]*)"', text)
         ys = [float(point.split(",")[1]) for point in points.split()]
         assert all(0 <= y <= 240 for y in ys)
@@ -319,7 +323,7 @@ def test_a_constant_line_and_an_outlier_can_be_drawn() -> None:
 
 def test_points_marks_and_labels_share_their_axes() -> None:
     steps = [0.0, 50.0, 100.0]
-    text = chart("x", [Series("", "red", steps, [-1.0, 0.0, 1.0])], [50.0])
+    text = chart("x", [Series("", 0, steps, [-1.0, 0.0, 1.0])], [50.0], 100)
     (points,) = re.findall(r'points="([^"]*)"', text)
     xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
     assert (xs[0], xs[2]) == (LEFT, WIDTH - RIGHT) and xs[1] == (xs[0] + xs[2]) / 2
@@ -336,8 +340,60 @@ def test_points_marks_and_labels_share_their_axes() -> None:
 
 def test_a_thinned_line_is_the_means_up_to_its_last_step() -> None:
     steps = [float(step) for step in range(1, 2 * POINTS + 1)]
-    thin = _thinned(Series("", "red", steps, [step % 2 for step in steps]))
-    assert thin.values == [0.5] * POINTS and thin.steps == steps[1::2]
+    series = Series("", 0, steps, [step % 2 for step in steps])
+    assert _thinned(series) == [[(step, value) for step in steps[1::2]] for value in (0.5, 0, 1)]
+    text = chart("x", [series], [], steps[-1])
+    assert "means of 2 points each; the shade is their range" in text
+    heights = {
+        name: {p.split(",")[1] for p in points.split()}
+        for name, points in re.findall(r"<(polygon|polyline).*?points=\"(.*?)\"", text)
+    }
+    assert len(heights["polyline"]) == 1 and len(heights["polygon"]) == 2
+
+
+def test_all_charts_of_a_page_end_at_its_last_step(tmp_path: Path) -> None:
+    """Also where losses were lost before that, which is said, and an alarm's mark stands where they were."""
+    run = make_run(tmp_path / "run", points=9, grids=1)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.writelines(f'\n{{"step": {step}, "loss_d": null, "loss_g": null, "d_real": 0.5}}' for step in (200, 220))
+    alarm(run, "It is lost")
+    page = assert_alone(report(run, None))
+    loss, output = page.all("polyline")[0], page.all("polyline")[2]
+    xs = [[float(point.split(",")[0]) for point in line["points"].split()] for line in (loss, output)]
+    assert xs[0] == xs[1][:9] and xs[1][-1] == WIDTH - RIGHT
+    marks = {line["x1"] for line in page.all("line") if line["class"] == "alarm"}
+    assert marks == {f"{xs[1][9]:.1f}"}, "in every chart in the same place, within it"
+    assert "generator: not finite at 2 of 11 points, first at step 200" in page.text
+
+
+def test_a_short_run_is_compared_at_its_own_values(tmp_path: Path) -> None:
+    """Beside a long one its few values are no outliers."""
+    runs = [make_run(tmp_path / "long", points=500), make_run(tmp_path / "short", points=2)]
+    lines = (runs[1] / "metrics.jsonl").read_text().replace("1000.0", "1900.0")
+    (runs[1] / "metrics.jsonl").write_text(lines)
+    page = assert_alone(compare(runs, tmp_path / "compare.html"))
+    long, short = (line["points"].split() for line in page.all("polyline")[-2:])
+    heights = [HEIGHT - BOTTOM - float(points[-1].split(",")[1]) for points in (long, short)]
+    assert heights[1] / heights[0] == pytest.approx(1.9, rel=0.01)
+
+
+def test_what_is_cut_off_is_said() -> None:
+    steps = [float(step) for step in range(1, 301)]
+    far = chart("x", [Series("loss", 0, steps, [*[5.0] * 299, 1e9])], [], 300)
+    assert "loss: goes up to 1e+09, cut off" in far
+    below = chart("x", [Series("loss", 0, steps, [*[5.0] * 299, -50.0])], [], 300)
+    assert "loss: goes down to -50, cut off" in below
+    near = chart("x", [Series("loss", 0, steps, [7.0, *[5.0] * 299])], [], 300)
+    assert "cut off" not in near and float(re.findall(r'points="[\d.]+,([\d.]+)', near)[0]) > TOP
+
+
+def test_lines_differ_without_their_colours_too() -> None:
+    assert len({(dashes, width) for _, dashes, width in STYLES}) == len(STYLES)
+
+
+def test_a_single_point_can_be_seen() -> None:
+    (dot,) = re.findall(r'<circle .*?cx="(.*?)"', chart("x", [Series("", 0, [20.0], [1.0])], [], 20))
+    assert float(dot) == WIDTH - RIGHT
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")

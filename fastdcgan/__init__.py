@@ -1,8 +1,9 @@
 """fastdcgan: train a DCGAN on your own images, fast.
 
 from fastdcgan import TrainConfig, train, load_run
-run = train(TrainConfig(data="photos", image_size="64", compile=True))
-images = load_run(run).generator(torch.randn(16, 100))
+run = train(TrainConfig(data="photos", image_size=64, compile=True))
+with torch.no_grad():
+    images = load_run(run).generator(torch.randn(16, 100))
 """
 
 from __future__ import annotations
@@ -41,8 +42,15 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    """What there is to complete, also before it is used."""
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `fastdcgan --help` must not wait for torch."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("fastdcgan")
     if name not in _HOME:
         raise AttributeError(f"module 'fastdcgan' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -146,8 +146,11 @@ class TrainConfig:
         """
         if isinstance(self.data, Path):
             object.__setattr__(self, "data", str(self.data))
+        if not isinstance(self.data, str):
+            what = f"DATA is a {type(self.data).__qualname__}: give a dataset's name or a path"
+            raise UserError(f"{what} (numpy.save makes one of an array of uint8 (images, height, width, channels))")
         for field in dataclasses.fields(self):
-            if hasattr(getattr(self, field.name), "item"):
+            if getattr(getattr(self, field.name), "ndim", None) == 0:
                 object.__setattr__(self, field.name, getattr(self, field.name).item())
         if isinstance(self.image_size, tuple):
             object.__setattr__(self, "image_size", "x".join(map(str, self.image_size)))

@@ -42,8 +42,9 @@ def say(message: str, anyone: bool = False) -> None:
     if anyone or speaks():
         try:
             print(message, file=sys.stderr, flush=True)
-        except (OSError, ValueError):  # nobody reads it any more, or the disk that it goes to is full
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+        except Exception:  # nobody reads it any more, the disk is full, or what a notebook has put there raises its own
+            if sys.stderr is sys.__stderr__:  # or the interpreter complains when it ends
+                sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
 
 
 @contextmanager

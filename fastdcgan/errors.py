@@ -12,6 +12,10 @@ class UserError(Exception):
     The command line prints the message without a traceback and exits with code 2.
     """
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: likewise."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def first_line(error: BaseException | str) -> str:
     """Of what an error says, or its kind where it says nothing."""

@@ -25,7 +25,8 @@ def load(source: Path) -> ctypes.CDLL | None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             compiled, library = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
             for command in ((*COMPILE, str(source), "-o", compiled), (*LINK, compiled, "-o", library)):
-                subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+                # In a process group of its own: Ctrl-C is for training, which ends by itself, not for the compiler.
+                subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", process_group=0)
             return ctypes.CDLL(library)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = first_line(getattr(error, "stderr", "").strip() or error)

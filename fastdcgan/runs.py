@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -164,8 +164,8 @@ class Run:
     """
 
     folder: Path
-    generator: AnyGenerator
-    discriminator: AnyDiscriminator | None
+    generator: AnyGenerator = field(repr=False)
+    discriminator: AnyDiscriminator | None = field(repr=False)
     config: TrainConfig | None
     step: int | None
     images: int | None

@@ -69,12 +69,19 @@ CHANGES = [
 ]
 
 
-class Interrupted(Exception):
-    """The run was asked to end (by Ctrl-C, SIGTERM or SIGHUP) and has saved a checkpoint."""
+class Interrupted(KeyboardInterrupt):
+    """The run in `folder` was asked to end (by Ctrl-C, SIGTERM or SIGHUP) and has saved a checkpoint.
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped by a signal; a checkpoint is saved")
-        self.signal_number = signal_number
+    Not an Exception: a loop over several runs that goes on after those that fail ends too.
+    """
+
+    def __init__(self, signal_number: int, folder: Path) -> None:
+        super().__init__(f"stopped by a signal; a checkpoint is saved in {folder}")
+        self.signal_number, self.folder = signal_number, folder
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: one line."""
+        return [f"{type(self).__name__}: {self}"]
 
 
 def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
@@ -84,6 +91,8 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
     algorithms, and on a GPU for how its memory is taken (`gpu_memory`), which stay as the step set them.
 
     Args:
+        config: `fastdcgan train --help` explains its fields. Paths may be text, image_size also a number or (height,
+            width).
         asked: the fields of `config` that a resumed run takes from it, the others from its folder. Default: those that
             are not at their defaults.
 
@@ -92,6 +101,8 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
             begun, saved as far as it can be: an alarm, images that are no longer there, a full disk.
         Interrupted: SIGINT, SIGTERM or SIGHUP; a checkpoint is saved and the way to go on has been said.
     """
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"train takes a TrainConfig, not {config!r}: train(TrainConfig(data=...))")
     with ExitStack() as at_end:
         quiet(at_end, "torch.utils.cpp_extension")  # complains where there is no GPU
         at_end.callback(torch.set_num_threads, torch.get_num_threads())
@@ -223,6 +234,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         at_end.callback(run.unlock)
     before = resumed.progress.get("rollbacks", 0) if resumed else 0
     saver = Saver(run, world, total, before, damaged=[each for each in known if step_of(each) > done])
+    at_end.callback(saver.thread.shutdown)
     at_end.callback(saver.wait)  # before the folder is unlocked
     watch, skipped = None, everyones(world, data.skipped)
     if run is not None:  # the first process
@@ -321,7 +333,7 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         raise UserError(f"{what}: make room, then {go_on}")
     if done < total:
         say(f"stopped after step {done:,} of {total:,}; to go on: {go_on}")
-        raise Interrupted(signal)
+        raise Interrupted(signal, folder)
     most, picture = peak_memory(device) / 2**20, folder / "samples" / f"step-{done:06d}.png"
     result = picture if picture.exists() else f"{folder} was at step {done:,} already" if done == begun else folder
     say(f"done: {result}" + (f"  (peak memory {most:,.0f} MiB)" if most else ""))

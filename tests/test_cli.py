@@ -596,6 +596,20 @@ def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.splitlines() == expected
 
 
+def test_what_stands_for_standard_error_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's stream raises errors of its own once the cell is over: the line is lost, the run and what comes
+    later are not."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("Socket operation on non-socket")
+
+    stream = Closed()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.say("step 20")
+    assert sys.stderr is stream
+
+
 def test_devices_and_precisions_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine with a GPU, first one that only emulates bfloat16."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")

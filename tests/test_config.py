@@ -164,6 +164,14 @@ def test_a_resumed_run_may_say_the_same_in_other_words(tmp_path: Path, monkeypat
         assert asked.resumed(saved, set(same)) == saved
 
 
+@pytest.mark.parametrize("data", [np.zeros((1, 1)), np.zeros((4, 16, 16)), ["a", "b"], None, 64])
+def test_data_that_is_neither_name_nor_path(data: object) -> None:
+    with pytest.raises(UserError, match=r"DATA is a (ndarray|list|NoneType|int): give a dataset's name or a path"):
+        TrainConfig(data=data)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="--batch-size array"):
+        TrainConfig(batch_size=np.array([64]))  # type: ignore[arg-type]
+
+
 def test_numbers_of_numpy_and_sizes_as_pairs() -> None:
     config = TrainConfig(data="photos", image_size=(64, 96), gen_width=np.int64(16), lr=np.float32(0.5))  # type: ignore[arg-type]
     assert config == TrainConfig(data="photos", image_size="64x96", gen_width=16, lr=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fastdcgan import models
 from fastdcgan.bench.contenders import Shape, fast_step
 from fastdcgan.errors import UserError
-from fastdcgan.executors import Captured, make_executor
+from fastdcgan.executors import Captured, make_executor, why_not_compiled
 from fastdcgan.step import TrainStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,23 @@ def test_where_nothing_can_be_compiled_the_step_runs_without(
     assert "no compiler for a cpu" in caplog.text
     with pytest.raises(UserError, match="fast-compiled cannot be compiled here"):
         fast_step(Shape(2, (16, 16), width=4), step.source[:, :16, :16], step.index[:2], "fp32", "fast-compiled")
+
+
+def test_ctrl_c_waits_until_the_compiler_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bool] = []
+
+    def interrupted(function: object, dynamic: bool) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return lambda x: tried.append(True)
+
+    monkeypatch.setattr(torch, "compile", interrupted)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            why_not_compiled.__wrapped__("cpu")
+    finally:
+        signal.signal(signal.SIGINT, found)
+    assert tried == [True]
 
 
 class StandInGraph:

@@ -26,7 +26,7 @@ ALLOWED = {
     "fastdcgan/models.py": {"kernels", "patches", "reference", "winograd"},
     "fastdcgan/distributed.py": {"console", "errors"},
     "fastdcgan/optimizer.py": {"distributed", "kernels", "spans"},
-    "fastdcgan/executors.py": {"errors", "step"},
+    "fastdcgan/executors.py": {"console", "errors", "signals", "step"},
     "fastdcgan/step.py": {
         "distributed",
         "gpu_memory",

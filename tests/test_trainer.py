@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -1373,6 +1375,25 @@ def test_epochs_end_where_they_were_to_end_though_files_broke(tmp_path: Path) ->
     assert checkpoint.complete(run)[-1].name == "step-000012"
 
 
+def test_in_a_notebook(straight: Path, tmp_path: Path) -> None:
+    """What can be completed, what a mistake and a loaded run look like, and that no thread stays."""
+    script = "import fastdcgan; print(*dir(fastdcgan)); print(fastdcgan.__version__)"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    names, version = told.stdout.splitlines()
+    assert {"train", "TrainConfig", "load_run", "from_pretrained"} <= set(names.split())
+    assert version == importlib.metadata.version("fastdcgan")
+    assert len(repr(load_run(straight))) < 1800 and "ConvTranspose2d" not in repr(load_run(straight))
+    for mistake in ("digits", {"data": "digits"}, TrainConfig):
+        with pytest.raises(UserError, match=r"train takes a TrainConfig, not .*: train\(TrainConfig\(data=") as error:
+            train(mistake)  # type: ignore[arg-type]
+    assert error.value._render_traceback_() == [f"UserError: {error.value}"]
+    assert Interrupted(2, straight)._render_traceback_() == [
+        f"Interrupted: stopped by a signal; a checkpoint is saved in {straight}"
+    ]
+    train(small(tmp_path / "run"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
 def test_figures_are_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(World, "means", lambda _, values: dict.fromkeys(values, 0.7))
     last = metrics(train(small(tmp_path / "run", steps=1)))[-1]
@@ -1385,7 +1406,8 @@ def test_one_process_that_is_to_end_ends_all(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(World, "gather", lambda world, value: [value, 15] if value == 0 else gather(world, value))
     with pytest.raises(trainer.Interrupted) as ended:
         train(small(tmp_path / "run"))
-    assert ended.value.signal_number == 15
+    assert ended.value.signal_number == 15 and ended.value.folder == tmp_path / "run"
+    assert not isinstance(ended.value, Exception), "a loop over runs that goes on after those that fail ends too"
     assert [each.name for each in checkpoint.complete(tmp_path / "run")] == ["step-000001"]
 
 

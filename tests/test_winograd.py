@@ -255,6 +255,15 @@ def test_without_a_folder_for_it_a_run_goes_on(
     assert native.load(Path("right.c")) is None and "/nowhere" in caplog.text
 
 
+def test_ctrl_c_is_not_for_the_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal, or a notebook, sends it to the whole group of this process; its compiler has another."""
+    (tmp_path / "gcc").write_text(f'#!/bin/sh\ncut -d" " -f5 /proc/$$/stat > "{tmp_path}/group"\nexit 1\n')
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    native.load.__wrapped__(Path("right.c"))
+    assert int((tmp_path / "group").read_text()) != os.getpgrp()
+
+
 def taken_where_it_fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Take it on this processor too, whichever it is; returns the grids, as they come."""
     monkeypatch.setattr(winograd, "PAYS_HERE", True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import importlib.metadata
 import io
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 
-from fastdcgan.commands import COMMANDS, app, spelled_out
-from fastdcgan.console import say
+from fastdcgan.commands import COMMANDS, app, spelled_out, train
+from fastdcgan.console import say, speaks
 from fastdcgan.errors import UserError, compiler_error, first_line, number_in
 
 
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
             # Before torch, which imports it from C++, where Ctrl-C would be lost and leave half of it.
             import numpy  # noqa: F401
 
-            run()
+            if run.func is train or speaks() or "TORCHELASTIC_RUN_ID" not in os.environ:
+                run()  # of torchrun's processes the first one does what is not done together
         sys.stdout.flush()  # here, where it is known what to do about a pipe that is closed
     except UserError as error:
         sys.exit(complain(str(error)))
@@ -132,7 +133,7 @@ def in_a_thread(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
 
 
-def parse(argv: list[str]) -> Callable[[], None]:
+def parse(argv: list[str]) -> functools.partial[None]:
     """The command that the arguments ask for, its own arguments bound.
 
     Raises:

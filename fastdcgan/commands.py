@@ -33,7 +33,7 @@ def command(
     """Add a command. Parsing only binds its arguments; `main` runs it, so that parse errors and its own stay apart."""
 
     @functools.wraps(function)
-    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+    def bind(*args: Any, **kwargs: Any) -> functools.partial[None]:
         return functools.partial(function, *args, **kwargs)
 
     COMMANDS.append(name or function.__name__)

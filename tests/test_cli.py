@@ -596,6 +596,27 @@ def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.splitlines() == expected
 
 
+def test_the_first_process_does_what_is_not_done_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of those that torchrun starts: all would write the same file. A rank that somebody has left set is no reason."""
+    command = ["data", "pack", "fake", "--image-size", "8", "--out", str(tmp_path / "set.npy")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for torchrun, done in (("x", False), (None, True)):
+        if torchrun:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", torchrun)
+        else:
+            monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        main(command)
+        assert (tmp_path / "set.npy").exists() == done
+    (tmp_path / "set.npy").unlink()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    main(command)
+    assert (tmp_path / "set.npy").exists()
+
+
 def test_what_stands_for_standard_error_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook's stream raises errors of its own once the cell is over: the line is lost, the run and what comes
     later are not."""

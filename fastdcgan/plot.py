@@ -59,6 +59,8 @@ def chart(title: str, series: list[Series], marks: list[float], last: float, leg
     caption = f"<figcaption><h2>{html.escape(title)}</h2>{''.join(keys)}</figcaption>"
     low, high = _range([line.values for line in drawn])
     remarks = [remark for line in series for remark in _remarks(line, low, high)]
+    if (size := max(map(_size, drawn), default=0)) > 1:
+        remarks.append(f"lines are means of up to {size:,} points; the shade is their range")
     if not drawn:
         remarks = ["nothing recorded", *remarks]
     notes = "".join(f'<p class="faint">{html.escape(remark)}</p>' for remark in remarks)
@@ -139,8 +141,6 @@ def _remarks(line: Series, low: float, high: float) -> list[str]:
         remarks.append(f"{name}goes up to {max(line.values):,.4g}, cut off")
     if line.steps and min(line.values) < low:
         remarks.append(f"{name}goes down to {min(line.values):,.4g}, cut off")
-    if (size := _size(line)) > 1:
-        remarks.append(f"{name}means of {size:,} points each; the shade is their range")
     return remarks
 
 

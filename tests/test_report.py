@@ -343,7 +343,7 @@ def test_a_thinned_line_is_the_means_up_to_its_last_step() -> None:
     series = Series("", 0, steps, [step % 2 for step in steps])
     assert _thinned(series) == [[(step, value) for step in steps[1::2]] for value in (0.5, 0, 1)]
     text = chart("x", [series], [], steps[-1])
-    assert "means of 2 points each; the shade is their range" in text
+    assert "lines are means of up to 2 points; the shade is their range" in text
     heights = {
         name: {p.split(",")[1] for p in points.split()}
         for name, points in re.findall(r"<(polygon|polyline).*?points=\"(.*?)\"", text)

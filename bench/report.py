@@ -20,8 +20,17 @@ from fastdcgan.bench.throughput import median_ratio
 RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).resolve().parent.parent / "README.md"
 MISSING = "not yet measured"
+FIGURE = (5.5, 4)  # inches: shown 400 pixels wide, so that a point of a letter is about a pixel
 KINDS = {"cuda": "GPU", "cpu": "CPU"}
 KEPT = {"device": "GPU memory", "host": "host memory", "disk": "a file"}
+LOOKS = {  # colour and marker, the same in all plots and told apart in grey too
+    "example": ("C0", "o"),
+    "example-fp32": ("C9", "P"),
+    "skilled": ("C2", "s"),
+    "fast-eager": ("C3", "^"),
+    "fast-compiled": ("C1", "v"),
+    "fast-captured": ("C4", "D"),
+}
 Results = dict[str, dict[str, Any]]  # file stem -> content
 
 
@@ -49,10 +58,17 @@ def readme(found: Results) -> str:
 
 
 def plotted(content: dict[str, Any]) -> str | None:
-    """What a plot of the file shows; None for a file that has none."""
+    """What a plot of the file shows, and of what; None for a file that has none."""
     if is_comparison(content) and len({row["batch_size"] for row in content["rows"]}) > 1:
-        return "images a second against batch size, with the floor"
-    return "sample quality against seconds of training" if content["measured"] == "quality" else None
+        return f"images a second against batch size, with the floor, {size(content)} on {machine(content)}"
+    if content["measured"] == "quality":
+        return f"sample quality against seconds of training, {content['data']} at {size(content)} on {machine(content)}"
+    return None
+
+
+def size(content: dict[str, Any]) -> str:
+    height, width = content["network"]["image_size"]
+    return f"{height}x{width}"
 
 
 def cited(stem: str) -> str:
@@ -286,45 +302,65 @@ def rate(row: dict[str, Any] | None) -> str:
 def plot_throughput(content: dict[str, Any], out: Path) -> None:
     """images/s against batch size, and the floor of each precision."""
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import NullLocator
 
     rows = [row for row in content["rows"] if row["rounds"]]
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=FIGURE)
     for contender, precision in dict.fromkeys((row["contender"], row["precision"]) for row in rows):
         points = [row for row in rows if (row["contender"], row["precision"]) == (contender, precision)]
         batches, rates = [p["batch_size"] for p in points], [p["images_per_second"] for p in points]
         spreads = [p["spread"] for p in points]
-        axes.errorbar(batches, rates, spreads, marker="o", capsize=3, label=f"{contender} {precision}")
+        label = f"{contender} {precision}"
+        axes.errorbar(batches, rates, spreads, capsize=3, label=label, **style(contender, precision))
     for precision in sorted({row["precision"] for row in rows}):
         floors = sorted({(row["batch_size"], row["floor"]) for row in rows if row["precision"] == precision})
         axes.plot(*zip(*floors, strict=True), linestyle="--", color="grey")
-        axes.annotate(f"floor {precision}", floors[-1], ha="right", va="bottom", color="grey")
-    height, width = content["network"]["image_size"]
+        above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate(f"floor {precision}", floors[-1], ha="right", va="bottom", color="grey", **above)
+    axes.margins(y=0.12)  # room for the topmost floor's name
     axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images/s of a training step")
     batches = sorted({row["batch_size"] for row in rows})
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.xaxis.set_minor_locator(NullLocator())
-    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which(ScalarFormatter())
-    axes.set_title(f"{content['device']['name']}, {height}x{width}, {content['date']}", fontsize=10)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    plain_ticks(axes.yaxis)
+    axes.set_title(f"{machine(content)}, {size(content)}, {content['date']}", fontsize=11)
+    axes.legend(fontsize=10, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.15), frameon=False)
     figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
+
+
+def style(contender: str, precision: str) -> dict[str, Any]:
+    """Of a line; dashes and an empty marker for 16 bits."""
+    colour, marker = LOOKS[contender]
+    dashes = {"linestyle": "-.", "markerfacecolor": "white"} if precision in ("bf16", "fp16") else {"linestyle": "-"}
+    return {"color": colour, "marker": marker, **dashes}
+
+
+def plain_ticks(axis: Any) -> None:
+    """Of a logarithmic axis: labels at 1, 2 and 5 of each power of ten, written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def plot_quality(content: dict[str, Any], out: Path) -> None:
     """Sliced Wasserstein distance against seconds of training, a line for each seed."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    colours = dict(zip(dict.fromkeys(c["contender"] for c in content["curves"]), ("C0", "C1"), strict=True))
+    figure, axes = plt.subplots(figsize=FIGURE)
+    lines = dict(zip(dict.fromkeys(c["contender"] for c in content["curves"]), ("-", "-."), strict=True))
     for curve in content["curves"]:
-        label = curve["contender"] if curve["seed"] == 0 else None
-        axes.plot(curve["seconds"], curve["distances"], color=colours[curve["contender"]], label=label, alpha=0.7)
+        contender = curve["contender"]
+        look = {"color": LOOKS[contender][0], "linestyle": lines[contender]}
+        label = contender if curve["seed"] == 0 else None
+        axes.plot(curve["seconds"], curve["distances"], label=label, alpha=0.7, **look)
     axes.axhline(content["curves"][0]["least"], linestyle="--", color="grey", label="real images to real images")
     axes.set(yscale="log", xlabel="seconds of training", ylabel="sliced Wasserstein distance to real images")
-    axes.set_title(f"{content['data']}, {content['device']['name']}, {content['date']}", fontsize=10)
-    axes.legend(fontsize=8)
+    plain_ticks(axes.yaxis)
+    axes.set_title(f"{content['data']} at {size(content)}, {machine(content)}, {content['date']}", fontsize=11)
+    axes.legend(fontsize=10)
     figure.savefig(out, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastdcgan.bench import report
+from fastdcgan.bench import contenders, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,7 +132,7 @@ def test_the_other_measurements_are_a_line_each_with_their_file():
         "start-cold": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 41.2, "rounds": [1.0]}]),
         "start-warm": throughput(rows=[{"contender": "fast-compiled", "first_step_seconds": 9.7, "rounds": [1.0]}]),
         "quality": {
-            "measured": "quality", "data": "digits", "network": {"image_size": [16, 16], "width": 8},
+            "measured": "quality", "data": "digits", "device": device, "network": {"image_size": [16, 16], "width": 8},
             "precision": {"example": "fp32", "fast-eager": "fp32"},
             "curves": [{"contender": "example"}, {"contender": "fast-eager", "steps": [0, 150, 300]}],
             "parity": {"difference": 0.01, "interval": [-0.05, 0.07], "margin": 0.2, "seeds": 5, "holds": True},
@@ -218,7 +219,8 @@ def test_the_plot_of_rates_and_floors(drawn):
     floors = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [[list(each) for each in line.get_data()] for line in floors] == [[[64, 128], [100, 200]]] * 2
     assert [text.get_text() for text in axes.texts] == ["floor bf16", "floor fp32"]
-    assert axes.get_title() == "Some Processor, 64x96, 2026-01-02"
+    assert all(text.xyann[1] > 0 for text in axes.texts), "above its line, not on it"
+    assert axes.get_title() == "Some Processor (AVX2), 64x96, 2026-01-02"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("batch size", "images/s of a training step")
 
 
@@ -229,7 +231,7 @@ def test_the_plot_of_quality_is_over_seconds(drawn):
         for seed in (0, 1)
         for name, speed in (("example", 8.0), ("fast-eager", 4.0))
     ]  # fmt: skip
-    content = {"data": "digits", "device": {"name": "Some Processor"}, "date": "2026-01-02", "curves": curves}
+    content = throughput() | {"data": "digits", "curves": curves}
     axes = drawn(report.plot_quality, content)
     *lines, least = axes.lines
     assert [[list(each) for each in line.get_data()] for line in lines] == [
@@ -243,4 +245,60 @@ def test_the_plot_of_quality_is_over_seconds(drawn):
         "example": lines[0].get_color(), "fast-eager": lines[1].get_color(), "real images to real images": "grey",
     }  # fmt: skip
     assert lines[0].get_color() == lines[2].get_color() != lines[1].get_color() == lines[3].get_color()
+    assert lines[0].get_linestyle() == lines[2].get_linestyle() != lines[1].get_linestyle() == lines[3].get_linestyle()
     assert axes.get_xlabel() == "seconds of training"
+    assert axes.get_title() == "digits at 64x64, Some Processor (AVX2), 2026-01-02"
+    assert {"0.05", "0.1", "0.2", "0.5", "1"} <= labels(axes)
+
+
+def labels(axes) -> set[str]:
+    """Of the ticks at the side, large and small, that are seen."""
+    low, high = axes.get_ylim()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    return {tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high} - {""}
+
+
+def test_rates_have_labels_at_one_two_and_five(drawn):
+    content = throughput()
+    for row in content["rows"]:
+        row |= {"images_per_second": 10 * row["images_per_second"], "spread": 1.0, "floor": 2100.0}
+    assert labels(drawn(report.plot_throughput, content)) == {"500", "1000", "2000"}
+
+
+def test_a_contender_looks_the_same_in_all_plots_and_like_no_other(drawn):
+    """In colour and in grey, whichever others are there."""
+    rows, seen = throughput()["rows"], []
+    for shown in (rows, rows[::-1], rows[1:]):
+        axes = drawn(report.plot_throughput, throughput(rows=shown))
+        looks = {
+            bars.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle(), line.get_markerfacecolor())
+            for bars in axes.containers
+            for line in bars[:1]
+        }
+        assert len({look[1:] for look in looks.values()}) == len(shown)
+        seen.append(looks)
+    assert seen[1] == seen[0] and seen[0].items() > seen[2].items()
+    fp32, bf16 = seen[0]["fast-compiled fp32"], seen[0]["fast-compiled bf16"]
+    assert fp32[:2] == bf16[:2] and fp32[2:] != bf16[2:]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_contender_has_a_look_of_its_own(kind):
+    named = {entry.name for entry in contenders.entries(contenders.NAMES, "auto", torch.device(kind))}
+    assert named <= report.LOOKS.keys()
+    for each in zip(*report.LOOKS.values(), strict=True):
+        assert len(set(each)) == len(report.LOOKS)
+
+
+def test_plots_say_in_words_what_they_are_of():
+    rows = [row | {"batch_size": batch} for row in throughput()["rows"] for batch in (64, 128)]
+    avx2, avx512 = throughput(rows=rows), throughput(rows=rows, network={"image_size": [32, 48]})
+    avx512["device"] = avx512["device"] | {"capability": "AVX512"}
+    quality = throughput(measured="quality", data="digits")
+    words = "images a second against batch size, with the floor"
+    assert report.plotted(avx2) == f"{words}, 64x64 on Some Processor (AVX2)"
+    assert report.plotted(avx512) == f"{words}, 32x48 on Some Processor (AVX512)"
+    assert report.plotted(quality) == (
+        "sample quality against seconds of training, digits at 64x64 on Some Processor (AVX2)"
+    )
+    assert report.plotted(throughput()) is None, "a single batch size"

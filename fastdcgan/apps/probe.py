@@ -206,7 +206,7 @@ def bars(results: dict[str, Any], largest: float) -> Image.Image:
     """The accuracies as horizontal bars with their intervals; a grey line at the share of the largest class, which who
     always names that one has."""
     font = ImageFont.load_default(14)
-    page = Image.new("RGB", (640, 30 + 40 * len(results)), "white")
+    page = Image.new("RGB", (640, 50 + 40 * len(results)), "white")
     draw = ImageDraw.Draw(page)
     left, width = 190, 380
     for i, (kind, result) in enumerate(results.items()):
@@ -218,6 +218,7 @@ def bars(results: dict[str, Any], largest: float) -> Image.Image:
         draw.line((left + width * low, y + 14, left + width * high, y + 14), "black", 2)
         draw.text((left + width * high + 8, y + 14), f"{result['accuracy']:.1%}", "black", font, anchor="lm")
     x = left + width * largest
-    draw.line((x, 8, x, page.height - 22), "#808080", 1)
-    draw.text((x, page.height - 20), "largest class", "#808080", font, anchor="ma")
+    draw.line((x, 8, x, page.height - 42), "#808080", 1)
+    draw.text((x, page.height - 40), "largest class", "#808080", font, anchor="ma")
+    draw.text((left, page.height - 20), "accuracy, and its 95% interval", "black", font, anchor="la")
     return page

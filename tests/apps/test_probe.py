@@ -51,7 +51,7 @@ def test_the_features_beat_raw_pixels(run, labelled, tmp_path):
     assert accuracy["raw pixels"] > 2 * report["largest_class"]
     assert report["largest_class"] == pytest.approx(0.1, abs=0.01)
     assert (report["train_images"], report["test_images"]) == (720, 180)
-    assert Image.open(tmp_path / "probe.png").size == (640, 150)
+    assert Image.open(tmp_path / "probe.png").size == (640, 170)
 
 
 def test_held_out_images_are_of_every_class_and_not_trained_on(networks, labelled):
@@ -200,6 +200,7 @@ def test_bars_are_as_long_as_they_say():
         assert (interval.min(), interval.max()) == pytest.approx((width * low, width * high), abs=1)
     (largest,) = np.nonzero((page[10] == 0x80).all(1))
     assert largest.tolist() == [left + width * 0.5]
+    assert (page[-20:] == 0).all(2).any(), "what the bars and lines are is said below them"
 
 
 def test_images_are_judged_one_by_one():

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
 
 from fastdcgan.apps.endpoints import image_files, open_points
 from fastdcgan.apps.latent import generate
-from fastdcgan.apps.pictures import save, sheet
+from fastdcgan.apps.pictures import GAP, HEADING, save, sheet
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
 from fastdcgan.files import check_name, check_out, printable
@@ -29,8 +30,8 @@ def arithmetic(
     """Add and subtract the means of groups of latents.
 
     In the picture each group is a column: its members, and under them what their mean looks like, first the groups
-    that are added, then those taken away. To the right, in the middle of a square, stands the result, with eight
-    neighbours of it around.
+    that are added, then those taken away. To the right, in the middle of a square, stands the result in a frame, with
+    eight neighbours of it around.
 
     Args:
         plus, minus: groups of seeds or image files; at least one to add.
@@ -64,7 +65,14 @@ def arithmetic(
             row.append(image)
     for i, row in enumerate(rows):
         row += [None, *(square[3 * i : 3 * i + 3] if i < 3 else [])]
-    save(sheet(rows, [*["plus"] * len(plus), *["minus"] * len(minus), "", "result, and near it"]), out)
+    page = sheet(rows, [*["plus"] * len(plus), *["minus"] * len(minus), "", "result, framed, and near it"])
+    step_x = (page.width + GAP) // (len(groups) + 4)
+    step_y = (page.height - HEADING + GAP) // len(rows)
+    draw, x, y = ImageDraw.Draw(page), (len(groups) + 2) * step_x, HEADING + step_y
+    draw.rectangle((x - GAP, y - GAP, x + step_x - 1, y + step_y - 1), outline="black", width=GAP)
+    beside = len(groups) * step_x + 3 * GAP, HEADING + longest * step_y + step_y // 2
+    draw.text(beside, "mean" if len(groups) == 1 else "means", "black", ImageFont.load_default(14), anchor="lm")
+    save(page, out)
     say(f"groups, under them their means, and the result: {printable(out)}")
 
 

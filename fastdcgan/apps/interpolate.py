@@ -60,7 +60,7 @@ def interpolate(
         times = max(1, -(-FRAME // min(images.shape[2:])))
         size = images.shape[3] * times, images.shape[2] * times
         frames = [
-            opaque(to_picture(image)).convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images[:-1]
+            opaque(to_picture(image)).convert("RGB").resize(size, Image.Resampling.NEAREST) for image in images[:-1]
         ]
         held = [frame for i, frame in enumerate(frames) for _ in range(HOLD if i % steps == 0 else 1)]
         save(gif(frames, steps) if kind == ".gif" else mp4(held), out)

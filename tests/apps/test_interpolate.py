@@ -9,6 +9,7 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,6 +54,16 @@ def test_an_animation_goes_round(run, tmp_path):
             animation.seek(i)
             durations.append(animation.info["duration"])
     assert durations == [500, 50, 50, 50] * 3  # milliseconds: it rests at the points
+
+
+def test_an_animation_has_the_pixels_of_the_strip(run, tmp_path):
+    """Enlarged as in all sheets, not smoothed."""
+    interpolate(run, ["1", "2"], out=tmp_path / "walk.png", steps=3)
+    interpolate(run, ["1", "2"], out=tmp_path / "walk.gif", steps=3)
+    frame = Image.open(tmp_path / "walk.gif").convert("L")
+    small = frame.resize((16, 16), Image.Resampling.NEAREST)
+    assert small.resize(frame.size, Image.Resampling.NEAREST).tobytes() == frame.tobytes()
+    assert (to_tensor(small) - cell(tmp_path / "walk.png", 0, 0)).abs().max() < 2 / 127.5
 
 
 def test_an_animation_needs_no_room_for_temporary_files(run, tmp_path, monkeypatch):
@@ -115,6 +126,18 @@ def test_a_group_less_itself_leaves_the_other(run, tmp_path):
     result, five = (cell(tmp_path / "sum.png", *place, top=HEADING) for place in ((5, 1), (1, 0)))
     assert (result - five).abs().max() < 2 / 127.5
     assert combine(torch.tensor([[1.0], [2.0], [10.0]]), 2).item() == -7
+
+
+def test_the_means_are_named_and_the_result_is_framed(run, tmp_path):
+    arithmetic(run, [["1", "2"], ["5"]], [["3", "4"]], out=tmp_path / "sum.png")
+    step, top = CELL + 2, HEADING + CELL + 2  # the frame fills the lines around the result, and covers none of it
+    page = torch.from_numpy(np.array(Image.open(tmp_path / "sum.png")))
+    framed = page[top - 2 : top + step, 5 * step - 2 : 6 * step] == 0
+    framed[2:-2, 2:-2] = True
+    assert framed.all()
+    beside = page[HEADING + 3 * step :, 3 * step : 4 * step]
+    assert (beside == 0).any(), "a word beside the row of means"
+    assert (page[HEADING : HEADING + 3 * step, 3 * step : 4 * step] == 255).all()
 
 
 def test_all_groups_count_the_same():
@@ -253,7 +276,7 @@ def test_a_sum_says_what_is_where(run, networks, tmp_path, monkeypatch):
     monkeypatch.setattr(arithmetic_module, "sheet", spy_on_sheet)
     monkeypatch.setattr(arithmetic_module, "generate", spy_on_generate)
     arithmetic(run, [["1", "2"], ["5"]], [["7"]], out=tmp_path / "sum.png")
-    assert said == [["plus", "plus", "minus", "", "result, and near it"]]
+    assert said == [["plus", "plus", "minus", "", "result, framed, and near it"]]
     z = latents([1, 2, 5, 7], 100)
     for place, latent in (((0, 1), z[1]), ((0, 3), z[:2].mean(0)), ((1, 3), z[2]), ((2, 0), z[3])):
         expected = generate(networks[0], latent[None])[0]
@@ -266,7 +289,7 @@ def test_a_sum_says_what_is_where(run, networks, tmp_path, monkeypatch):
 
 def test_the_same_sum_is_the_same_picture(run, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(arithmetic_module, "sheet", lambda rows, _: drawn.append(rows) or Image.new("L", (4, 4)))
+    monkeypatch.setattr(arithmetic_module, "sheet", lambda rows, _: drawn.append(rows) or Image.new("L", (500, 500)))
     for seed in (1, 2):
         torch.manual_seed(seed)
         arithmetic(run, [["1"]], [], out=tmp_path / "sum.png")

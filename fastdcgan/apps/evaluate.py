@@ -235,7 +235,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'':16s}" + "".join(f"{name:>20s}" for name in names)]
     for key in results[names[0]]:
         values = (results[name].get(key) for name in names)
-        better = "lower" if key.startswith(("swd", "ms_ssim", "fid", "kid")) else "higher"
         figures = "".join(f"{value:20.3f}" if value is not None else f"{'':>20s}" for value in values)
-        lines.append(f"{key:16s}{figures}  {better} is better")
+        lines.append(f"{key:16s}{figures}  {better(key)} is better")
     return "\n".join(lines)
+
+
+def better(key: str) -> str:
+    """Whether a lower or a higher figure of this measurement is better."""
+    return "lower" if key.startswith(("swd", "ms_ssim", "fid", "kid")) else "higher"

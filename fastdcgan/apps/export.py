@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastdcgan import reference
+from fastdcgan.apps.evaluate import better
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.trained import fingerprint, open_run
 from fastdcgan.console import say, spinner
@@ -62,7 +63,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     if place.is_mount():
         raise UserError(f"--out {out} is where a disk is mounted, which cannot be replaced: name a new folder in it")
     found = open_run(run, ema)
-    numbers = None if evaluation is None else read_evaluation(evaluation, found.generator)
+    numbers, count = ({}, None) if evaluation is None else read_evaluation(evaluation, found.generator)
     plain = plain_generator(found.generator)
     check_utf8("--out", out)  # or ONNX's and TorchScript's libraries cannot write there
     unfinished = unfinished_name(place)
@@ -83,7 +84,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
                 write_onnx(any_batch(plain), unfinished / FILES["onnx"])
         save_grid(generate(found.generator, latents(range(36), found.generator.latent_dim)), unfinished / "samples.png")
         (unfinished / "config.json").write_text(json.dumps(describe(found), indent=1) + "\n")
-        (unfinished / "README.md").write_text(model_card(found, format, numbers), encoding="utf-8")
+        (unfinished / "README.md").write_text(model_card(found, format, numbers, count), encoding="utf-8")
         if place.exists():
             place.rmdir()
         unfinished.replace(place)
@@ -163,8 +164,9 @@ def write_onnx(generator: nn.Sequential, path: Path) -> None:
     _agree("ONNX", lambda z: torch.from_numpy(session.run(None, {"latent": z.numpy()})[0]), generator)
 
 
-def read_evaluation(path: Path, generator: AnyGenerator) -> dict[str, dict[str, float]]:
-    """The measurements of the generator, in a file made by `fastdcgan evaluate`.
+def read_evaluation(path: Path, generator: AnyGenerator) -> tuple[dict[str, dict[str, float]], int | None]:
+    """The measurements of the generator, in a file made by `fastdcgan evaluate`, and how many images they are of, if it
+    says so.
 
     Raises:
         UserError: not such a file, or one of other weights.
@@ -174,6 +176,7 @@ def read_evaluation(path: Path, generator: AnyGenerator) -> dict[str, dict[str, 
         results: dict[str, dict[str, float]] = content["results"]
         found = {name: {key: float(value) for key, value in each.items()} for name, each in results.items()}
         weights = content.get("weights")
+        count = int(content["images"]) if "images" in content else None
         if not found:
             raise ValueError("nothing was measured")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -183,7 +186,7 @@ def read_evaluation(path: Path, generator: AnyGenerator) -> dict[str, dict[str, 
     if weights != fingerprint(generator):
         what = "of another run, or of another step, or of the run's other weights (--ema, --no-ema)"
         raise UserError(f"--evaluation {path} is {what}: evaluate what is exported")
-    return found
+    return found, count
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -201,13 +204,13 @@ def describe(run: Run) -> dict[str, Any]:
     }
 
 
-def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]] | None) -> str:
-    """README.md in the form that model hubs read."""
+def model_card(run: Run, format: str, numbers: dict[str, dict[str, float]], count: int | None) -> str:
+    """README.md in the form that model hubs read; `numbers` of so many images, empty where nothing was measured."""
     generator = run.generator
     height, width = generator.image_size
     parameters = sum(value.numel() for value in generator.parameters())
     rows = [
-        ("image", f"{height} x {width} pixels, {generator.channels} channels, in -1..1"),
+        ("image", f"{height} x {width} pixels, {generator.channels} channel{'s' * (generator.channels > 1)}, in -1..1"),
         ("latent", f"{generator.latent_dim} values, N(0, 1)"),
         ("parameters", f"{parameters:,}"),
     ]
@@ -239,14 +242,17 @@ generator = from_pretrained(".")
 images = generator(torch.randn(16, {generator.latent_dim}))  # (16, {generator.channels}, {height}, {width}) in -1..1
 ```
 {other}"""
-    if numbers is not None:
+    if numbers:
         names = list(numbers)
         lines = [
-            f"| {key} | " + " | ".join(f"{numbers[n][key]:.3f}" if key in numbers[n] else "" for n in names) + " |"
+            f"| {key} | "
+            + " | ".join(f"{numbers[n][key]:.3f}" if key in numbers[n] else "" for n in names)
+            + f" | {better(key)} is better |"
             for key in numbers[names[0]]
         ]
-        head = f"| | {' | '.join(names)} |\n|---|{'---|' * len(names)}\n"
+        head = f"| | {' | '.join(names)} | |\n|---|{'---|' * len(names)}---|\n"
         text += "\n## Measured with `fastdcgan evaluate`\n\n" + head + "\n".join(lines) + "\n"
+        text += "" if count is None else f"\nEach of {count:,} images, against as many real ones.\n"
     return text
 
 

@@ -125,19 +125,24 @@ def test_the_tutorial_network_is_exported_too(tmp_path):
 
 
 def test_the_card_has_the_numbers(run, networks, tmp_path):
-    results = {"generated": {"swd_16": 12.5, "swd": 12.5}, "other real images": {"swd_16": 3.25, "swd": 3.25}}
-    about = {"weights": fingerprint(networks[0]), "results": results}
+    results = {
+        "generated": {"swd_16": 12.5, "swd": 12.5, "recall": 0.5},
+        "other real images": {"swd_16": 3.25, "swd": 3.25, "recall": 0.75},
+    }
+    about = {"weights": fingerprint(networks[0]), "images": 2000, "results": results}
     (tmp_path / "evaluation.json").write_text(json.dumps(about))
     export(run, format="safetensors", out=tmp_path / "model", evaluation=tmp_path / "evaluation.json")
     card = (tmp_path / "model" / "README.md").read_text()
     parameters = sum(each.numel() for each in networks[0].parameters())
     for words in (
-        "16 x 16 pixels",
+        "16 x 16 pixels, 1 channel, in",
         "| trained on | digits |",
         "| steps | 400, over 25,600 images |",
         f"| parameters | {parameters:,} |",
-        "| | generated | other real images |",
-        "| swd | 12.500 | 3.250 |",
+        "| | generated | other real images | |\n|---|---|---|---|\n",
+        "| swd | 12.500 | 3.250 | lower is better |",
+        "| recall | 0.500 | 0.750 | higher is better |",
+        "Each of 2,000 images, against as many real ones.",
         "samples.png",
     ):
         assert words in card
@@ -178,10 +183,11 @@ def test_an_exported_folder_is_of_the_weights_that_were_measured(run, networks, 
         '{"results": {"a": 1}}',
         '{"results": {"a": {"b": null}}}',
         '{"results": {}}',
+        '{"results": {"a": {"b": 1}}, "images": "many"}',
         '{"results": {"a": {"b": 1' + 400 * "0" + "}}}",
         100_000 * "[",
     ],
-    ids=["a list", "no sets", "no figures", "no number", "nothing", "a vast number", "deep"],
+    ids=["a list", "no sets", "no figures", "no number", "nothing", "no count", "a vast number", "deep"],
 )
 def test_what_is_no_evaluation_is_a_line(run, tmp_path, content):
     (tmp_path / "e.json").write_text(content)

@@ -20,6 +20,9 @@ HISTORY = 50
 SETTLED = 200  # steps before samples are judged: an untrained generator draws the same grey for every latent
 SAME = 0.05  # share of the data's diversity that is as good as none
 FALLEN = 0.35  # share of the run's own best diversity
+# Or alike from the beginning: after so many steps below that share of the data's diversity, and over so many grids not
+# up by a tenth. Runs that are slow to begin, with batches of two say, rise by more.
+SLOW, FAINT, FLAT = 1000, 0.3, 5
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Alarms:
         self.raised: set[str] = set()  # kinds that are not over yet
         self.sound = dict.fromkeys(KINDS, step)  # kind -> the last step that did not
         self.best_diversity = 0.0
+        self.latest: deque[float] = deque(maxlen=FLAT + 1)  # diversities
 
     def look_at_metrics(self, step: int, metrics: dict[str, float]) -> list[Alarm]:
         """The alarms that a log point starts; `metrics` has losses, d_real, d_fake, grad_norm_d and grad_norm_g."""
@@ -119,16 +123,26 @@ class Alarms:
             last: of the run: no other one will come to confirm it.
         """
         self.best_diversity = max(self.best_diversity, min(diversity, 1.0))
+        self.latest.append(diversity)
         settled = step - self.start >= SETTLED
         alike = min(diversity, nearest) < SAME
+        fallen = diversity < FALLEN * self.best_diversity
+        flat = len(self.latest) > FLAT and diversity < 1.1 * self.latest[0]
+        stuck = step - self.start >= SLOW and diversity < FAINT and flat
+        if alike:
+            what = "are nearly the same picture: the generator has collapsed"
+        elif fallen:
+            what = "have become alike: the generator collapses"
+        else:
+            what = "have stayed alike: the generator learns little"
+        figures = f"two are {diversity:.0%} as far apart as real images, at best {self.best_diversity:.0%}"
         return self._judge(
             "collapse",
             step,
-            settled and (alike or diversity < FALLEN * self.best_diversity),
+            settled and (alike or fallen or stuck),
             1 if last and alike else 2,
-            f"the samples are nearly the same picture (apart by {diversity:.0%} of what real images are, each from its"
-            f" nearest by {nearest:.0%}): the generator has collapsed. Try --spectral-norm, --r1 5,"
-            f"{'' if self.loss == 'hinge' else ' --loss hinge,'} a smaller --lr-g, or --diffaugment",
+            f"the samples {what} ({figures}; each and its nearest {nearest:.0%}). Try --diffaugment, --r1 5,"
+            " --spectral-norm, or a smaller --lr-d or --lr",
         )
 
     def no_sign_before(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from fastdcgan.apps.distances import mean_sliced_wasserstein
+from fastdcgan.apps.distances import VISIBLE, mean_sliced_wasserstein
 from fastdcgan.pixels import to_floats
 
 COMPARED = 256  # pictures in the sliced Wasserstein distance; a quarter of them in the diversity
@@ -18,6 +20,9 @@ class Quality:
     Args:
         real: uint8 (N, H, W, C), N at least 2; up to COMPARED are used.
         latent_dim, seed: of the fixed latents.
+
+    Attributes:
+        varied: whether most of the real images differ, so that samples that do not have collapsed.
     """
 
     def __init__(self, real: Tensor, latent_dim: int, seed: int, device: torch.device) -> None:
@@ -27,7 +32,10 @@ class Quality:
         distinct = torch.unique(self.real[:CHUNK], dim=0)  # or those that are there twice have no distance at all
         shown = distinct if len(distinct) > 1 else self.real[:2]
         self.compared = len(shown)
-        self.apart, self.nearest = (max(value, 1e-12) for value in distances_apart(shown))
+        least = VISIBLE * math.sqrt(self.real[0].numel())  # what is less apart than this, no picture's file can show
+        self.apart, self.nearest = (max(value, least) for value in distances_apart(shown))
+        # Of a set that is mostly one picture, or a few, a perfect generator's samples are alike too.
+        self.varied = 2 * len(distinct) > len(self.real[:CHUNK]) and self.apart > least
 
     def diversity(self, pictures: Tensor) -> dict[str, float]:
         """How far apart pictures (N, C, H, W) are, as a share of what real images are: of as many, distinct ones.

@@ -38,6 +38,8 @@ class Watch:
         random = torch.Generator().manual_seed(config.seed)
         self.latents = torch.randn(GRID, config.latent_dim, generator=random).to(device)
         self.quality = Quality(real, config.latent_dim, config.seed, device)
+        if not self.quality.varied:
+            say("note: most images of the set are the same: whether samples are all alike is not watched")
         self.contention = Contention() if device.type == "cpu" else None
         alarms = run / "alarms.jsonl"
         self.known_alarms = alarms.read_text(errors="replace") if alarms.exists() else ""
@@ -55,7 +57,7 @@ class Watch:
         for figures in history["metrics"]:
             with suppress(*CHANGED):
                 self.alarms.look_at_metrics(int(figures["step"]), figures)
-        for figures in history["quality"]:
+        for figures in history["quality"] if self.quality.varied else []:
             with suppress(*CHANGED):
                 self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
         if self.config.on_divergence != "warn":
@@ -105,7 +107,7 @@ class Watch:
             self.silent = False  # nothing is larger than a picture: there is room again
         with self.writing():
             self.monitor.log({"step": done, **varied}, "quality")
-        return self.report(self.alarms.look_at_samples(done, **varied, last=last))
+        return self.report(self.alarms.look_at_samples(done, **varied, last=last) if self.quality.varied else [])
 
     def report(self, raised: list[Alarm]) -> list[Alarm]:
         """Write alarms down and say them; returns them."""

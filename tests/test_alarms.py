@@ -7,13 +7,14 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastdcgan import checkpoint, models
-from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, Alarm, Alarms
+from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, SLOW, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.pixels import to_floats
@@ -124,6 +125,42 @@ def test_a_fall_of_diversity_is_a_collapse_and_the_grey_start_is_none() -> None:
     assert alarms.look_at_samples(400, 0.9, 0.9) == [] == alarms.look_at_samples(500, 0.3, 0.3)
     (alarm,) = alarms.look_at_samples(600, 0.3, 0.3)
     assert alarm.kind == "collapse" and alarm.sound == 400
+
+
+@pytest.mark.parametrize(
+    ("growth", "said"),
+    [(1.0, ["have stayed alike: the generator learns little"]), (1.03, [])],  # a tenth more over five grids
+)
+def test_samples_that_stay_alike(growth: float, said: list[str]) -> None:
+    """Though they never were any better: grey with faint strokes, of a generator whose discriminator is too strong."""
+    alarms = Alarms("bce", 0.0, 0)
+    found = [
+        (alarm.step, alarm.message)
+        for step in range(100, 2000, 100)
+        for alarm in alarms.look_at_samples(step, 0.16 * growth ** (step / 100), 0.5)
+    ]
+    assert [message[len("the samples ") :][: len(part)] for part, (_, message) in zip(said, found, strict=True)] == said
+    assert [step for step, _ in found] == [SLOW + 100] * len(said)
+
+
+def test_a_set_with_few_pictures_is_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of it a perfect generator's samples are alike."""
+    noise, cpu = torch.randint(0, 256, (64, 8, 8, 1), dtype=torch.uint8), torch.device("cpu")
+    two, faint = noise[:2].repeat(32, 1, 1, 1), noise[:1] // 2 + noise % 2
+    assert Quality(noise, 8, 0, cpu).varied and Quality(noise[:2], 8, 0, cpu).varied
+    for images in (two, noise[:1].repeat(64, 1, 1, 1), torch.full_like(noise, 255), faint):
+        quality = Quality(images, 8, 0, cpu)
+        assert not quality.varied
+        assert max(quality.diversity(to_floats(noise.permute(0, 3, 1, 2))).values()) < 1000, (
+            "a figure that can be drawn"
+        )
+    (tmp_path / "samples").mkdir()
+    watch = Watch(tmp_path, small(tmp_path), two, cpu, 0)
+    step = SimpleNamespace(average=lambda z: torch.zeros(len(z), 1, 8, 8))
+    step.latest_pictures = step.average
+    assert watch.sample(900, step) == watch.sample(1000, step) == []  # type: ignore[arg-type]
+    watch.close()
+    assert "most images of the set are the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("diversity", "said"), [(0.01, ["collapse"]), (0.3, [])])  # the latter may be an accident

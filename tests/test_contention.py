@@ -114,7 +114,7 @@ def test_a_run_says_it_once(
 
 
 def test_who_computes_on_a_gpu_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "Quality", lambda *_: None)
+    monkeypatch.setattr(watch, "Quality", lambda *_: SimpleNamespace(varied=True))
     (tmp_path / "samples").mkdir()
     real = torch.zeros(64, 16, 16, 1, dtype=torch.uint8)
     looks = [watch.Watch(tmp_path, TrainConfig(), real, torch.device(kind), 0) for kind in ("cpu", "meta")]

@@ -1442,7 +1442,7 @@ def test_the_millionth_step_comes_after_the_one_before(tmp_path: Path) -> None:
 def test_a_resumed_run_knows_how_varied_its_pictures_were(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "quality.jsonl").write_text('{"step": 300, "diversity": 0.01, "nearest": 0.01}\n')
-    real = torch.zeros(4, 16, 16, 1, dtype=torch.uint8)
+    real = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
     watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 300)
     watch.close()
     assert watch.alarms.best_diversity == 0.01

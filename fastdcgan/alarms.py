@@ -9,7 +9,8 @@ from statistics import median
 
 LOST = "not finite"  # the one that nothing comes back from
 ROLLBACK = "rollback"  # none of KINDS: what was done about one
-KINDS = (LOST, "large losses", "steep gradients", "discriminator wins", "collapse")
+KINDS = (LOST, "large losses", "steep gradients", "discriminator wins", "collapse", "noise")
+OF_SAMPLES = KINDS[4:]
 PATIENCE, LASTING = 5, 400  # log points in a row, and steps, before the discriminator has won: early on it often leads
 # D's loss above its lowest possible, which wgan-gp's has not. With bce where D(x) is 0.98 and D(G(z)) 0.02; lsgan's at
 # 0.95 and 0.05: runs that come through fall to 0.016.
@@ -23,6 +24,7 @@ FALLEN = 0.35  # share of the run's own best diversity
 # Or alike from the beginning: after so many steps below that share of the data's diversity, and over so many grids not
 # up by a tenth. Runs that are slow to begin, with batches of two say, rise by more.
 SLOW, FAINT, FLAT = 1000, 0.3, 5
+WIDE, WIDE_NEAREST = 1.2, 1.4  # shares of the data's that only noise has: good runs rise to 1.05 and 1.23
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Alarms:
         loss: a key of `OBJECTIVES`.
         label_smoothing: raises the discriminator's lowest possible loss.
         step: where the run starts.
+        of_samples: whether sample grids are judged: of a set that is mostly one picture they say nothing.
     """
 
-    def __init__(self, loss: str, label_smoothing: float, step: int) -> None:
-        self.start = step
+    def __init__(self, loss: str, label_smoothing: float, step: int, of_samples: bool = True) -> None:
+        self.start, self.of_samples = step, of_samples
         self.loss = loss
         self.floor = _entropy(label_smoothing) if loss == "bce" else 0.0
         self.norms: dict[str, deque[float]] = {
@@ -61,7 +64,8 @@ class Alarms:
         }
         self.signs: dict[str, int] = {}  # kind -> points in a row that showed it
         self.raised: set[str] = set()  # kinds that are not over yet
-        self.sound = dict.fromkeys(KINDS, step)  # kind -> the last step that did not
+        watched = [kind for kind in KINDS if of_samples or kind not in OF_SAMPLES]
+        self.sound = dict.fromkeys(watched, step)  # kind -> the last step that did not
         self.best_diversity = 0.0
         self.latest: deque[float] = deque(maxlen=FLAT + 1)  # diversities
 
@@ -122,13 +126,15 @@ class Alarms:
         Args:
             last: of the run: no other one will come to confirm it.
         """
+        if not self.of_samples:
+            return []
         self.best_diversity = max(self.best_diversity, min(diversity, 1.0))
         self.latest.append(diversity)
-        settled = step - self.start >= SETTLED
+        settled, late = step - self.start >= SETTLED, step - self.start >= SLOW
         alike = min(diversity, nearest) < SAME
         fallen = diversity < FALLEN * self.best_diversity
         flat = len(self.latest) > FLAT and diversity < 1.1 * self.latest[0]
-        stuck = step - self.start >= SLOW and diversity < FAINT and flat
+        stuck = late and diversity < FAINT and flat
         if alike:
             what = "are nearly the same picture: the generator has collapsed"
         elif fallen:
@@ -136,13 +142,21 @@ class Alarms:
         else:
             what = "have stayed alike: the generator learns little"
         figures = f"two are {diversity:.0%} as far apart as real images, at best {self.best_diversity:.0%}"
-        return self._judge(
+        raised = self._judge(
             "collapse",
             step,
             settled and (alike or fallen or stuck),
             1 if last and alike else 2,
             f"the samples {what} ({figures}; each and its nearest {nearest:.0%}). Try --diffaugment, --r1 5,"
             " --spectral-norm, or a smaller --lr-d or --lr",
+        )
+        return raised + self._judge(
+            "noise",
+            step,
+            late and diversity > WIDE and nearest > WIDE_NEAREST,
+            3,
+            f"the samples are noise more than pictures (two are {diversity:.0%} as far apart as real images; each and"
+            f" its nearest {nearest:.0%}). Try a smaller --lr or --beta1 (0.0002 and 0.5 are usual)",
         )
 
     def no_sign_before(self) -> int:

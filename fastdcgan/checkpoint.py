@@ -151,7 +151,7 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
     """
     best = run / "checkpoints" / "best"
     try:
-        if load(best).progress["distance"] <= distance:
+        if load(best).progress["distance_to_data"] <= distance:
             return False
     except (KeyError, TypeError):
         pass
@@ -171,7 +171,7 @@ def keep_if_best(run: Path, saved: Checkpoint) -> None:
     Raises:
         OSError: it could not be written.
     """
-    folder, distance = _place(run, saved.progress["step"]), saved.progress.get("distance")
+    folder, distance = _place(run, saved.progress["step"]), saved.progress.get("distance_to_data")
     if distance is not None and folder.exists():
         keep_best(run, folder, distance)
 

@@ -49,9 +49,12 @@ class Quality:
 
     @torch.no_grad()
     def distance(self, generator: nn.Module) -> float:
-        """Sliced Wasserstein distance to the real images, the mean over the levels of the pyramid; 0 at best."""
+        """Sliced Wasserstein distance to the real images, the mean over the levels of the pyramid; 0 at best.
+
+        In the real images' own units: normalised each over itself, a set of nearly grey pictures would be as near.
+        """
         drawn = torch.cat([generator(latents).float() for latents in self.latents.split(CHUNK)])
-        return mean_sliced_wasserstein(drawn, self.real, repeats=1)
+        return mean_sliced_wasserstein(drawn, self.real, repeats=1, absolute=True)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class Saver:
             kind: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
             for kind, values in (step.weights() | {"state": state}).items()
         }
-        progress = {"step": done, "images": stream.images, "data": positions, "distance": distance}
+        progress = {"step": done, "images": stream.images, "data": positions, "distance_to_data": distance}
         progress |= {"total": self.total, "of": [self.run.config.epochs, self.run.config.batch_size, self.world.size]}
         progress |= {"rollbacks": self.rollbacks, "config": self.run.config.as_json()}
         self.writing = self.thread.submit(write, self.run, Checkpoint(tensors, progress), sound, self.damaged)
@@ -85,7 +85,7 @@ def write(run: RunFolder, taken: Checkpoint, sound: int | None, damaged: set[Pat
     Returns:
         its step, if it could not be written.
     """
-    done, distance = taken.progress["step"], taken.progress["distance"]
+    done, distance = taken.progress["step"], taken.progress["distance_to_data"]
     if not all(bool(value.isfinite().all()) for kind in taken.tensors.values() for value in kind.values()):
         say(f"warning: no checkpoint at step {done:,}: some weights are not finite; the older ones stay")
         return None

@@ -312,8 +312,10 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
                 raised = world.broadcast_object(raised)
             if raised and (config.on_divergence != "warn" or any(alarm.kind == LOST for alarm in raised)):
                 saver.wait()
-                if config.on_divergence != "rollback" or saver.rollbacks - before == ROLLBACKS:
+                if config.on_divergence != "rollback":
                     end(folder, raised[0])
+                if saver.rollbacks - before == ROLLBACKS:
+                    end(folder, raised[0], f" after {ROLLBACKS} rollbacks")
                 saver.rollbacks += 1
                 done = roll_back(world, folder, step, raised, config.seed, saver.rollbacks)
                 if watch:
@@ -359,15 +361,15 @@ def last_saved(run: Path) -> str:
     return f"the last saved step is {max(map(step_of, complete(run)), default='none')}"
 
 
-def end(run: Path, alarm: Alarm) -> NoReturn:
-    """End the run for an alarm.
+def end(run: Path, alarm: Alarm, why: str = "") -> NoReturn:
+    """End the run for an alarm; `why` it could not go back, where it was to.
 
     Raises:
         UserError: always; it says where the best checkpoint is.
     """
     best = run / "checkpoints" / "best"
     raise UserError(
-        f"the run ended at step {alarm.step:,}: {alarm.kind}; the last sound step is {alarm.sound:,},"
+        f"the run ended at step {alarm.step:,}: {alarm.kind}{why}; the last sound step is {alarm.sound:,},"
         f" the best checkpoint {best if best.exists() else 'none'}; {run / 'alarms.jsonl'} says what to try"
     )
 
@@ -382,7 +384,7 @@ def roll_back(world: World, run: Path, step: TrainStep, raised: list[Alarm], see
     sound = min(alarm.sound for alarm in raised)
     found = world.from_first(lambda: load_sound(run, sound))
     if found is None:
-        end(run, raised[0])
+        end(run, raised[0], ", and there is no checkpoint from before it to go back to")
     done = restore(step, found, world)
     step.rng.manual_seed(world.seed(seed + 1000 * raised[0].step + count))
     return done

@@ -52,12 +52,13 @@ class Watch:
     def _begin(self, done: int) -> None:
         self.monitor = Monitor(self.run, done, self.known_alarms)
         history = self.monitor.before
-        self.alarms = Alarms(self.config.loss, self.config.label_smoothing, 0 if history["metrics"] else done)
+        start = 0 if history["metrics"] else done
+        self.alarms = Alarms(self.config.loss, self.config.label_smoothing, start, self.quality.varied)
         # What the run has written up to here: a sign that lasts is not new because the run was stopped meanwhile.
         for figures in history["metrics"]:
             with suppress(*CHANGED):
                 self.alarms.look_at_metrics(int(figures["step"]), figures)
-        for figures in history["quality"] if self.quality.varied else []:
+        for figures in history["quality"]:
             with suppress(*CHANGED):
                 self.alarms.look_at_samples(int(figures["step"]), figures["diversity"], figures["nearest"])
         if self.config.on_divergence != "warn":
@@ -107,7 +108,7 @@ class Watch:
             self.silent = False  # nothing is larger than a picture: there is room again
         with self.writing():
             self.monitor.log({"step": done, **varied}, "quality")
-        return self.report(self.alarms.look_at_samples(done, **varied, last=last) if self.quality.varied else [])
+        return self.report(self.alarms.look_at_samples(done, **varied, last=last))
 
     def report(self, raised: list[Alarm]) -> list[Alarm]:
         """Write alarms down and say them; returns them."""

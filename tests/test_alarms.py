@@ -284,7 +284,7 @@ def test_rollback_ends_the_run_when_it_does_not_help(tmp_path: Path, monkeypatch
     kinds = [alarm["kind"] for alarm in lines(tmp_path / "run", "alarms")]
     assert kinds == ["not finite", "rollback"] * ROLLBACKS + ["not finite"]
     Poison(monkeypatch, {1})
-    with pytest.raises(UserError, match="the last sound step is 1"):  # before any checkpoint
+    with pytest.raises(UserError, match="no checkpoint from before it to go back to; the last sound step is 1"):
         train(small(tmp_path / "early", on_divergence="rollback"))
 
 
@@ -334,7 +334,7 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     best = load_run(run / "checkpoints" / "best")
     assert best.step == 6 and best.config is not None and load_run(run).step == 12
     state = json.loads((run / "checkpoints" / "best" / "state.json").read_text())
-    assert state["distance"] == 0.2
+    assert state["distance_to_data"] == 0.2
     (run / "checkpoints" / "best" / "state.safetensors").write_bytes(b"damaged")
     assert checkpoint.keep_best(run, checkpoint.complete(run)[-1], 0.9)  # better than none
     assert load_run(run / "checkpoints" / "best").step == 12
@@ -351,6 +351,24 @@ def test_a_nearer_set_has_the_smaller_distance() -> None:
     near, far = Fixed(), Fixed()
     near.pictures, far.pictures = quality.real, quality.real.sign() * torch.linspace(-1, 1, 16)
     assert quality.distance(near) < 0.5 * quality.distance(far)
+
+
+def test_washed_out_pictures_are_not_the_nearest() -> None:
+    """Normalised each set over itself, a tenth of the contrast and another brightness would be no distance at all."""
+    real = torch.randint(0, 256, (64, 16, 16, 1), dtype=torch.uint8)
+    quality = Quality(real, 8, 0, torch.device("cpu"))
+
+    class Fixed(torch.nn.Module):
+        def __init__(self, pictures: Tensor) -> None:
+            super().__init__()
+            self.pictures = pictures
+
+        def forward(self, latents: Tensor) -> Tensor:
+            return self.pictures[: len(latents)]
+
+    itself = quality.distance(Fixed(quality.real))
+    assert quality.distance(Fixed(0.1 * quality.real)) > 5 * itself
+    assert quality.distance(Fixed(quality.real - 1)) > 5 * itself
 
 
 def test_a_run_goes_back_to_before_the_first_of_all_signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +432,32 @@ def test_the_grey_start_of_a_resumed_run_without_figures_is_no_collapse() -> Non
     assert [len(alarms.look_at_samples(step, 0.01, 0.01)) for step in (1200, 1250)] == [0, 1]
 
 
+def test_samples_that_stay_noise() -> None:
+    """Further apart than the data, each from its nearest too, in three grids in a row, after the noisy beginning."""
+
+    def said(grids: list[tuple[float, float]], first: int = SLOW) -> list[tuple[str, int, int]]:
+        alarms = Alarms("bce", 0.0, 0)
+        found = [alarms.look_at_samples(first + 100 * i, *grid) for i, grid in enumerate(grids)]
+        return [(alarm.kind, alarm.step, alarm.sound) for each in found for alarm in each]
+
+    noisy, good = (1.25, 1.7), (1.05, 1.23)
+    assert said([good, noisy, noisy, noisy, noisy]) == [("noise", SLOW + 300, SLOW)]
+    assert said([noisy, noisy, good, noisy, noisy]) == []
+    assert said([(1.25, 1.3), (1.15, 1.7)] * 3) == []
+    assert said([noisy] * 5, first=SLOW - 500) == []
+
+
+def test_a_set_whose_samples_are_not_judged_holds_no_older_checkpoint_back(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    real = torch.randint(0, 256, (1, 16, 16, 1), dtype=torch.uint8).repeat(64, 1, 1, 1)
+    watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 0)
+    for step in (100, 200):
+        watch.log({**HEALTHY, "step": step})
+        assert watch.alarms.look_at_samples(step, 0.0, 0.0) == []
+    watch.close()
+    assert watch.alarms.no_sign_before() == 200
+
+
 def test_the_watch_knows_of_label_smoothing(tmp_path: Path) -> None:
     """With it a perfect discriminator still has a loss."""
     (tmp_path / "samples").mkdir()
@@ -466,7 +510,7 @@ def test_a_resumed_run_may_go_back_three_times_more(tmp_path: Path, monkeypatch:
     run = train(small(tmp_path / "run", steps=6, on_divergence="rollback"))
     assert checkpoint.load(checkpoint.complete(run)[-1]).progress["rollbacks"] == 1
     poison = Poison(monkeypatch, set(range(1, 10_000)))
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match=f"not finite after {ROLLBACKS} rollbacks; "):
         train(small(run, on_divergence="rollback", resume=True))
     assert poison.calls == 2 * (ROLLBACKS + 1)
 

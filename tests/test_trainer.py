@@ -336,7 +336,7 @@ def test_a_checkpoint_as_near_as_the_best_does_not_take_its_place(straight: Path
     run = Path(shutil.copytree(straight, tmp_path / "run"))
     best = run / "checkpoints" / "best"
     before = best.stat().st_ino
-    distance = checkpoint.load(best).progress["distance"]
+    distance = checkpoint.load(best).progress["distance_to_data"]
     assert not checkpoint.keep_best(run, run / "checkpoints" / "step-000012", distance)
     assert best.stat().st_ino == before
 
@@ -430,7 +430,7 @@ def test_a_checkpoint_that_cannot_be_copied_to_best_is_not_lost(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = checkpoint.load(straight / "checkpoints" / "step-000012")
-    taken = dataclasses.replace(saved, progress=saved.progress | {"distance": 0.5})
+    taken = dataclasses.replace(saved, progress=saved.progress | {"distance_to_data": 0.5})
     monkeypatch.setattr(checkpoint.shutil, "copyfile", full)
     run = SimpleNamespace(path=tmp_path / "run", config=SMALL)
     run.path.mkdir()
@@ -914,7 +914,7 @@ def test_a_kill_before_the_best_checkpoint_is_copied_costs_nothing(straight: Pat
     shutil.copytree(straight, run)
     newest = checkpoint.complete(run)[-1]
     saved = checkpoint.load(newest)
-    better = dataclasses.replace(saved, progress=saved.progress | {"distance": 1e-9})
+    better = dataclasses.replace(saved, progress=saved.progress | {"distance_to_data": 1e-9})
     checkpoint.save(run, saved.progress["step"], better, keep=9)
     train(small(run, steps=13, resume=True, checkpoint_every=100))
     assert checkpoint.load(run / "checkpoints" / "best").progress["step"] == saved.progress["step"]

@@ -18,7 +18,14 @@ BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 def sliced_wasserstein(
-    a: Tensor, b: Tensor, *, patches: int = 16, repeats: int = 4, directions: int = 128, seed: int = 0
+    a: Tensor,
+    b: Tensor,
+    *,
+    patches: int = 16,
+    repeats: int = 4,
+    directions: int = 128,
+    seed: int = 0,
+    absolute: bool = False,
 ) -> dict[int, float]:
     """Sliced Wasserstein distance between two sets of images, for each level of their Laplacian pyramids.
 
@@ -30,6 +37,7 @@ def sliced_wasserstein(
         a, b: (N, C, H, W), uint8 or floats in -1..1; of unequal sets the first of the larger are taken.
         patches: from each image (there: 128, of 16,384 images).
         repeats: independent draws of `directions` directions.
+        absolute: normalise both sets over b, not each over itself: brightness, contrast and colours count too.
 
     Returns:
         the distance by the level's height in pixels, finest first; coarse levels compare layout, fine ones texture.
@@ -39,21 +47,25 @@ def sliced_wasserstein(
     distances = {}
     sets = [to_floats(images[:count]) for images in (a, b)]
     # Scaled too, what no picture shows, such as noise in an alpha that is 1 everywhere, would count as a picture does.
-    varied = torch.stack([images.std((0, 2, 3)).cpu() for images in sets]).amax(0) >= VISIBLE
-    for level_a, level_b in zip(*map(laplacian_pyramid, sets), strict=True):
-        described = [_descriptors(level, patches, random, varied) for level in (level_a, level_b)]
+    varied = torch.stack([images.std((0, 2, 3)) for images in sets[absolute:]]).amax(0) >= VISIBLE
+    for levels in zip(*map(laplacian_pyramid, sets), strict=True):
+        found = [_patches(level, patches, random) for level in levels]
+        described = [
+            _normalised(each, over, varied, VISIBLE if absolute else 1e-8)
+            for each, over in zip(found, found[1:] * 2 if absolute else found, strict=True)
+        ]
         total = 0.0
         for _ in range(repeats):
             axes = F.normalize(torch.randn(described[0].shape[1], directions, generator=random), dim=0)
             projected = [(each @ axes.to(each.device)).sort(dim=0).values for each in described]
             total += (projected[0] - projected[1]).abs().mean().item()
-        distances[level_a.shape[2]] = total / repeats
+        distances[levels[0].shape[2]] = total / repeats
     return distances
 
 
-def mean_sliced_wasserstein(a: Tensor, b: Tensor, repeats: int = 4) -> float:
+def mean_sliced_wasserstein(a: Tensor, b: Tensor, repeats: int = 4, absolute: bool = False) -> float:
     """`sliced_wasserstein`, the mean over the levels of the pyramid; 0 at best."""
-    levels = sliced_wasserstein(a, b, repeats=repeats)
+    levels = sliced_wasserstein(a, b, repeats=repeats, absolute=absolute)
     return sum(levels.values()) / len(levels)
 
 
@@ -129,9 +141,8 @@ def _ssim_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1), (2 * covariance + c2) / (var_a + var_b + c2)
 
 
-def _descriptors(level: Tensor, patches: int, random: torch.Generator, varied: Tensor) -> Tensor:
-    """`patches` patches of each image (N, C, H, W): (N * patches, C * 49), each channel with mean 0; with deviation 1
-    where `varied`, bool (C,), says so."""
+def _patches(level: Tensor, patches: int, random: torch.Generator) -> Tensor:
+    """`patches` patches of each image (N, C, H, W): (N * patches, 7, 7, C)."""
     n, _, height, width = level.shape
     side = min(PATCH, height, width)
     i = torch.arange(n).repeat_interleave(patches)
@@ -139,9 +150,14 @@ def _descriptors(level: Tensor, patches: int, random: torch.Generator, varied: T
     x = torch.randint(width - side + 1, (n * patches,), generator=random)
     span = torch.arange(side)
     rows, columns = (y[:, None] + span)[:, :, None], (x[:, None] + span)[:, None, :]
-    found = level.permute(0, 2, 3, 1)[i[:, None, None], rows, columns]  # (n * patches, side, side, channels)
-    scale = torch.where(varied.to(found.device), found.std((0, 1, 2)).clamp(min=1e-8), 1.0)
-    return ((found - found.mean((0, 1, 2))) / scale).flatten(1)
+    return level.permute(0, 2, 3, 1)[i[:, None, None], rows, columns]
+
+
+def _normalised(patches: Tensor, over: Tensor, varied: Tensor, least: float) -> Tensor:
+    """Patches (N, 7, 7, C) less the mean of those in `over`, channel by channel, and where `varied`, bool (C,), says so
+    in units of their deviation, or of `least` if that is more: (N, C * 49)."""
+    scale = torch.where(varied, over.std((0, 1, 2)).clamp(min=least), 1.0)
+    return ((patches - over.mean((0, 1, 2))) / scale).flatten(1)
 
 
 def _blur(images: Tensor) -> Tensor:

@@ -122,6 +122,21 @@ def test_what_no_picture_shows_does_not_count_in_the_sliced_wasserstein_distance
     )
 
 
+def test_absolute_a_scale_and_an_offset_count_in_the_sliced_wasserstein_distance():
+    """In units of the second set; where that one is even, as opaque pictures' alpha is, as they are."""
+    a = images(50, 7, channels=2)
+
+    def distance(moved):
+        return sliced_wasserstein(moved, a, absolute=True)[7]
+
+    assert distance(a) < 1e-5
+    assert distance(3 * a) == pytest.approx(2 * distance(2 * a), rel=1e-3) and distance(2 * a) > 0.3
+    assert distance(a + 0.5 * a.std()) > 0.2
+    even, noise = torch.ones(50, 1, 7, 7), images(50, 7, 3, channels=1)
+    apart = sliced_wasserstein(even + 0.1 * noise, even, absolute=True)[7]
+    assert sliced_wasserstein(even + 0.2 * noise, even, absolute=True)[7] == pytest.approx(2 * apart) and apart < 0.1
+
+
 def test_of_unequal_sets_the_first_of_the_larger_count():
     a, b = images(40, 16), images(60, 16, seed=1)
     assert sliced_wasserstein(a, b) == sliced_wasserstein(a, b[:40])

@@ -3,7 +3,7 @@
 `example`        the classic eager loop: float32, NCHW, real and fake passes, `.item()` each step; on a GPU with TF32
                  convolutions (PyTorch's default) and cudnn.benchmark, as the widely used example has it
 `example-fp32`   the same with TF32 off; GPUs only, elsewhere it is the same thing
-`skilled`        what a good engineer writes in twenty lines: autocast, channels_last, max-autotune, fused Adam
+`skilled`        what a good engineer writes by hand: autocast, channels_last, max-autotune, fused Adam
 `skilled-fp16`   the same in float16, whose BatchNorm runs on cuDNN where bfloat16's does not; GPUs only, beside bf16
 `fast-eager`, `fast-compiled`, `fast-captured`   this project's step and its executors; captured needs a GPU
 """
@@ -96,7 +96,7 @@ class Example:
 
 
 class Skilled:
-    """The twenty lines."""
+    """Written by hand, with what PyTorch offers for speed."""
 
     def __init__(self, shape: Shape, device: torch.device, precision: str, mode: str = "max-autotune") -> None:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, 0  # all algorithms, as ours

@@ -44,7 +44,7 @@ class Row:
     images: int = 0  # in an epoch
     first_epoch: float = 0.0  # images/s
     later_epochs: float = 0.0  # images/s, median
-    first_ratio: float | None = None  # to `example`, where it did not run to the first contender
+    first_ratio: float | None = None  # to `example`, or the first contender if that did not run
     later_ratio: float | None = None
     epochs: list[float] = field(default_factory=list)  # images/s
 

@@ -150,7 +150,7 @@ class Trainer:
         return (time.perf_counter() - start) * steps / timed
 
     def distances(self) -> tuple[float, float]:
-        """Of samples to real images, and of these to others."""
+        """The distance of samples to real images, and of these to other real ones."""
         drawn = samples(self.generator, len(self.real), self.shape, self.device)
         return mean_sliced_wasserstein(self.real, drawn), self.least
 

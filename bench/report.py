@@ -244,7 +244,7 @@ class Comparison:
         return median_ratio(self.ours["rounds"], self.plain["rounds"])
 
     def row(self) -> str:
-        """Of the table."""
+        """This result's row of the table."""
         device, (height, width) = self.content["device"], self.content["network"]["image_size"]
         cells = [
             machine(self.content) + (f", {device['threads']} threads" if device["kind"] == "cpu" else ""),
@@ -330,14 +330,14 @@ def plot_throughput(content: dict[str, Any], out: Path) -> None:
 
 
 def style(contender: str, precision: str) -> dict[str, Any]:
-    """Of a line; dashes and an empty marker for 16 bits."""
+    """How a contender's line looks: dashes and an empty marker for 16 bits."""
     colour, marker = LOOKS[contender]
     dashes = {"linestyle": "-.", "markerfacecolor": "white"} if precision in ("bf16", "fp16") else {"linestyle": "-"}
     return {"color": colour, "marker": marker, **dashes}
 
 
 def plain_ticks(axis: Any) -> None:
-    """Of a logarithmic axis: labels at 1, 2 and 5 of each power of ten, written out."""
+    """Label a logarithmic axis at 1, 2 and 5 of each power of ten, written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -32,7 +32,7 @@ from fastdcgan.bench.profiling import NO_KERNELS, device_spans, live_bytes
 from fastdcgan.bench.roofline import Rates, median_and_spread, synchronize
 from fastdcgan.console import say
 
-# Operators that only look at memory otherwise, or reserve it.
+# Operators that only make views, or reserve memory.
 WORKLESS = {
     f"aten::{name}"
     for name in [
@@ -84,7 +84,7 @@ class Row:
     batch_size: int
     images_per_second: float = 0.0  # median over the rounds
     spread: float = 0.0  # half the distance between the quartiles
-    ratio: float | None = None  # to `example`, where it did not run to the first; median over rounds of that in each
+    ratio: float | None = None  # to `example`, or the first if that did not run; median over rounds of that in each
     useful_flops: float = 0.0  # FLOP/s: of the exact step, convolved directly, whatever the contender computes
     floor: float = 0.0  # images/s at the floor, in this row's precision
     peak_memory_bytes: int = 0  # GPU: taken from the device. CPU: allocated inside one step beyond what it began with
@@ -164,7 +164,7 @@ def bench_shape(
     running = [(row, contestant) for row, (_, contestant) in zip(rows, chosen, strict=True)]
 
     def answers(method: str, *arguments: Any) -> Iterator[tuple[Row, Any]]:
-        """Of all that run, in turn; one failure costs one row."""
+        """What each contestant still running answers, in turn; one failure costs one row."""
         for each in list(running):
             row, contestant = each
             if method == "prepare":

@@ -319,7 +319,7 @@ def _plain(value: Tensor) -> Tensor:
 
 
 def _digest(progress: dict[str, Any]) -> str:
-    """Of what state.json says beside the digests; of its meaning, not of its blanks."""
+    """The digest of what state.json says beside the digests, whatever its white space."""
     rest = {name: value for name, value in progress.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

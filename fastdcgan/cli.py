@@ -21,8 +21,10 @@ from fastdcgan.errors import UserError, compiler_error, first_line, number_in
 def main(argv: list[str] | None = None) -> None:
     """Run one command line. Exits with 0, with 2 after one line about a user's mistake, with 130 after Ctrl-C, with 129
     where the terminal was closed, or with 141 where nobody reads what it prints."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed by whoever started this: the next file to be
-        os.set_inheritable(number, True)  # opened would be standard output or error, here or in what this starts
+    # Where standard input, output or error was closed by whoever started this: or the next file to be opened would take
+    # its place, here and in what this starts.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
     os.close(number)
     if argv is not None:
         sys.argv[1:] = argv
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process lives
     threading.excepthook = in_a_thread
-    # Of pictures that are large, which is no fault, or whose EXIF block is cut short, which nobody can mend.
+    # Pillow warns of large pictures, which are no fault, and of EXIF blocks cut short, which nobody can mend.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -133,8 +133,8 @@ class TrainConfig:
     #: with --on-divergence rollback one that is old enough to go back to.
     keep: int = 3
     #: At an alarm (numbers that are not finite, large losses, steep gradients, a discriminator that always wins,
-    #: samples all alike): say so, end the run, or go back to the last sound checkpoint with other noise, three times at
-    #: most until it is resumed. Gradients that are not finite end the run with warn too.
+    #: samples all alike, or all noise): say so, end the run, or go back to the last sound checkpoint with other noise,
+    #: three times at most until it is resumed. Gradients that are not finite end the run with warn too.
     on_divergence: Literal["warn", "stop", "rollback"] = "warn"
 
     def __post_init__(self) -> None:
@@ -325,7 +325,7 @@ def flag(field: str) -> str:
 
 
 def _fits(value: object, kind: str) -> bool:
-    """Whether a JSON value can stand in a field annotated with `kind`."""
+    """Whether a value can stand in a field whose annotation, as it is written, is `kind`."""
     if value is None:
         return "None" in kind
     if isinstance(value, bool):

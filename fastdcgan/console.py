@@ -62,7 +62,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
         with Progress(TextColumn(description), *columns(screen, "rate", None), console=screen) as bar:
             task = bar.add_task(description, total=total, rate="")
 
-            def advance(count: int = 1) -> None:
+            def advance(count: int) -> None:
                 nonlocal done
                 done += count
                 bar.update(task, completed=done, rate=rate())
@@ -71,7 +71,7 @@ def progress(description: str, total: int, unit: str = "images") -> Iterator[Cal
     else:
         last_line = started
 
-        def advance(count: int = 1) -> None:
+        def advance(count: int) -> None:
             nonlocal done, last_line
             done += count
             if time.monotonic() - last_line >= PLAIN_LINE_EVERY:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 SECONDS = 2.0  # that a look goes back at least
-# Measured: alone 19 involuntary switches a second of processor time, beside one or two busy threads 150 to 260; and of
-# the time of two cores 99% and 50 to 65%. Both, as the run's own decoding threads bring 160 to 450 (and use 89 to 98%).
+# Measured: alone 19 involuntary switches a second of processor time and 99% of two cores; beside one or two busy
+# threads 150 to 260, and 50 to 65%. It takes both: the run's own decoding threads bring 160 to 450, and 89 to 98%.
 SWITCHES, SHARE = 70, 0.8
 
 
@@ -25,7 +25,7 @@ class Reading:
 
 
 class Contention:
-    """Looks at every log point; two looks in a row that find the cores shared tell, once.
+    """Looks at every log point, and tells once, when two looks in a row have found the cores shared.
 
     OpenMP's threads wait for one another by spinning. Where another program holds the core of one, the others spin for
     nothing, so that half the cores gave a quarter of the speed. With ADVICE they sleep.

@@ -204,7 +204,7 @@ def meeting_place(address: str, port: int, rank: int, size: int) -> Store:
     """torchrun's store, or one that the first process keeps for all.
 
     It stays for the life of the process: one that went with a run could go while another process, already at its next
-    run, is reading there.
+    run, is reading there. The arguments, which rendezvous reads from the environment itself, tell stores apart.
     """
     store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     return store

@@ -18,12 +18,12 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException | str) -> str:
-    """Of what an error says, or its kind where it says nothing."""
+    """The first line of what an error says, or its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def compiler_error(error: BaseException) -> str:
-    """Of what torch.compile says, the line with what is wrong."""
+    """The line of torch.compile's report that says what is wrong."""
     return next((line for line in str(error).splitlines() if "error:" in line), first_line(error))
 
 

@@ -21,8 +21,9 @@ def take_no_more_than_needed(processes: int) -> None:
     CUBLASLT_WORKSPACE_SIZE. So do segments, and a workspace, that there are already.
 
     Segments do not grow in a run of several processes, whose captured graphs exchange gradients: others have seen such
-    graphs hang with them (torchtitan issue 3306). Nor on Windows, which has none, or in its Linux, where drivers before
-    R615 fail with them on some GPUs (PyTorch issue 192330), nor on GPUs that cannot map memory, as some virtual ones.
+    graphs hang with them (torchtitan issue 3306). Nor on Windows, which has no such segments, or in its Linux, where
+    drivers before R615 fail with them on some GPUs (PyTorch issue 192330), nor on GPUs that cannot map memory, as some
+    virtual ones.
     """
     if not {"CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE"} & os.environ.keys():
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": WORKSPACE, "CUBLASLT_WORKSPACE_SIZE": WORKSPACE_LT}

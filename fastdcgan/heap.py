@@ -12,7 +12,7 @@ USUAL = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 
 
 
 class Heap:
-    """The C library's.
+    """The C library's heap.
 
     On a CPU every step asks for the same tensors again. glibc gives the large ones back to the system when they are
     freed, and the next step gets them anew page by page: some 40,000 page faults a step at batch 64 and 64x64 pixels.

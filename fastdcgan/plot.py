@@ -149,7 +149,7 @@ def _size(line: Series) -> int:
 
 
 def _thinned(line: Series) -> list[list[tuple[float, float]]]:
-    """Its means, least and greatest values over so many points that POINTS are left at most, each at its last step."""
+    """Means, least and greatest values of each `_size(line)` points, at the last one's step: at most POINTS of each."""
     size = _size(line)
     parts = [(line.steps[i : i + size][-1], line.values[i : i + size]) for i in range(0, len(line.steps), size)]
     return [

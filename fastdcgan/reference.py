@@ -2,8 +2,8 @@
 
 Radford, Metz and Chintala, "Unsupervised representation learning with deep convolutional generative adversarial
 networks", 2016 (https://arxiv.org/abs/1511.06434). Parameter names and, at 64x64, the architecture are those of the
-widely used PyTorch example, so `netG.pth` and `netD.pth` load here and ours load there. Everything fast in this
-package is tested against this file.
+widely used PyTorch example, so `netG.pth` and `netD.pth` load here and ours load there. The fast networks and
+the fast step are tested against this file.
 """
 
 from __future__ import annotations

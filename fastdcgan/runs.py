@@ -50,7 +50,7 @@ class RunFolder:
         """
         try:
             (path / "samples").mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held until the process ends
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115  # held until `unlock`
         except OSError as error:
             raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
         try:
@@ -158,9 +158,9 @@ def read_config(path: Path) -> TrainConfig:
 class Run:
     """What was trained, in evaluation mode on one device.
 
-    `generator` is the moving average unless it was loaded with ema=False; `discriminator` and `config` are None when
-    only a generator's file was given. `step` is the number of updates behind it, `images` that of the images they have
-    seen; None where the file does not say.
+    `generator` is the moving average unless it was loaded with ema=False. `discriminator` is None for a generator's
+    file alone, `config` also where there is no config.json. `step` is the number of updates behind it, `images` that of
+    the images they have seen; None where the file does not say.
     """
 
     folder: Path
@@ -186,7 +186,7 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     """
     path = Path(path).expanduser()
     if torch.device(device).type == "cuda":
-        choose_device("cuda")
+        choose_device("cuda")  # raises where there is none
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
     if (path / EXPORTED).is_file() and not (path / "state.json").exists():

@@ -20,7 +20,7 @@ def stop_signals() -> Iterator[Stop]:
     """Turn the first SIGINT, SIGTERM or SIGHUP (unless nohup has it ignored) into an event, so that the step under way
     ends first; a second one kills.
 
-    But for those that come twice from one cause: SIGHUP when a terminal closes, and under torchrun SIGTERM, from
+    Except one that a single cause sends twice: SIGHUP when a terminal closes, and under torchrun SIGTERM, from
     whoever stops all processes and from torchrun, which itself kills those that take too long.
     """
     stop = Stop()

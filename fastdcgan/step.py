@@ -65,7 +65,7 @@ class TrainStep:
         flip: mirror each real image with probability 1/2.
         precision: "fp32", "tf32" or "bf16": what convolutions and matrix products compute in.
         loss: a key of `OBJECTIVES`; label_smoothing as in `make_objective`.
-        lr_g, lr_d, betas: of Adam (Kingma and Ba 2015), for each network and for both.
+        lr_g, lr_d: learning rates of the two networks; betas: of Adam (Kingma and Ba 2015), for both.
         ema_decay: of the generator's moving average once the run is long; (1 + t) / (10 + t) after t steps until then,
             as in TensorFlow's ExponentialMovingAverage with `num_updates`.
         seed: of all that is drawn: noise, flips, augmentation and the like; each process of `world` has its own.
@@ -272,7 +272,7 @@ class TrainStep:
         return functional_call(self.average, self.learned_weights()["generator"], (latents,))
 
     def gradient_norms(self) -> dict[str, float]:
-        """Norms of both networks' gradients, from Adam's first moments: means over about 1 / (1 - beta1) updates."""
+        """Norm of each network's gradient as Adam averages it: its first moment, over about 1 / (1 - beta1) updates."""
         norms = [
             torch.stack(torch._foreach_norm(list(adam.exp_avg.values()))).norm() for adam in (self.adam_d, self.adam_g)
         ]

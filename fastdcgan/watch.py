@@ -19,7 +19,12 @@ from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
 
-CHANGED = (KeyError, TypeError, ValueError, OverflowError)  # what a line of figures gives that somebody has changed
+CHANGED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+)  # what reading a line of figures raises that somebody has edited
 
 
 class Watch:
@@ -39,7 +44,7 @@ class Watch:
         self.latents = torch.randn(GRID, config.latent_dim, generator=random).to(device)
         self.quality = Quality(real, config.latent_dim, config.seed, device)
         if not self.quality.varied:
-            say("note: most images of the set are the same: whether samples are all alike is not watched")
+            say("note: most images of the set are the same, so the samples are not watched for collapse or noise")
         self.contention = Contention() if device.type == "cpu" else None
         alarms = run / "alarms.jsonl"
         self.known_alarms = alarms.read_text(errors="replace") if alarms.exists() else ""

@@ -1,4 +1,7 @@
-"""Fused Triton operations: each is an eager reference, a Triton kernel and one function that picks between them."""
+"""Fused Triton operations: each is an eager reference, a Triton kernel and one function that picks between them.
+
+`batch_norm_image_conv_transpose` joins two of them, and has those for its reference.
+"""
 
 if __name__ != "fastdcgan.kernels":
     raise ImportError(f"import this package as fastdcgan.kernels, not as {__name__}")

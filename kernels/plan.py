@@ -24,5 +24,5 @@ def cut(rows: int, block_rows: int, block_cols: int, splits: int) -> Plan:
 
 
 def splits_for(programs: int, channels: int, groups: int, block_cols: int) -> int:
-    """Of each group's rows, that make about so many programs."""
+    """Into how many splits each group's rows are cut, so that there are about so many programs."""
     return max(1, programs // (-(-channels // block_cols) * groups))

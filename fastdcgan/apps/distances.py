@@ -47,13 +47,13 @@ def sliced_wasserstein(
     distances = {}
     sets = [to_floats(images[:count]) for images in (a, b)]
     # Scaled too, what no picture shows, such as noise in an alpha that is 1 everywhere, would count as a picture does.
-    varied = torch.stack([images.std((0, 2, 3)) for images in sets[absolute:]]).amax(0) >= VISIBLE
+    judged = [sets[1]] if absolute else sets
+    varied = torch.stack([images.std((0, 2, 3)) for images in judged]).amax(0) >= VISIBLE
     for levels in zip(*map(laplacian_pyramid, sets), strict=True):
         found = [_patches(level, patches, random) for level in levels]
-        described = [
-            _normalised(each, over, varied, VISIBLE if absolute else 1e-8)
-            for each, over in zip(found, found[1:] * 2 if absolute else found, strict=True)
-        ]
+        over = [found[1], found[1]] if absolute else found
+        least = VISIBLE if absolute else 1e-8
+        described = [_normalised(*each, varied, least) for each in zip(found, over, strict=True)]
         total = 0.0
         for _ in range(repeats):
             axes = F.normalize(torch.randn(described[0].shape[1], directions, generator=random), dim=0)

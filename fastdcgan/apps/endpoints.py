@@ -16,7 +16,7 @@ from fastdcgan.errors import LAST_SEED, UserError
 from fastdcgan.models import AnyGenerator
 
 STEPS = 300
-DIGITS = 20  # at most, of a seed; Python reads no number of thousands
+DIGITS = 20  # at most, of a seed: int() refuses thousands of them
 
 
 def open_points(run: Path, words: list[str], *, truncation: float | None, fit: bool) -> tuple[AnyGenerator, Tensor]:

@@ -187,7 +187,7 @@ def read_mask(path: Path, image: Path, size: tuple[int, int] | torch.Size, fit: 
     grey = mask.convert("L")
     if fit:
         grey = ImageOps.fit(grey, (size[1], size[0]), Image.Resampling.BOX)
-    return _checked(torch.from_numpy(np.array(grey) > 127), f"--mask {path}")
+    return _checked(torch.from_numpy(np.array(grey) > 127), f"--mask {path}", ": white is filled, black is kept")
 
 
 def box_mask(box: tuple[int, int, int, int], size: tuple[int, int] | torch.Size) -> Tensor:
@@ -219,9 +219,9 @@ def random_mask(fraction: float, count: int, size: tuple[int, int] | torch.Size,
     return hole
 
 
-def _checked(hole: Tensor, what: str) -> Tensor:
+def _checked(hole: Tensor, what: str, hint: str = "") -> Tensor:
     if not hole.any():
-        raise UserError(f"{what} leaves nothing to fill: mark the hole in white")
+        raise UserError(f"{what} marks no pixel to fill{hint}")
     if hole.all():
-        raise UserError(f"{what} covers the whole picture, and there is nothing to go by: leave some of it black")
+        raise UserError(f"{what} covers the whole picture, and there is nothing to go by{hint}")
     return hole

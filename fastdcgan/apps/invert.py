@@ -10,7 +10,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from fastdcgan.apps.features import activations
-from fastdcgan.apps.latent import Inversion, invert
+from fastdcgan.apps.latent import STAGES, Inversion, invert
 from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
@@ -110,7 +110,7 @@ def check_search(restarts: int, steps: int, seed: int) -> None:
     """Raises UserError for settings of an inversion that are not possible."""
     check_at_least("--restarts", restarts, 1)
     check_seeds(seed, "--restarts", restarts)
-    check_at_least("--steps", steps, 4)
+    check_at_least("--steps", steps, STAGES)
 
 
 def rms(a: Tensor, b: Tensor) -> float:

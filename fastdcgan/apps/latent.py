@@ -123,7 +123,7 @@ def invert(
     for stage in range(STAGES):
         which = torch.arange(count, device=device).repeat_interleave(each)
         z = z.detach().requires_grad_()
-        adam = torch.optim.Adam([z], lr=0.1, betas=(0.9, 0.99))
+        adam = torch.optim.Adam([z], lr=0.0, betas=(0.9, 0.99))  # the rate is set before each step
         stage_steps = steps // STAGES + (stage < steps % STAGES)
         for step in range(stage_steps):
             done = (stage + step / stage_steps) / STAGES

@@ -37,7 +37,7 @@ TOLERANCE = 0.1  # of the solver; a smaller one takes longer and changes the acc
 def probe(run: Path, *, data: str, test_data: str | None = None, out: Path, images: int = 5000, seed: int = 0) -> None:
     """Write the accuracy on labelled images, beside its baselines, as JSON and as a picture of bars, and print it.
 
-    The least of the baselines is the share of the test images that the largest class has.
+    The simplest of the baselines is the share of the test images that the largest class has.
 
     Args:
         data: images in one folder a class, or a named set; labels are the folders' names.
@@ -181,7 +181,7 @@ def classify(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     few = min(CHOICE, len(seen))
     cut = few * 4 // 5
     best = STRENGTHS[1]
-    if len(np.unique(labels[:cut])) > 1:  # as good as always
+    if len(np.unique(labels[:cut])) > 1:  # nearly always
         accuracies = [
             svm(seen[:cut], labels[:cut], strength).score(seen[cut:few], labels[cut:few]) for strength in STRENGTHS
         ]
@@ -203,8 +203,8 @@ def svm(features: NDArray[np.float32], labels: NDArray[np.int64], strength: floa
 
 
 def bars(results: dict[str, Any], largest: float) -> Image.Image:
-    """The accuracies as horizontal bars with their intervals; a grey line at the share of the largest class, which who
-    always names that one has."""
+    """The accuracies as horizontal bars with their intervals; a grey line at the accuracy of always naming the
+    largest class."""
     font = ImageFont.load_default(14)
     page = Image.new("RGB", (640, 50 + 40 * len(results)), "white")
     draw = ImageDraw.Draw(page)

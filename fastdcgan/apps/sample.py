@@ -29,7 +29,7 @@ def sample(
     check_seeds(seed, "--count", count)
     latents([seed], 1, truncation)  # what is not possible is said before anything is written
     generator = open_run(run, ema).generator
-    one_grid = out.suffix.lower() in Image.registered_extensions()  # of which it can be one
+    one_grid = out.suffix.lower() in Image.registered_extensions()  # which check_out then wants to be .png
     check_out(out, (".png",) if one_grid else ())
     grid: list[Tensor] = []
     with progress("sampling", count, "images") as advance:

@@ -1,4 +1,4 @@
-"""Where images come from, whether they are sound, and how they reach the device. `open_dataset` is the only door."""
+"""Where images come from, whether they are sound, and how they reach the device. `open_dataset` is the way in."""
 
 from __future__ import annotations
 

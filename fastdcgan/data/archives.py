@@ -78,7 +78,7 @@ class ZipSource(EncodedSource):
             ) from None
         self._entries = []
         with archive:
-            # Of a name that was added again the newest. Some programs on Windows write its backslashes.
+            # Where a name was added again the newest counts. Some programs on Windows write backslashes in names.
             newest = {entry.filename.replace("\\", "/"): entry for entry in archive.infolist()}
             for name, entry in sorted(newest.items()):
                 hidden = is_hidden(name.removeprefix("./"))
@@ -321,13 +321,13 @@ def _why_no_end(file: IO[bytes]) -> str:
 
 
 def stamp_of(file: Path | int) -> str:
-    """Of a file, by path or open descriptor, as it is now: another one when it is written to or replaced."""
+    """What tells whether a file, by path or open descriptor, has since been written to or replaced: size and time."""
     status = os.stat(file)
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _fingerprint_of_files(stamps: Mapping[Path, str]) -> str:
-    """Of files and what `stamp_of` said of each when it was listed, not of what lies there by now."""
+    """A digest of files' names and of what `stamp_of` said when they were listed, not of what lies there by now."""
     digest = hashlib.sha256()
     for path, stamp in stamps.items():
         digest.update(f"{stamp} ".encode() + os.fsencode(path.name) + b"\n")

@@ -139,7 +139,7 @@ class StagedStream(FedStream):
 
     def _fill_slots(self) -> None:
         try:
-            with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)) as _:
+            with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
                 while not self._closed:
                     slot, copied = self._empty.get()
                     if self._closed:

@@ -328,7 +328,7 @@ def test_multi_scale_similarity_weighs_its_scales():
 def test_a_distance_is_the_mean_over_sorted_projections(monkeypatch):
     """In one dimension, where a direction is 1 or -1: 0, 1, 2 and 5, 1, 0 are 0, 0 and 3 apart."""
     described = iter([torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[5.0], [1.0], [0.0]])])
-    monkeypatch.setattr(distances, "_descriptors", lambda *_: next(described))
+    monkeypatch.setattr(distances, "_normalised", lambda *_: next(described))
     assert sliced_wasserstein(images(3, 16), images(3, 16)) == {16: pytest.approx(1.0)}
 
 

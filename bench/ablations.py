@@ -14,8 +14,8 @@ from statistics import median
 import torch
 
 from fastdcgan import patches, winograd
-from fastdcgan.bench.contenders import Shape, fast_step, quiet
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.contenders import Shape, fast_step, quiet_compiler
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.console import say
 
 DIRECT = "direct convolutions"
@@ -39,7 +39,7 @@ class Row:
 
 def ablate(shape: Shape, repetitions: int) -> list[Row]:
     """Rounds in which every variant runs one step."""
-    quiet()
+    quiet_compiler()
     source = shape.random_images(1024, torch.device("cpu"))
     rows, runs = [], []
     usual = patches.WIDEST_GRID, patches.FAST_SGEMM, winograd.PAYS_HERE
@@ -83,7 +83,7 @@ def main() -> None:
         "network": dataclasses.asdict(shape),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    write_json(Path(sys.argv[1]), content)
+    write_result(Path(sys.argv[1]), content)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.kernels import batch_norm_act_op as op
 from fastdcgan.kernels.batch_norm_act import COMPILED_IS_FASTER
 from fastdcgan.kernels.batch_norm_act_triton import plan
@@ -105,7 +105,7 @@ def main() -> None:
     for layer in arguments.layers:
         rows += measure(layer, arguments.groups, device)
         if arguments.json:
-            write_json(arguments.json, content | {"rows": rows})
+            write_result(arguments.json, content | {"rows": rows})
 
 
 if __name__ == "__main__":

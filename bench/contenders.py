@@ -191,7 +191,7 @@ def compiled_skilled(shape: Shape, device: torch.device, precision: str, real: T
     return skilled, ""
 
 
-def quiet() -> None:
+def quiet_compiler() -> None:
     """Keep the compiler's remarks out of the table, and let it compile one contender after the other."""
     torch._dynamo.config.recompile_limit = 64  # they share the functions that are compiled
     warnings.filterwarnings("ignore", module="torch")

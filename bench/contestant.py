@@ -72,7 +72,7 @@ def _serve(connection: Connection, kind: type, arguments: tuple[Any, ...]) -> No
     Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     # The workers of a DataLoader start as they do elsewhere, not as this process was started.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    contenders.quiet()
+    contenders.quiet_compiler()
     made = kind(*arguments)
     while True:
         try:

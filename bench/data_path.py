@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.data import Dataset, open_dataset
 from fastdcgan.data.dataset import Stream
@@ -168,7 +168,7 @@ def main() -> None:
             for name, measure in ways.items():
                 rates[name].append(measure())
             rows = compared(rates)
-            write_json(options.json, describe(device, command_line("data_path")) | about | {"ways": rows})
+            write_result(options.json, describe(device, command_line("data_path")) | about | {"ways": rows})
     for row in rows:
         print(f"{row['images_per_second']:>10,} images/s  x{row['ratio']:<7} {row['way']}")
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from fastdcgan.bench.contenders import Shape
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.bench.profiling import live_bytes
 from fastdcgan.models import build_discriminator
 from fastdcgan.step import set_precision
@@ -76,7 +76,7 @@ def main() -> None:
             )
             if arguments.json:
                 about = describe(device, command_line("discriminator_memory")) | {"measured": "discriminator memory"}
-                write_json(arguments.json, about | {"rows": rows})
+                write_result(arguments.json, about | {"rows": rows})
 
 
 if __name__ == "__main__":

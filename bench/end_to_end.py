@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from fastdcgan.bench import contenders
 from fastdcgan.bench.contenders import Entry, Example, Shape, Skilled
 from fastdcgan.bench.contestant import Contestant, Failed
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import describe, write_result
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.errors import UserError
@@ -75,7 +75,7 @@ def bench_data(
                 "network": {name: value for name, value in dataclasses.asdict(shape).items() if name != "batch_size"},
                 "rows": [dataclasses.asdict(row) for row in rows],
             }
-            write_json(json, content)
+            write_result(json, content)
     print(table(rows))
     return rows
 

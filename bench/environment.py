@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def describe(device: torch.device, command: str) -> dict[str, Any]:
     """Device, versions, date, commit and the command that repeats the measurement, as JSON has them."""
     return {
-        "device": describe_device(device),
+        "device": device_facts(device),
         "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
@@ -36,7 +36,7 @@ def command_line(module: str) -> str:
     return shlex.join(["python", "-m", f"fastdcgan.bench.{module}", *sys.argv[1:]])
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
+def device_facts(device: torch.device) -> dict[str, Any]:
     """Name, kind and what else its speed depends on."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -91,6 +91,6 @@ def commit() -> str | None:
         return os.environ.get("COMMIT")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_result(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")

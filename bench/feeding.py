@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdcgan.bench.contenders import Shape, fast_step, quiet
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.contenders import Shape, fast_step, quiet_compiler
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.bench.profiling import NO_KERNELS, WARM_UP, device_spans
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--block-seconds", type=float, default=1.0)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    quiet()
+    quiet_compiler()
     device = choose_device("auto")
     rows = []
     for kept in ("host", "device", "disk") if device.type == "cuda" else ("host", "disk"):
@@ -140,7 +140,7 @@ def main() -> None:
             f"kept in {kept:6}  waits {row['share']:6.2%} of the step"
             + ("" if beside is None else f"; {beside:.0%} of the copies' time beside kernels")
         )
-        write_json(
+        write_result(
             options.json,
             describe(device, command_line("feeding"))
             | {

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.kernels import batch_norm_act
 
 LAYERS = {  # image size: (channels, pixels a side) of each BatchNorm layer, width 64
@@ -184,7 +184,7 @@ def main() -> None:
     content = describe(torch.device(device), command) | {"measured": "kernels"}
     for rows in measure(shapes, arguments.dtype, device, arguments.groups):
         if arguments.json:  # after every shape: compiling takes minutes, and the run may be cut short
-            write_json(arguments.json, content | {"rows": rows})
+            write_result(arguments.json, content | {"rows": rows})
     print("\n".join(verdict(rows)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdcgan.bench.contenders import Shape, fast_step, quiet
+from fastdcgan.bench.contenders import Shape, fast_step, quiet_compiler
 from fastdcgan.console import say, spinner
 from fastdcgan.data import open_dataset
 from fastdcgan.errors import UserError, check_at_least
@@ -57,7 +57,7 @@ def profile_training(
         check_at_least(flag, value, least)
     if not nsight:
         make_writable(out, f"--out {out}")
-    quiet()
+    quiet_compiler()
     dataset = open_dataset(data, image_size=image_size, device=device)
     stream = dataset.stream(batch_size)
     shape = Shape(batch_size, image_size, dataset.channels, width=width)

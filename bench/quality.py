@@ -25,13 +25,13 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from fastdcgan.apps.distances import mean_sliced_wasserstein
 from fastdcgan.bench.contenders import Entry, Example, Shape, fast_step
 from fastdcgan.bench.contestant import Contestant
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.data import open_dataset
+from fastdcgan.distances import mean_sliced_wasserstein
 
 STRETCHES = 10
 LAST = 3  # stretches whose distances count as the end
@@ -76,7 +76,7 @@ def quality(
             "curves": curves,
             "parity": parity(curves),
         }
-        write_json(json, content)  # after every seed: whoever has not the time for all keeps those
+        write_result(json, content)  # after every seed: whoever has not the time for all keeps those
     return content
 
 

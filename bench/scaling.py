@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fastdcgan.bench.contenders import Shape, quiet
-from fastdcgan.bench.environment import command_line, describe, write_json
+from fastdcgan.bench.contenders import Shape, quiet_compiler
+from fastdcgan.bench.environment import command_line, describe, write_result
 from fastdcgan.bench.roofline import synchronize
 from fastdcgan.console import say
 from fastdcgan.distributed import join
@@ -74,7 +74,7 @@ def measure(row: Row, image_size: int, device: torch.device) -> float:
 
 def worker(batch_size: int, image_size: int, out: Path) -> None:
     """One of the processes: a few steps on random images; the first one writes the rate."""
-    quiet()
+    quiet_compiler()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = join(device)
     shape = Shape(batch_size, (image_size, image_size))
@@ -117,7 +117,7 @@ def main() -> None:
     rows = scaling(batch_size, image_size, most, device)
     command = command_line("scaling")
     content = describe(device, command) | {"measured": "scaling", "rows": [dataclasses.asdict(row) for row in rows]}
-    write_json(Path(sys.argv[1]), content)
+    write_result(Path(sys.argv[1]), content)
     for row in rows:
         print(
             f"{row.scaling:6} {row.processes} processes of {row.batch_size:4} images"

@@ -40,7 +40,7 @@ def rates():
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.image_size[0]}px-{shape.batch_size}")
 def test_step(benchmark, images_per_second, rates, shape: Shape, entry: Entry):
     benchmark.group = f"step {shape.image_size[0]}x{shape.image_size[1]}, width {shape.width}, batch {shape.batch_size}"
-    contenders.quiet()
+    contenders.quiet_compiler()
     torch._dynamo.reset()
     heap.keeps = False  # left by another contender; the other switches of the process each sets for itself
     run, _ = on_random_images(entry, shape, DEVICE)

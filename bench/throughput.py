@@ -27,7 +27,7 @@ from fastdcgan import winograd
 from fastdcgan.bench import contenders, roofline
 from fastdcgan.bench.contenders import Entry, Shape
 from fastdcgan.bench.contestant import Contestant, Failed
-from fastdcgan.bench.environment import describe, write_json
+from fastdcgan.bench.environment import describe, write_result
 from fastdcgan.bench.profiling import NO_KERNELS, device_spans, live_bytes
 from fastdcgan.bench.roofline import Rates, median_and_spread, synchronize
 from fastdcgan.console import say
@@ -136,7 +136,7 @@ def bench(
                 "rows": [dataclasses.asdict(row) for row in rows],
             }
             if json:
-                write_json(json, content)
+                write_result(json, content)
     print(table(rows, device.type))
     ours = [row for row in rows if row.contender.startswith("fast") and row.rounds]
     if follow and ours:
@@ -148,7 +148,7 @@ def bench(
         content["overhead"] = overhead.overhead(one_shape, device, best.precision, best.contender)
         print(overhead.sentence(content["overhead"]))
         if json:
-            write_json(json, content)
+            write_result(json, content)
     return rows
 
 

@@ -68,12 +68,7 @@ def save(
         digests = {}
         for kind in TENSOR_FILES:
             file = unfinished / f"{kind}.safetensors"
-            try:
-                save_file({name: _plain(value) for name, value in checkpoint.tensors[kind].items()}, file)
-            except SafetensorError as error:  # how safetensors reports a full disk
-                raise OSError(str(error)) from error
-            with suppress(OSError):  # some file systems know no permissions
-                file.chmod(unfinished.stat().st_mode & 0o666)  # as any other: safetensors writes for its owner alone
+            write_safetensors(checkpoint.tensors[kind], file)
             digests[file.name] = _sha256(file)
         progress = {"step": step, **checkpoint.progress}
         digests["state.json"] = _digest(progress)
@@ -85,6 +80,20 @@ def save(
     for old in set(before) - set(needed):
         _delete(old)
     return folder
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write named tensors as one file, with the permissions that any other has in its folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        save_file({name: _plain(value) for name, value in tensors.items()}, file)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
+    with suppress(OSError):  # some file systems know no permissions
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for its owner alone
 
 
 def load(folder: Path) -> Checkpoint:

@@ -27,7 +27,7 @@ PRESETS = {
     "svhn": (32, 64, 20_000),
 }
 DEFAULTS = (64, 64, 20_000)
-MOST_COUNT, MOST_EPOCHS, MOST_RATE = 10**12, 1e9, 1e6
+MOST_COUNT, MOST_EPOCHS, MOST = 10**12, 1e9, 1e6
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ class TrainConfig:
             raise UserError("--steps and --epochs say the same thing: give one of them")
         for name in ("lr", "lr_g", "lr_d"):
             rate = getattr(self, name)
-            if rate is not None and not 0 < rate <= MOST_RATE:
-                raise UserError(f"{flag(name)} {rate} is not possible: a number above 0, {MOST_RATE:g} at most")
+            if rate is not None and not 0 < rate <= MOST:
+                raise UserError(f"{flag(name)} {rate} is not possible: a number above 0, {MOST:g} at most")
         for name in ("r1", "instance_noise"):
-            if not 0 <= getattr(self, name) <= MOST_RATE:
+            if not 0 <= getattr(self, name) <= MOST:
                 raise UserError(
-                    f"{flag(name)} {getattr(self, name):g} is not possible: 0 (without) or above, {MOST_RATE:g} at most"
+                    f"{flag(name)} {getattr(self, name):g} is not possible: 0 (without) or above, {MOST:g} at most"
                 )
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:

@@ -6,15 +6,19 @@ from pathlib import Path
 LAST_SEED = 2**32 - 1  # PyTorch's generators on a CPU take 32 bits: from a larger one the same numbers come again
 
 
-class UserError(Exception):
+class InOneLine(BaseException):
+    """Shown in a notebook by its message alone."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(InOneLine, Exception):
     """What is wrong and what to do about it, in one line.
 
     The command line prints the message without a traceback and exits with code 2.
     """
-
-    def _render_traceback_(self) -> list[str]:
-        """What a notebook shows of it: likewise."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 def first_line(error: BaseException | str) -> str:

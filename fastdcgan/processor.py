@@ -76,3 +76,10 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if bf16_on_gpu else "fp32"
+
+
+def describe_device(device: str) -> str:
+    """In words, for config.json."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

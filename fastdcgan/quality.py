@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastdcgan.apps.distances import VISIBLE, mean_sliced_wasserstein
+from fastdcgan.distances import VISIBLE, mean_sliced_wasserstein
 from fastdcgan.pixels import to_floats
 
-COMPARED = 256  # pictures in the sliced Wasserstein distance; a quarter of them in the diversity
+COMPARED, COMPARED_IN_DIVERSITY = 256, 64  # pictures
 CHUNK = 64  # pictures drawn at once
 
 
@@ -29,13 +29,14 @@ class Quality:
         self.real = to_floats(real[:COMPARED].permute(0, 3, 1, 2)).to(device)
         random = torch.Generator().manual_seed(seed)
         self.latents = torch.randn(len(self.real), latent_dim, generator=random).to(device)
-        distinct = torch.unique(self.real[:CHUNK], dim=0)  # or those that are there twice have no distance at all
+        few = self.real[:COMPARED_IN_DIVERSITY]
+        distinct = torch.unique(few, dim=0)  # or those that are there twice have no distance at all
         shown = distinct if len(distinct) > 1 else self.real[:2]
         self.compared = len(shown)
         least = VISIBLE * math.sqrt(self.real[0].numel())  # what is less apart than this, no picture's file can show
         self.apart, self.nearest = (max(value, least) for value in distances_apart(shown))
         # Of a set that is mostly one picture, or a few, a perfect generator's samples are alike too.
-        self.varied = 2 * len(distinct) > len(self.real[:CHUNK]) and self.apart > least
+        self.varied = 2 * len(distinct) > len(few) and self.apart > least
 
     def diversity(self, pictures: Tensor) -> dict[str, float]:
         """How far apart pictures (N, C, H, W) are, as a share of what real images are: of as many, distinct ones.

@@ -26,7 +26,7 @@ from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.files import lock, replace_file, short
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
-from fastdcgan.processor import choose_device
+from fastdcgan.processor import choose_device, describe_device
 from fastdcgan.versions import versions
 
 N = TypeVar("N", bound=torch.nn.Module)
@@ -301,10 +301,3 @@ def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) 
         raise UserError(f"{complaint}: {str(error).splitlines()[-1].strip()}") from error
     if not all(value.float().isfinite().all() for value in weights.values()):  # some types cannot say
         raise UserError(f"{complaint} that can be used: some of its weights are not finite; take an older checkpoint")
-
-
-def describe_device(device: str) -> str:
-    """In words, for config.json."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

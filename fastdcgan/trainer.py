@@ -20,9 +20,9 @@ from fastdcgan.checkpoint import Checkpoint, complete, keep_if_best, load_newest
 from fastdcgan.config import TrainConfig, absolute, flag
 from fastdcgan.console import say, speaks, spinner, training_progress
 from fastdcgan.data import open_dataset, packed_size
-from fastdcgan.data.dataset import LEFT_OUT
+from fastdcgan.data.dataset import LEFT_OUT, Dataset
 from fastdcgan.distributed import World, join
-from fastdcgan.errors import UserError
+from fastdcgan.errors import InOneLine, UserError
 from fastdcgan.executors import make_executor
 from fastdcgan.files import replace_file
 from fastdcgan.heap import heap
@@ -69,7 +69,7 @@ CHANGES = [
 ]
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(InOneLine, KeyboardInterrupt):
     """The run in `folder` was asked to end (by Ctrl-C, SIGTERM or SIGHUP) and has saved a checkpoint.
 
     Not an Exception: a loop over several runs that goes on after those that fail ends too.
@@ -78,10 +78,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal_number: int, folder: Path) -> None:
         super().__init__(f"stopped by a signal; a checkpoint is saved in {folder}")
         self.signal_number, self.folder = signal_number, folder
-
-    def _render_traceback_(self) -> list[str]:
-        """What a notebook shows of it: one line."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
@@ -146,26 +142,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         config = dataclasses.replace(config, image_size=packed_size(config.data))
 
     height, width = config.size
-    with world.first_on_each_machine():
-        data = open_dataset(
-            config.data,
-            image_size=(height, width),
-            channels=config.channels,
-            device=device,
-            seed=config.seed,
-            loader=config.loader,
-            cache=config.cache,
-            cache_dir=config.cache_dir,
-            crop=config.crop,
-            strict=config.strict,
-            rank=world.rank,
-            world_size=world.size,
-        )
+    data, count = open_images(world, config, device)
     flip = data.flip if config.flip is None else config.flip
-    alike = world.gather((*data.listed(), data.channels))
-    if len(set(alike)) > 1:
-        raise UserError(f"the processes see different images (files, names, channels: {alike}): give all the same data")
-    count = world.broadcast_object(data.count)  # the others may know of other files that they are broken
     gen_width, disc_width = config.widths
     with building, torch.random.fork_rng(devices=[]):  # and afterwards it is as the caller had it
         torch.default_generator.manual_seed(config.seed)
@@ -204,20 +182,8 @@ def train_in(world: World, config: TrainConfig, asked: Set[str], device: torch.d
         lr_decay=config.lr_decay == "linear",
         world=world,
     )
-    done, total = restore(step, resumed, world) if resumed else 0, config.total_steps(count, world.size)
-    if resumed and config.epochs is not None:
-        same = resumed.progress["of"] == [config.epochs, config.batch_size, world.size]
-        if same and not data.changed(resumed.progress["data"][0]):
-            total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
-        else:
-            seen = resumed.progress["images"]
-            total = done + config.total_steps(count, world.size, seen)
-            fewer = config.epochs != resumed.progress["of"][0]  # else it was over, whatever has changed since
-            if "epochs" in asked and fewer and seen - config.epochs * count >= config.batch_size * world.size:
-                behind = f"{seen / count:.4g} epochs"
-                raise UserError(f"the run has {behind} behind it: --epochs {config.epochs:g} would end it before")
-    if done > total:
-        raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
+    done = restore(step, resumed, world) if resumed else 0
+    total = steps_in_all(world, config, asked, data, count, resumed, done)
     if saved is not None:
         warn_of_changes(config, trained_with(resumed, saved), data.flip)
     step.synchronise()
@@ -349,6 +315,64 @@ def check_alike(world: World, config: TrainConfig) -> None:
         values = [each[name] for each in everyone]
         if any(value != values[0] for value in values):
             raise UserError(f"the processes differ in {flag(name)} ({values}): start all with the same")
+
+
+def open_images(world: World, config: TrainConfig, device: torch.device) -> tuple[Dataset, int]:
+    """The images, and how many there are, which is the same in all processes.
+
+    Raises:
+        UserError: as `open_dataset`, or the processes see different ones.
+    """
+    with world.first_on_each_machine():
+        data = open_dataset(
+            config.data,
+            image_size=config.size,
+            channels=config.channels,
+            device=device,
+            seed=config.seed,
+            loader=config.loader,
+            cache=config.cache,
+            cache_dir=config.cache_dir,
+            crop=config.crop,
+            strict=config.strict,
+            rank=world.rank,
+            world_size=world.size,
+        )
+    alike = world.gather((*data.listed(), data.channels))
+    if len(set(alike)) > 1:
+        raise UserError(f"the processes see different images (files, names, channels: {alike}): give all the same data")
+    return data, world.broadcast_object(data.count)  # the others may know of other files that they are broken
+
+
+def steps_in_all(
+    world: World,
+    config: TrainConfig,
+    asked: Set[str],
+    data: Dataset,
+    count: int,
+    resumed: Checkpoint | None,
+    done: int,
+) -> int:
+    """The step that the run ends with; `resumed` is where it goes on, with `done` steps of them behind it.
+
+    Raises:
+        UserError: it would end before that.
+    """
+    total = config.total_steps(count, world.size)
+    if resumed and config.epochs is not None:
+        same = resumed.progress["of"] == [config.epochs, config.batch_size, world.size]
+        if same and not data.changed(resumed.progress["data"][0]):
+            total = resumed.progress["total"]  # files may have turned out to be broken since: an epoch is shorter now
+        else:
+            seen = resumed.progress["images"]
+            total = done + config.total_steps(count, world.size, seen)
+            fewer = config.epochs != resumed.progress["of"][0]  # else it was over, whatever has changed since
+            if "epochs" in asked and fewer and seen - config.epochs * count >= config.batch_size * world.size:
+                behind = f"{seen / count:.4g} epochs"
+                raise UserError(f"the run has {behind} behind it: --epochs {config.epochs:g} would end it before")
+    if done > total:
+        raise UserError(f"the run is at step {done:,} already: --steps {total} would end it before")
+    return total
 
 
 def everyones(world: World, lists: list[T]) -> list[T]:

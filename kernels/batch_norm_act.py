@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.kernels.backend import Backend, log_once, use_triton
+from fastdcgan.kernels.layout import DTYPES, as_rows
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (rows, channels), a row being a pixel of a sample: the bfloat16 layers, in one group, for whose forward and backward
 # pass torch.compile's own kernels took less time on an H200 (bench/results/h200-batch-norm-all-layers.json).
 COMPILED_IS_FASTER = (
@@ -118,26 +118,6 @@ def reference(
     # In place: the gradient then needs y alone, which the next layer keeps anyway. Inductor would otherwise store the
     # sign of z as bytes, and on a CPU that one store costs more than the rest of the kernel.
     return F.relu(z, inplace=True) if negative_slope == 0 else F.leaky_relu(z, negative_slope, inplace=True)
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x, or a copy of it, with the channels of a pixel side by side and the pixels in order."""
-    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
-
-
-def in_groups(x: Tensor, groups: int) -> Tensor:
-    """(N, C, ...) as (groups, N / groups, C, ...)."""
-    return x.unflatten(0, (groups, -1))
-
-
-def all_but_channels(x: Tensor) -> tuple[int, ...]:
-    """The dimensions of `in_groups(x, groups)` that statistics are taken over."""
-    return (1, *range(3, x.dim() + 1))
-
-
-def spread(tensor: Tensor, x: Tensor) -> Tensor:
-    """(C,) or (groups, C), to be combined with `in_groups(x, groups)`."""
-    return tensor.reshape(-1, 1, x.shape[1], *(1 for _ in x.shape[2:]))
 
 
 def runs_triton(x: Tensor, training: bool, groups: int, backend: Backend) -> bool:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdcgan.kernels import batch_norm_act_triton as kernels
-from fastdcgan.kernels.batch_norm_act import all_but_channels, as_rows, in_groups, spread
+from fastdcgan.kernels.layout import all_but_channels, as_rows, in_groups, spread
 from fastdcgan.kernels.plan import Plan
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdcgan.kernels.batch_norm_act import all_but_channels, as_rows, in_groups, spread
+from fastdcgan.kernels.layout import all_but_channels, as_rows, in_groups, spread
 
 
 class SyncBatchNormAct(torch.autograd.Function):

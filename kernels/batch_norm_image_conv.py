@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastdcgan.kernels.backend import Backend
-from fastdcgan.kernels.batch_norm_act import as_rows, batch_norm_act
+from fastdcgan.kernels.batch_norm_act import batch_norm_act
 from fastdcgan.kernels.batch_norm_act import check as check_norm
 from fastdcgan.kernels.batch_norm_act import runs_triton as norm_runs_triton
 from fastdcgan.kernels.image_conv import check as check_conv
 from fastdcgan.kernels.image_conv import image_conv_transpose
 from fastdcgan.kernels.image_conv import runs_triton as conv_runs_triton
+from fastdcgan.kernels.layout import as_rows
 
 
 def batch_norm_image_conv_transpose(

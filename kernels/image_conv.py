@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastdcgan.kernels.backend import Backend, use_triton
-from fastdcgan.kernels.batch_norm_act import as_rows
+from fastdcgan.kernels.layout import DTYPES, as_rows
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_CHANNELS = 4  # of an image, for the Triton implementation: RGB and one more
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from fastdcgan.kernels import image_conv_triton as kernels
-from fastdcgan.kernels.batch_norm_act import as_rows
+from fastdcgan.kernels.layout import as_rows
 
 # Rows of a tile, and programs of `outer`, each of which leaves a partial result to be added: what was fastest on an
 # H200, four programs for each of its multiprocessors.

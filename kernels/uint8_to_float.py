@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdcgan.kernels.backend import Backend, use_triton
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fastdcgan.kernels.layout import DTYPES
 
 
 def uint8_to_float(

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.apps.distances import psnr, ssim
 from fastdcgan.apps.invert import check_search
 from fastdcgan.apps.latent import invert
 from fastdcgan.apps.pictures import names, read_pictures, save, sheet, to_picture
 from fastdcgan.apps.trained import device_of, open_both
 from fastdcgan.console import progress, say
+from fastdcgan.distances import psnr, ssim
 from fastdcgan.errors import UserError
 from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator, AnyGenerator

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdcgan.apps.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.apps.features import activations, untrained
 from fastdcgan.apps.image_sets import batches, circumstances, open_images, pictures_of, shuffled
 from fastdcgan.apps.latent import BATCH, generate, latents
@@ -23,6 +22,7 @@ from fastdcgan.apps.neighbours import nearest_images, prdc
 from fastdcgan.apps.pictures import save, sheet
 from fastdcgan.apps.trained import device_of, fingerprint, open_both
 from fastdcgan.console import progress, say, spinner
+from fastdcgan.distances import ms_ssim_diversity, sliced_wasserstein
 from fastdcgan.errors import UserError, check_at_least, check_seeds, first_line
 from fastdcgan.files import check_out, printable
 from fastdcgan.models import AnyDiscriminator

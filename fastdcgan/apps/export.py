@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from fastdcgan import reference
 from fastdcgan.apps.evaluate import better
 from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.trained import fingerprint, open_run
+from fastdcgan.checkpoint import write_safetensors
 from fastdcgan.console import say, spinner
 from fastdcgan.errors import UserError, check_utf8
 from fastdcgan.files import printable, target, unfinished_name
@@ -70,9 +69,7 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        save_file({name: value.contiguous() for name, value in plain.state_dict().items()}, unfinished / EXPORTED)
-        with contextlib.suppress(OSError):  # some file systems know no permissions
-            (unfinished / EXPORTED).chmod(unfinished.stat().st_mode & 0o666)  # safetensors writes for its owner alone
+        write_safetensors(plain.state_dict(), unfinished / EXPORTED)
         if format == "pth":
             content = io.BytesIO()  # torch has errors of its own for a full disk, some of which end the process
             torch.save(plain.state_dict(), content)
@@ -88,8 +85,8 @@ def export(run: Path, *, format: str, out: Path, evaluation: Path | None = None,
         if place.exists():
             place.rmdir()
         unfinished.replace(place)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {out} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     say(f"exported: {', '.join(sorted(path.name for path in out.iterdir()))} in {printable(out)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdcgan.data import Dataset, open_dataset
 from fastdcgan.models import AnyDiscriminator, AnyGenerator
 from fastdcgan.pixels import to_floats
-from fastdcgan.runs import describe_device
+from fastdcgan.processor import describe_device
 from fastdcgan.versions import versions
 
 BATCH = 256

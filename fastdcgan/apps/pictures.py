@@ -143,12 +143,12 @@ def save(content: Image.Image | bytes, path: Path) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def names(paths: Sequence[Path], out: Path, beside: Sequence[Path] = ()) -> list[str]:
+def names(paths: Sequence[Path], out: Path, also_read: Sequence[Path] = ()) -> list[str]:
     """A name in the folder `out` for what comes of each file: its stem, numbered where that is taken, shortened where
     that leaves no room for a suffix.
 
     Args:
-        beside: other pictures that are read.
+        also_read: other pictures.
 
     Raises:
         UserError: the results would take the place of pictures that are read.
@@ -160,7 +160,7 @@ def names(paths: Sequence[Path], out: Path, beside: Sequence[Path] = ()) -> list
         while stems[i] in taken or (stems[i] == stem and given.count(stem) > 1):
             stems[i], number = f"{stem}-{number}", number + 1
         taken.add(stems[i])
-    read = {os.path.realpath(path) for path in [*paths, *beside]}
+    read = {os.path.realpath(path) for path in [*paths, *also_read]}
     if any(os.path.realpath(out / f"{name}.png") in read for name in taken):
         raise UserError(f"--out {out} would replace pictures that are read: give another folder")
     return stems

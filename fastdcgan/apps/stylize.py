@@ -23,8 +23,8 @@ PIECES = 4096  # to choose from
 CELLS = 3  # a side: what of a piece has to fit the photograph, so that its detail stays the domain's
 FIT_TO_NEIGHBOURS = 0.6  # weight of the overlaps; the rest is that of the photograph
 CHOICE = 0.1  # any piece whose error is within this share of the least may be taken, or a flat area would repeat one
-MOST_PIXELS = 4096  # a side, of the result
-LONGEST = 4 * MOST_PIXELS  # side of what is drawn: more takes hours and gigabytes
+LONGEST_RESULT = 4096  # side in pixels
+LONGEST = 4 * LONGEST_RESULT  # side of what is drawn: more takes hours and gigabytes
 
 
 def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: int = 8, seed: int = 0) -> None:
@@ -48,7 +48,7 @@ def stylize(run: Path, photo: Path, *, out: Path, strength: float = 0.7, tiles: 
     generator = open_run(run).generator
     picture = open_picture(photo)
     check_out(out, (".png", ".jpg", ".jpeg"), [photo])
-    scale = min(1.0, MOST_PIXELS / max(picture.size))
+    scale = min(1.0, LONGEST_RESULT / max(picture.size))
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     image = to_tensor(fitted(picture, size, generator.channels))
     canvas = canvas_size((size[1], size[0]), generator.image_size, tiles)

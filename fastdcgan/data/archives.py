@@ -70,8 +70,8 @@ class ZipSource(EncodedSource):
     def __init__(self, path: Path) -> None:
         self.path, self.names, self.unusable = path, [], []
         try:
-            self._file = ArchiveFile(path)
-            archive = zipfile.ZipFile(self._file.file)
+            self._archive = ArchiveFile(path)
+            archive = zipfile.ZipFile(self._archive.file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{path} is not a readable zip file ({error}): unpack it yourself, or fetch it again"
@@ -98,7 +98,7 @@ class ZipSource(EncodedSource):
 
     def read(self, i: int) -> bytes:
         entry = self._entries[i]
-        data = self._file.read_at(self._start(entry), entry.compress_size)
+        data = self._archive.read_at(self._start(entry), entry.compress_size)
         if entry.compress_type == zipfile.ZIP_DEFLATED:
             try:
                 data = zlib.decompressobj(-15).decompress(data, entry.file_size + 1)  # 0 would be no limit
@@ -116,12 +116,12 @@ class ZipSource(EncodedSource):
             data = self.read(i)
             return Glimpse(data, data[-TAIL_BYTES:], len(data), lambda: data)
         start = self._start(entry)
-        tail = self._file.read_at(start + entry.file_size - TAIL_BYTES, TAIL_BYTES)
-        return Glimpse(self._file.read_at(start, HEAD_BYTES), tail, entry.file_size, lambda: self.read(i))
+        tail = self._archive.read_at(start + entry.file_size - TAIL_BYTES, TAIL_BYTES)
+        return Glimpse(self._archive.read_at(start, HEAD_BYTES), tail, entry.file_size, lambda: self.read(i))
 
     def _starts_like_an_image(self, name: str, entry: zipfile.ZipInfo) -> bool:
         try:
-            head = self._file.read_at(self._start(entry), min(entry.compress_size, HEADER_OF_DEFLATE))
+            head = self._archive.read_at(self._start(entry), min(entry.compress_size, HEADER_OF_DEFLATE))
             if entry.compress_type == zipfile.ZIP_DEFLATED:
                 head = zlib.decompressobj(-15).decompress(head, MAGIC_BYTES)
         except (OSError, zlib.error):
@@ -130,14 +130,14 @@ class ZipSource(EncodedSource):
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
         """Where the entry's data begin: behind its local header, whose length only it knows."""
-        header = self._file.read_at(entry.header_offset, 30)
+        header = self._archive.read_at(entry.header_offset, 30)
         if header[:4] != b"PK\x03\x04":
             raise OSError("broken in the zip: no header where one should be")
         name_length, extra_length = struct.unpack_from("<HH", header, 26)
         return int(entry.header_offset + 30 + name_length + extra_length)
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files({self.path: self._file.stamp})
+        return _fingerprint_of_files({self.path: self._archive.stamp})
 
 
 class TarSource(EncodedSource):
@@ -147,7 +147,7 @@ class TarSource(EncodedSource):
         self.path, self.names, self.unusable = path, [], []
         self._shards = list(dict.fromkeys(shards))
         self._stamps: dict[Path, str] = {}
-        self._file = functools.lru_cache(OPEN_SHARDS)(self._open)
+        self._shard = functools.lru_cache(OPEN_SHARDS)(self._open)
         self._places: list[tuple[int, int, int]] = []  # (shard, offset, size)
         self._labels: list[str | None] = []
         prefixes = [f"{shard.name}/" for shard in self._shards] if len(self._shards) > 1 else [""]
@@ -206,7 +206,7 @@ class TarSource(EncodedSource):
             text = None
             if label and label.size < 1024:
                 with suppress(OSError):  # the shard is cut short in the middle of it
-                    text = self._file(number).read_at(label.offset_data, label.size)
+                    text = self._shard(number).read_at(label.offset_data, label.size)
             self._labels.append(None if text is None else text.decode("utf-8", "backslashreplace").strip())
 
     def classes(self) -> tuple[list[int], list[str]] | None:
@@ -222,11 +222,11 @@ class TarSource(EncodedSource):
 
     def read(self, i: int) -> bytes:
         shard, offset, size = self._places[i]
-        return self._file(shard).read_at(offset, size)
+        return self._shard(shard).read_at(offset, size)
 
     def glimpse(self, i: int) -> Glimpse:
         shard, offset, size = self._places[i]
-        tail, file = min(size, TAIL_BYTES), self._file(shard)
+        tail, file = min(size, TAIL_BYTES), self._shard(shard)
         head = file.read_at(offset, min(size, HEAD_BYTES))
         return Glimpse(head, file.read_at(offset + size - tail, tail), size, lambda: self.read(i))
 
@@ -243,20 +243,20 @@ class LmdbSource(EncodedSource):
 
     def __init__(self, path: Path) -> None:
         self.path, self.unusable = path, []
-        self._file = path / "data.mdb" if path.is_dir() else path
+        self._data = path / "data.mdb" if path.is_dir() else path
         try:
             import lmdb
         except ImportError:
             raise UserError(f"{path} is an LMDB, which needs one more package: pip install lmdb") from None
         try:
             self._damaged: type[Exception] = lmdb.Error
-            self._env: Any = _environments.get(self._file.resolve())
-            self._stamp = stamp_of(self._file)
+            self._env: Any = _environments.get(self._data.resolve())
+            self._stamp = stamp_of(self._data)
             if self._env is None:
-                self._env = lmdb.open(os.fsencode(self._file), subdir=False, readonly=True, lock=False, readahead=False)
-                _environments[self._file.resolve()] = self._env
+                self._env = lmdb.open(os.fsencode(self._data), subdir=False, readonly=True, lock=False, readahead=False)
+                _environments[self._data.resolve()] = self._env
             # LMDB maps the file as long as it says it is: reading behind its end would kill the process (SIGBUS).
-            if self._file.stat().st_size < (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]:
+            if self._data.stat().st_size < (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]:
                 raise UserError(f"{path} is cut short: fetch it again")
             with self._env.begin() as transaction:
                 self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
@@ -283,7 +283,7 @@ class LmdbSource(EncodedSource):
         return None
 
     def fingerprint(self) -> str:
-        return _fingerprint_of_files({self._file: self._stamp})
+        return _fingerprint_of_files({self._data: self._stamp})
 
 
 def _require_images(source: EncodedSource) -> None:

@@ -103,7 +103,7 @@ def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Cen
         folder: where verdicts are remembered, None to remember nothing.
     """
     count = len(source)
-    census = _recall(_memory(source, folder), count) if folder else None
+    census = _recall(_verdicts_file(source, folder), count) if folder else None
     if census is not None:
         waiting = [i for i, reason in census.reasons.items() if reason.startswith(PASSING)]
     else:
@@ -138,7 +138,7 @@ def take_census(source: EncodedSource, threads: int, folder: Path | None) -> Cen
 def remember(census: Census, source: EncodedSource, folder: Path) -> None:
     """Save the verdicts whole or not at all; a cache that cannot be written is no reason to stop."""
     with suppress(OSError):
-        memory = _memory(source, folder)
+        memory = _verdicts_file(source, folder)
         temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
         memory.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -157,7 +157,7 @@ def remember(census: Census, source: EncodedSource, folder: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _memory(source: EncodedSource, folder: Path) -> Path:
+def _verdicts_file(source: EncodedSource, folder: Path) -> Path:
     key = hashlib.sha256(os.fsencode(f"{source.path.absolute()} {source.fingerprint()}")).hexdigest()
     return folder / f"{key[:32]}.npz"
 

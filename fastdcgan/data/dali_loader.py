@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from fastdcgan.console import say
 from fastdcgan.data.header import JPEG, PNG, is_plain
-from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
+from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, decoding_threads, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import UnusableImage
 from fastdcgan.errors import first_line
@@ -31,7 +31,6 @@ from fastdcgan.errors import first_line
 Pictures = list[Any] | Pixels
 
 types: Any = nvidia.dali.types  # its names are made at run time, where type checkers do not see them
-BATCHES_AHEAD = 2
 LARGE_PNG = 1 << 20  # pixels; above, DALI, which holds whole batches unresized, takes gigabytes and is no faster
 GPU_DECODE_FROM_BYTES = 16_384  # a typical file this large is worth sending to the GPU's decoder
 
@@ -84,8 +83,6 @@ class DaliLoader(Loader):
         self._max_batch = 0
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-
         def begin(request: Request) -> _Batch:
             decoded, fast = self.begin(request), self.fast[request.ids]
             encoded: dict[int, bytes] = {}
@@ -103,22 +100,21 @@ class DaliLoader(Loader):
                 self._feed(batch, batch.rows())
             return batch
 
-        try:
-            running: _Batch | None = None
-            for batch in ahead(begin, requests, BATCHES_AHEAD):
-                if running is None:
-                    running = start(batch)
-                    continue
-                # The next batch is in DALI while this one is resized and used.
-                collected = self._collect(running)
-                done, running = running, start(batch)
-                yield self._finish(done, collected)
-            if running is not None:
-                yield self._finish(running, self._collect(running))
-        finally:
-            # Without waiting: an abandoned generator ends wherever Python collects garbage, also while a thread starts.
-            pool.shutdown(wait=False, cancel_futures=True)
-            self._pipeline = None
+        with decoding_threads(self.threads) as pool:
+            try:
+                running: _Batch | None = None
+                for batch in ahead(begin, requests):
+                    if running is None:
+                        running = start(batch)
+                        continue
+                    # The next batch is in DALI while this one is resized and used.
+                    collected = self._collect(running)
+                    done, running = running, start(batch)
+                    yield self._finish(done, collected)
+                if running is not None:
+                    yield self._finish(running, self._collect(running))
+            finally:
+                self._pipeline = None
 
     def _read_rows(self, decoded: Decoded, rows: Ids, encoded: dict[int, bytes]) -> None:
         """Collect these rows' files for DALI; one that is not as it should be is decoded with Pillow."""

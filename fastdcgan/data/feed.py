@@ -34,13 +34,13 @@ class Usable:
 class Feed(ABC):
     """Walks along an order; `cursor` is the element it stands before."""
 
-    device: torch.device  # where `images` finds them, hence where it best writes to
+    device: torch.device  # where `fill` finds the images, hence where it best writes to
 
     def __init__(self, order: Order, cursor: int, usable: Usable) -> None:
         self.order, self.cursor, self.usable = order, cursor, usable
 
     @abstractmethod
-    def images(self, out: torch.Tensor) -> int:
+    def fill(self, out: torch.Tensor) -> int:
         """Write the next len(out) images to `out`, uint8 (B, H, W, C); returns the new cursor."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class StoreFeed(Feed):
                 return ids, after
             self._decode_some()
 
-    def images(self, out: torch.Tensor) -> int:
+    def fill(self, out: torch.Tensor) -> int:
         ids, _ = self.rows(len(out))
         if self.store.array.device.type == "cpu":
             np.take(self.store.array.numpy(), ids, axis=0, out=out.numpy(), mode="clip")  # "clip" writes unbuffered
@@ -129,7 +129,7 @@ class DecodeFeed(Feed):
         self._ready: torch.Tensor | None = None  # decoded, not yet handed out
         self._after: Ids = np.empty(0, dtype=np.int64)
 
-    def images(self, out: torch.Tensor) -> int:
+    def fill(self, out: torch.Tensor) -> int:
         filled = 0
         while filled < len(out):
             if self._ready is None or not len(self._ready):

@@ -27,7 +27,7 @@ from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable, short
 
-PICTURES = 3  # raise it when other files would be taken, or decoded to other pixels: kept images are then made anew
+PIXELS_VERSION = 3  # raise it when other files are taken, or decoded to other pixels: kept images are then made anew
 
 
 class FileDataset(Dataset):
@@ -56,9 +56,9 @@ class FileDataset(Dataset):
         self._loader_name = "dali" if loader == "dali" or (loader == "auto" and dali_is_installed()) else "torch"
         if loader == "dali" and not dali_is_installed():
             raise UserError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use --loader torch")
-        self._memory = None if cache == "off" else cache_dir / "verdicts"
+        self._verdicts = None if cache == "off" else cache_dir / "verdicts"
         self._ahead = self._host_memory_ahead(channels)
-        self._census: Census = take_census(source, room.cores(), self._memory)
+        self._census: Census = take_census(source, room.cores(), self._verdicts)
         reasons = self._census.reasons | self._census.oversized(image_size)
         self.skipped = source.unusable + [(printable(source.names[i]), reasons[i]) for i in sorted(reasons)]
         if strict and self.skipped:
@@ -207,8 +207,8 @@ class FileDataset(Dataset):
                 say(f"warning: {name}: {reason}; what cannot be read is left out for the rest of the run")
                 self._warned_of_gone = True
             self._census.drop(i, reason)
-        if self._memory is not None:
-            remember(self._census, self._source, self._memory)
+        if self._verdicts is not None:
+            remember(self._census, self._source, self._verdicts)
         left = int(self._usable.mask.sum())
         if left < self._needed:
             raise UserError(
@@ -276,7 +276,7 @@ class FileDataset(Dataset):
 
     def _key(self) -> str:
         """Names the kept images: one file for each path, size and way of decoding."""
-        parts = (self._source.path.absolute(), self.image_size, self.channels, self._loader_name, PICTURES)
+        parts = (self._source.path.absolute(), self.image_size, self.channels, self._loader_name, PIXELS_VERSION)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

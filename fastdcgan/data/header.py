@@ -103,7 +103,7 @@ def examine(glimpse: Glimpse) -> Facts:
         return unusable(EMPTY)
     facts = None
     if head.startswith(b"\xff\xd8\xff"):
-        facts = _facts_of(_header(head)) or _jpeg(head)
+        facts = _jpeg_once(_header(head)) or _jpeg(head)
         if facts is None and glimpse.size > len(head):
             facts = _jpeg(glimpse.whole())  # long metadata pushed the frame header out of sight
         complete = b"\xff\xd9" in glimpse.tail
@@ -133,7 +133,7 @@ def is_plain(data: bytes, kind: int, size: tuple[int, int]) -> bool:
     if kind == PNG:
         facts = _png(data, whole=True)
         return facts is not None and facts[:3] == (PNG, *size)
-    return _is_whole(_header(data), size) or _leads_to_pixels(data, size)
+    return _leads_to_pixels_once(_header(data), size) or _leads_to_pixels(data, size)
 
 
 def _header(jpeg: bytes) -> bytes:
@@ -203,7 +203,7 @@ def _jpeg(data: bytes) -> Facts | None:
     return None
 
 
-_facts_of, _is_whole = lru_cache(HEADERS)(_jpeg), lru_cache(HEADERS)(_leads_to_pixels)
+_jpeg_once, _leads_to_pixels_once = lru_cache(HEADERS)(_jpeg), lru_cache(HEADERS)(_leads_to_pixels)
 
 
 def _exif_orientation(tiff: bytes) -> int:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -24,6 +25,8 @@ from fastdcgan.data.header import JPEG, OTHER, UNUSABLE
 from fastdcgan.data.order import Ids
 from fastdcgan.data.pillow_decode import LARGE_PIXELS, UnusableImage
 from fastdcgan.data.source import EncodedSource, why_unreadable
+
+BATCHES_AHEAD = 2  # begun before they are asked for
 
 Pixels = NDArray[np.uint8]
 Item = TypeVar("Item")
@@ -162,11 +165,23 @@ def in_pieces(pool: ThreadPoolExecutor, work: Callable[[Ids], None], ids: Ids) -
     return [pool.submit(work, ids[start : start + AT_ONCE]) for start in range(0, len(ids), AT_ONCE)]
 
 
-def ahead(begin: Callable[[Item], Begun], items: Iterable[Item], depth: int) -> Iterator[Begun]:
-    """`begin(item)` for each item, called up to `depth` items before its result is handed out."""
+@contextmanager
+def decoding_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to decode in. At the end what has begun in them is not waited for: an abandoned generator ends wherever
+    Python collects garbage, also while a thread starts.
+    """
+    pool = ThreadPoolExecutor(count, thread_name_prefix="decode")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def ahead(begin: Callable[[Item], Begun], items: Iterable[Item]) -> Iterator[Begun]:
+    """`begin(item)` for each item, called up to BATCHES_AHEAD items before its result is handed out."""
     begun: deque[Begun] = deque()
     for item in items:
         begun.append(begin(item))
-        if len(begun) > depth:
+        if len(begun) > BATCHES_AHEAD:
             yield begun.popleft()
     yield from itertools.chain(begun)

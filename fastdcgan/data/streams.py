@@ -75,7 +75,7 @@ class HostStream(FedStream):
         self.index = torch.arange(shape[0])
 
     def advance(self) -> None:
-        self._delivered(self._feed.images(self.source))
+        self._delivered(self._feed.fill(self.source))
 
 
 class StagedStream(FedStream):
@@ -145,7 +145,7 @@ class StagedStream(FedStream):
                     if self._closed:
                         return
                     copied.synchronize()  # the copy out of this slot is done; an event never recorded counts as done
-                    cursor = self._feed.images(slot)
+                    cursor = self._feed.fill(slot)
                     torch.cuda.current_stream().synchronize()  # where the GPU decodes, the slot is written by it
                     self._full.put((slot, copied, cursor))
         except BaseException as error:  # handed to the caller of advance()

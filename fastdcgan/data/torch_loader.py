@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastdcgan.data.header import JPEG
-from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, enter_resized, in_pieces
+from fastdcgan.data.loader import Decoded, Loader, Pixels, Request, ahead, decoding_threads, enter_resized, in_pieces
 from fastdcgan.data.order import Ids
-
-BATCHES_AHEAD = 2
 
 
 class TorchLoader(Loader):
@@ -25,21 +23,17 @@ class TorchLoader(Loader):
         self.fast &= self.census.kind == JPEG
 
     def decode(self, requests: Iterable[Request]) -> Iterator[Decoded]:
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        with decoding_threads(self.threads) as pool:
 
-        def begin(request: Request) -> tuple[Decoded, list[Future[None]]]:
-            decoded = self.begin(request)
-            work = in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.arange(len(decoded.ids)))
-            return decoded, work
+            def begin(request: Request) -> tuple[Decoded, list[Future[None]]]:
+                decoded = self.begin(request)
+                work = in_pieces(pool, lambda rows: self._decode_rows(decoded, rows), np.arange(len(decoded.ids)))
+                return decoded, work
 
-        try:
-            for decoded, work in ahead(begin, requests, BATCHES_AHEAD):
+            for decoded, work in ahead(begin, requests):
                 for piece in work:
                     piece.result()
                 yield decoded
-        finally:
-            # Without waiting: an abandoned generator ends wherever Python collects garbage, also while a thread starts.
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _decode_rows(self, decoded: Decoded, rows: Ids) -> None:
         """Decode these rows of the request into `decoded`."""

@@ -10,9 +10,9 @@ from PIL import Image
 
 from fastdcgan.apps import denoise as denoise_module
 from fastdcgan.apps.denoise import PRIOR, denoise, denoise_images, wiener
-from fastdcgan.apps.distances import psnr, ssim
 from fastdcgan.apps.latent import Inversion
 from fastdcgan.apps.pictures import open_picture, save, sheet, to_picture, to_tensor
+from fastdcgan.distances import psnr, ssim
 from fastdcgan.errors import UserError
 
 

@@ -12,17 +12,8 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
-from fastdcgan.apps import distances
+from fastdcgan import distances
 from fastdcgan.apps import evaluate as evaluate_module
-from fastdcgan.apps.distances import (
-    _ssim_parts,
-    laplacian_pyramid,
-    ms_ssim,
-    ms_ssim_diversity,
-    psnr,
-    sliced_wasserstein,
-    ssim,
-)
 from fastdcgan.apps.evaluate import evaluate, features_of, inception_scores, measure, side_by_side, table
 from fastdcgan.apps.export import export
 from fastdcgan.apps.features import untrained as fresh_discriminator
@@ -31,6 +22,15 @@ from fastdcgan.apps.latent import generate, latents
 from fastdcgan.apps.neighbours import _reach, nearest_images, prdc
 from fastdcgan.apps.pictures import save, to_picture
 from fastdcgan.data import open_dataset
+from fastdcgan.distances import (
+    _ssim_parts,
+    laplacian_pyramid,
+    ms_ssim,
+    ms_ssim_diversity,
+    psnr,
+    sliced_wasserstein,
+    ssim,
+)
 from fastdcgan.errors import UserError
 from fastdcgan.models import Discriminator, Generator
 from fastdcgan.pixels import to_uint8

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastdcgan
+from fastdcgan import checkpoint
 from fastdcgan.apps import export as export_module
 from fastdcgan.apps.export import export
 from fastdcgan.apps.latent import generate, latents
@@ -221,7 +222,7 @@ def test_a_full_disk_is_a_line(run, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(export_module, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         export(run, format="safetensors", out=tmp_path / "model")
     assert not list(tmp_path.iterdir())

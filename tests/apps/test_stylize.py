@@ -188,7 +188,7 @@ def test_tiles_and_seed_change_what_is_drawn(run, tmp_path):
 
 
 def test_the_result_of_a_large_photo_has_its_proportions(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(stylize_module, "MOST_PIXELS", 48)
+    monkeypatch.setattr(stylize_module, "LONGEST_RESULT", 48)
     save(to_picture(photograph(40, 64)), tmp_path / "photo.png")
     stylize(run, tmp_path / "photo.png", out=tmp_path / "out.png", tiles=1)
     assert open_picture(tmp_path / "out.png").size == (48, 30)

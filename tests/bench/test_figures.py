@@ -260,6 +260,6 @@ def test_a_measurement_names_the_threads_it_used():
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 3)
     try:
-        assert environment.describe_device(CPU)["threads"] == threads + 3
+        assert environment.device_facts(CPU)["threads"] == threads + 3
     finally:
         torch.set_num_threads(threads)

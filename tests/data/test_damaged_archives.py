@@ -202,7 +202,7 @@ def test_a_shard_that_took_anothers_place_is_not_read_at_its_places(
     path = tmp_path / "set.tar"
     path.write_bytes(tar)
     data = opened(path, cache="off")
-    data._source._file.cache_clear()  # type: ignore[attr-defined]  # as of many shards
+    data._source._shard.cache_clear()  # type: ignore[attr-defined]  # as of many shards
     (tmp_path / "new.tar").write_bytes(tar[512:] + bytes(512))
     os.replace(tmp_path / "new.tar", path)
     with pytest.raises(UserError, match="the archive was replaced after it was listed"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastdcgan.kernels import batch_norm_act_sync, batch_norm_act_sync_triton
-from fastdcgan.kernels.batch_norm_act import as_rows
+from fastdcgan.kernels.layout import as_rows
 from fastdcgan.kernels.plan import Plan
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the processes compute on the CPU")

@@ -12,31 +12,25 @@ from fastdcgan.pixels import to_floats
 
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, for five scales
 SMALLEST = 16  # pixels a side of the coarsest level of a pyramid
-PATCH = 7
+PATCH, PATCHES = 7, 16  # pixels a side, and how many of each image
+DIRECTIONS = 128
 VISIBLE = 2 / 255  # deviation of a channel in -1..1: one of the steps that a picture's file has
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 def sliced_wasserstein(
-    a: Tensor,
-    b: Tensor,
-    *,
-    patches: int = 16,
-    repeats: int = 4,
-    directions: int = 128,
-    seed: int = 0,
-    absolute: bool = False,
+    a: Tensor, b: Tensor, *, repeats: int = 4, seed: int = 0, absolute: bool = False
 ) -> dict[int, float]:
     """Sliced Wasserstein distance between two sets of images, for each level of their Laplacian pyramids.
 
     As in Karras et al. 2018, section 5: patches of 7x7 pixels from each level, every channel normalised over its set,
     projected on random directions and sorted; the mean absolute difference of the sorted projections. Their figures
-    are 1,000 times these. A channel that hardly varies in either set is centred alone.
+    are 1,000 times these, of 128 patches from each of 16,384 images. A channel that hardly varies in either set is
+    centred alone.
 
     Args:
         a, b: (N, C, H, W), uint8 or floats in -1..1; of unequal sets the first of the larger are taken.
-        patches: from each image (there: 128, of 16,384 images).
-        repeats: independent draws of `directions` directions.
+        repeats: independent draws of DIRECTIONS directions.
         absolute: normalise both sets over b, not each over itself: brightness, contrast and colours count too.
 
     Returns:
@@ -50,13 +44,13 @@ def sliced_wasserstein(
     judged = [sets[1]] if absolute else sets
     varied = torch.stack([images.std((0, 2, 3)) for images in judged]).amax(0) >= VISIBLE
     for levels in zip(*map(laplacian_pyramid, sets), strict=True):
-        found = [_patches(level, patches, random) for level in levels]
+        found = [_patches(level, random) for level in levels]
         over = [found[1], found[1]] if absolute else found
         least = VISIBLE if absolute else 1e-8
         described = [_normalised(*each, varied, least) for each in zip(found, over, strict=True)]
         total = 0.0
         for _ in range(repeats):
-            axes = F.normalize(torch.randn(described[0].shape[1], directions, generator=random), dim=0)
+            axes = F.normalize(torch.randn(described[0].shape[1], DIRECTIONS, generator=random), dim=0)
             projected = [(each @ axes.to(each.device)).sort(dim=0).values for each in described]
             total += (projected[0] - projected[1]).abs().mean().item()
         distances[levels[0].shape[2]] = total / repeats
@@ -141,13 +135,13 @@ def _ssim_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1), (2 * covariance + c2) / (var_a + var_b + c2)
 
 
-def _patches(level: Tensor, patches: int, random: torch.Generator) -> Tensor:
-    """`patches` patches of each image (N, C, H, W): (N * patches, 7, 7, C)."""
+def _patches(level: Tensor, random: torch.Generator) -> Tensor:
+    """PATCHES patches of each image (N, C, H, W): (N * PATCHES, 7, 7, C)."""
     n, _, height, width = level.shape
     side = min(PATCH, height, width)
-    i = torch.arange(n).repeat_interleave(patches)
-    y = torch.randint(height - side + 1, (n * patches,), generator=random)
-    x = torch.randint(width - side + 1, (n * patches,), generator=random)
+    i = torch.arange(n).repeat_interleave(PATCHES)
+    y = torch.randint(height - side + 1, (n * PATCHES,), generator=random)
+    x = torch.randint(width - side + 1, (n * PATCHES,), generator=random)
     span = torch.arange(side)
     rows, columns = (y[:, None] + span)[:, :, None], (x[:, None] + span)[:, None, :]
     return level.permute(0, 2, 3, 1)[i[:, None, None], rows, columns]

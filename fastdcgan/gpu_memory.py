@@ -18,7 +18,8 @@ def take_no_more_than_needed(processes: int) -> None:
     """Let segments of GPU memory grow, so that fewer gaps stay between tensors, and cuBLAS have a small workspace.
 
     What the user has set stays: PYTORCH_CUDA_ALLOC_CONF or PYTORCH_ALLOC_CONF, and CUBLAS_WORKSPACE_CONFIG or
-    CUBLASLT_WORKSPACE_SIZE. So do segments, and a workspace, that there are already.
+    CUBLASLT_WORKSPACE_SIZE. So do segments, and a workspace, that there are already. What is set here must stay set:
+    some versions of PyTorch read it again whenever they use the workspace.
 
     Segments do not grow in a run of several processes, whose captured graphs exchange gradients: others have seen such
     graphs hang with them (torchtitan issue 3306). Nor on Windows, which has no such segments, or in its Linux, where

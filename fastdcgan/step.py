@@ -230,21 +230,21 @@ class TrainStep:
             weights |= self.spectral.normalised()
         return _at_least_float32(functional_call(self.discriminator, weights, (images,)))
 
-    @torch.no_grad()
     def keep_books(self, loss_d: Tensor, loss_g: Tensor, outputs: Tensor) -> None:
         """Add to the metrics' sums, set the moving average's decay for this step, and let the averaged BatchNorm
         statistics follow as the weights do."""
-        self.sums += torch.cat((torch.stack((loss_d, loss_g)), outputs, outputs.new_ones(1)))
-        steps = self.adam_g.steps
-        torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay, out=self.average_decay)
-        # Of all buffers together: a few launches.
-        means, values = _of_kind(self.average, floating=True), _of_kind(self.generator, floating=True)
-        if means:
-            away = torch._foreach_sub(values, means)
-            torch._foreach_mul_(away, 1 - self.average_decay)
-            torch._foreach_add_(means, away)
-        if counts := _of_kind(self.average, floating=False):
-            torch._foreach_copy_(counts, _of_kind(self.generator, floating=False))
+        with torch.no_grad():
+            self.sums += torch.cat((torch.stack((loss_d, loss_g)), outputs, outputs.new_ones(1)))
+            steps = self.adam_g.steps
+            torch.clamp((1 + steps) / (10 + steps), max=self.ema_decay, out=self.average_decay)
+            # Of all buffers together: a few launches.
+            means, values = _of_kind(self.average, floating=True), _of_kind(self.generator, floating=True)
+            if means:
+                away = torch._foreach_sub(values, means)
+                torch._foreach_mul_(away, 1 - self.average_decay)
+                torch._foreach_add_(means, away)
+            if counts := _of_kind(self.average, floating=False):
+                torch._foreach_copy_(counts, _of_kind(self.generator, floating=False))
 
     def __deepcopy__(self, memo: dict[int, object]) -> NoReturn:
         raise TypeError("a TrainStep is not copied: make another, and give it `weights` and `state`")
@@ -376,6 +376,7 @@ def _copy(method: MethodType) -> MethodType:
     """The same method with code of its own: torch.compile remembers what it made by code, eight times at most, and a
     process may train more often, each time other networks or with other constants."""
     found = method.__func__
+    assert not hasattr(found, "__wrapped__"), "the code of a decorator is shared by all that it decorates"
     own = FunctionType(
         found.__code__.replace(), found.__globals__, found.__name__, found.__defaults__, found.__closure__
     )

@@ -17,6 +17,7 @@ from fastdcgan import checkpoint, models
 from fastdcgan.alarms import LASTING, PATIENCE, SETTLED, SLOW, Alarm, Alarms
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
+from fastdcgan.monitor import Monitor
 from fastdcgan.pixels import to_floats
 from fastdcgan.quality import CHUNK, Quality
 from fastdcgan.report import report
@@ -559,3 +560,137 @@ def test_where_the_thresholds_are() -> None:
     for nearest, said in ((0.04, 1), (0.06, 0)):
         alarms = Alarms("bce", 0.0, 0)
         assert sum(len(alarms.look_at_samples(step, 0.9, nearest)) for step in (400, 500)) == said
+
+
+def test_a_set_of_which_half_is_one_picture_is_not_judged() -> None:
+    noise, cpu = torch.randint(0, 256, (64, 8, 8, 1), dtype=torch.uint8), torch.device("cpu")
+    images = torch.cat((noise[:1].repeat(33, 1, 1, 1), noise[:31]))  # of which 31 differ
+    assert not Quality(images, 8, 0, cpu).varied
+    assert not Quality(noise[:32].repeat(2, 1, 1, 1), 8, 0, cpu).varied
+    assert Quality(noise[:33].repeat(2, 1, 1, 1)[:64], 8, 0, cpu).varied
+
+
+def test_three_pictures_of_which_two_are_one() -> None:
+    one, other = torch.randint(0, 256, (2, 16, 16, 1), dtype=torch.uint8)
+    quality = Quality(torch.stack((one, one, other)), 8, 0, torch.device("cpu"))
+    apart = to_floats(torch.stack((one, other)).permute(0, 3, 1, 2))
+    assert quality.varied and quality.diversity(apart) == pytest.approx({"diversity": 1.0, "nearest": 1.0})
+
+
+def test_the_distance_keeps_nothing_for_a_gradient() -> None:
+    """Which would be a chunk's activations, for every chunk."""
+    quality = Quality(torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8), 8, 0, torch.device("cpu"))
+    modes: list[bool] = []
+
+    class Noted(torch.nn.Module):
+        def forward(self, latents: Tensor) -> Tensor:
+            modes.append(torch.is_grad_enabled())
+            return torch.zeros(len(latents), 1, 16, 16)
+
+    quality.distance(Noted())
+    assert modes == [False]
+
+
+@pytest.mark.parametrize(("diversity", "said"), [(0.28, 1), (0.32, 0), (0.8, 0)])
+def test_samples_that_stay_as_they_are_need_only_be_varied_enough(diversity: float, said: int) -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    assert sum(len(alarms.look_at_samples(step, diversity, 0.5)) for step in range(100, 3000, 100)) == said
+
+
+@pytest.mark.parametrize(("now", "said"), [(0.33, 1), (0.37, 0)])
+def test_how_far_diversity_has_to_fall(now: float, said: int) -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    grids = [(300, 1.0), (400, now), (500, now), (600, now)]
+    assert sum(len(alarms.look_at_samples(step, varied, varied)) for step, varied in grids) == said
+
+
+def test_a_slow_start_is_counted_from_where_a_run_without_figures_goes_on() -> None:
+    alarms = Alarms("bce", 0.0, 5000)
+    found = [step for step in range(5050, 6300, 50) if alarms.look_at_samples(step, 0.16, 0.5)]
+    assert found == [5000 + SLOW + 50]
+
+
+@pytest.mark.parametrize(
+    ("grids", "what"),
+    [
+        ([(0.9, 0.9), (0.01, 0.01), (0.01, 0.01)], "are nearly the same picture"),
+        ([(0.9, 0.9), (0.9, 0.01), (0.9, 0.01)], "are nearly the same picture"),
+        ([(0.9, 0.9), (0.2, 0.5), (0.2, 0.5)], "have become alike"),
+    ],
+)
+def test_which_collapse_it_is_is_said(grids: list[tuple[float, float]], what: str) -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    (alarm,) = [a for i, each in enumerate(grids) for a in alarms.look_at_samples(300 + 100 * i, *each)]
+    assert f"the samples {what}" in alarm.message
+
+
+def test_gradients_that_are_no_numbers_are_not_what_is_usual() -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    for step in range(20, 420, 20):
+        alarms.look_at_metrics(step, HEALTHY | {"grad_norm_g": math.nan if step > 200 else 1.0})
+    assert alarms.sound["large losses"] == 200 and math.isfinite(sum(alarms.norms["grad_norm_g"]))
+
+
+def test_smoothed_labels_of_lsgan_leave_its_lowest_loss_at_zero() -> None:
+    assert watch([{"loss_d": 0.2}] * 40, loss="lsgan", label_smoothing=0.1) == []
+
+
+@pytest.mark.parametrize(("growth", "said"), [(1.017, 1), (1.021, 0)])
+def test_growth_is_measured_over_five_grids(growth: float, said: int) -> None:
+    """A tenth is 1.0192 a grid."""
+    alarms = Alarms("bce", 0.0, 0)
+    assert sum(len(alarms.look_at_samples(100 * i, 0.16 * growth**i, 0.5)) for i in range(1, 20)) == said
+
+
+def test_what_was_lost_and_comes_back_is_no_growth() -> None:
+    alarms = Alarms("bce", 0.0, 0)
+    grids = [0.16] * 9 + [0.12, 0.14]
+    assert [a.step for i, each in enumerate(grids, 1) for a in alarms.look_at_samples(100 * i, each, 0.5)] == [1100]
+
+
+@pytest.mark.parametrize("call", ["alarm", "close", "__init__"])
+def test_a_full_disk_keeps_no_run_from_going_back(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "samples").mkdir()
+    real = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 0)
+    monkeypatch.setattr(Monitor, call, full)
+    (alarm,) = watch.log(HEALTHY | {"step": 20, "grad_norm_d": math.nan})
+    watch.begin_again(0, alarm, 1)
+    watch.close()
+    said = capsys.readouterr().err
+    assert f"step 20: {alarm.message}" in said and "back to step 0" in said
+    assert said.count("figures and pictures cannot be written") == 1
+
+
+def test_alarms_that_somebody_has_changed_do_not_stop_a_run(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "alarms.jsonl").write_bytes(b"\xff\n")
+    real = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
+    Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 0).close()
+
+
+def test_the_figures_are_of_the_averages_pictures(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    real = torch.randint(0, 256, (64, 8, 8, 1), dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 0)
+    step = SimpleNamespace(average=lambda z: torch.rand(len(z), 1, 8, 8))
+    step.latest_pictures = lambda z: torch.zeros(len(z), 1, 8, 8)
+    watch.sample(6, step)  # type: ignore[arg-type]
+    watch.close()
+    assert lines(tmp_path, "quality")[0]["diversity"] > 0
+
+
+@pytest.mark.parametrize(("figures", "start"), [(True, 0), (False, 300)])
+def test_where_the_watch_of_a_resumed_run_begins(figures: bool, start: int, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    if figures:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(HEALTHY | {"step": 280}) + "\n")
+    real = torch.randint(0, 256, (4, 16, 16, 1), dtype=torch.uint8)
+    watch = Watch(tmp_path, small(tmp_path), real, torch.device("cpu"), 300)
+    watch.close()
+    assert watch.alarms.start == start

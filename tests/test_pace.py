@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastdcgan import pace
 from fastdcgan.config import TrainConfig
-from fastdcgan.distributed import ALONE
-from fastdcgan.pace import SHARE, Pace, stretched
+from fastdcgan.distributed import ALONE, World
+from fastdcgan.pace import SHARE, TRIALS, Pace, stretched
 from fastdcgan.trainer import train
 
 CPU = torch.device("cpu")
@@ -109,3 +111,35 @@ def test_a_log_point_without_a_step_before_it_times_nothing(monkeypatch: pytest.
     tested.start(5)
     tested.tick(5)
     assert tested.step_seconds == float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Second(World):
+    """Another process than the first, which has found `said`."""
+
+    said: int = 0
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.said
+
+
+def test_all_processes_keep_the_intervals_of_the_first() -> None:
+    """Or one of them would wait for the others at a step at which they do not come."""
+    tested = Pace({"log": None, "sample": None, "checkpoint": None}, Second(1, 2, said=700), CPU)
+    tested.start(0)
+    tested.tick(20)
+    assert tested.listening == 700
+    for _ in range(TRIALS):
+        with tested.measured("sample"):
+            pass
+    assert tested.every == {"log": 20, "sample": 700, "checkpoint": 500}
+
+
+def test_a_measurement_begins_and_ends_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    tested = Pace({"log": None, "sample": None, "checkpoint": None}, ALONE, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(f"wait for the {device}"))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: order.append("look") or float(len(order)))
+    with tested.measured("log"):
+        order.append("work")
+    assert order == ["wait for the cuda", "look", "work", "wait for the cuda", "look"]

@@ -1510,3 +1510,18 @@ def test_what_a_run_took_of_the_memory_is_in_mebibytes(
     assert trainer.peak_memory(torch.device("cpu")) == 1536 << 20
     train(small(tmp_path / "run", steps=1))
     assert "(peak memory 1,536 MiB)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_what_each_process_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its random numbers, its sums and its place in the data."""
+    monkeypatch.setattr(World, "gather", lambda _, own: [own, (own[0] ^ 1, own[1] + 1, {"taken": 7})])
+    run, stream = SimpleNamespace(path=tmp_path, config=SMALL), SimpleNamespace(state=lambda: {"taken": 5}, images=9)
+    (tmp_path / "config.json").write_text("{}")
+    step = small_step()
+    saving = saver.Saver(run, World(0, 2), 12)  # type: ignore[arg-type]
+    saving.save(step, stream, 3)  # type: ignore[arg-type]
+    saving.wait()
+    saved = checkpoint.load(tmp_path / "checkpoints" / "step-000003")
+    random, sums = saved.tensors["state"]["rng"], saved.tensors["state"]["sums"]
+    assert torch.equal(sums, torch.stack((step.sums, step.sums + 1)))
+    assert torch.equal(random[1], random[0] ^ 1) and saved.progress["data"] == [{"taken": 5}, {"taken": 7}]

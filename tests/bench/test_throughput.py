@@ -438,3 +438,25 @@ def test_our_executors_are_what_their_names_say(monkeypatch):
     for executor in ("fast-eager", "fast-compiled", "fast-captured"):
         contenders.fast_step(SMALL, SMALL.random_images(64, CPU), torch.arange(64), "fp32", executor)
     assert made == [(False, "off"), (True, "off"), (True, "on")]
+
+
+def test_each_row_is_beside_the_floor_of_its_own_precision():
+    rates = {"fp32": Rates(1e11, 1e10), "bf16": Rates(4e11, 2e10)}
+    chosen = [(Entry("example", each), Answers("example", [])) for each in rates]
+    rows = throughput.bench_shape(Shape(4), chosen, rates, 1, CPU)
+    for row in rows:
+        passes = throughput.least_passes(Shape(4), row.precision, CPU)
+        assert row.floor == 4 / roofline.floor_seconds(passes, rates[row.precision])
+
+
+def test_the_first_step_is_over_when_the_device_is_done(monkeypatch):
+    clock = [10.0]
+
+    def wait(device):
+        clock[0] += 3
+
+    monkeypatch.setattr(contenders, "on_random_images", lambda *_: (lambda: None, ""))
+    monkeypatch.setattr(throughput, "synchronize", wait)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Runner, "block", lambda self: (160.0, 0.0))
+    assert Runner(Entry("fast-eager", "fp32"), CPU, block_seconds=1.0).prepare(Shape(64)) == ("", 3)

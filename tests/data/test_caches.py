@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastdcgan.data import Dataset, default_cache_dir, room
+from fastdcgan.data import Dataset, default_cache_dir, room, store
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.order import Order
 from fastdcgan.data.store import DiskStore, is_whole, reserve
@@ -638,3 +639,57 @@ def test_two_streams_fill_one_file(make_folder: Callable[..., Path], opened: Cal
     for stream in shares:
         stream.advance()
         assert torch.equal(stream.source[stream.index], whole[stream.index])
+
+
+def test_what_a_reader_of_a_finished_file_adds_does_not_change_the_file(tmp_path: Path) -> None:
+    """Nor has it to be writable: it may be somebody else's."""
+    shape, path = (2, 2, 2, 1), tmp_path / "set.npy"
+    DiskStore(path, shape, "print").finish()
+    before = path.read_bytes()
+    reader = DiskStore(path, shape, "print")
+    reader.write(np.array([1]), torch.ones((1, 2, 2, 1), dtype=torch.uint8))
+    assert reader.read(np.array([1])).all() and path.read_bytes() == before
+
+
+def test_a_note_that_is_no_object_is_none(tmp_path: Path) -> None:
+    shape, path = (2, 4, 4, 1), tmp_path / "set.npy"
+    for text in ("[]", "5", "null", '"print"'):
+        path.with_suffix(".json").write_text(text)
+        assert not is_whole(path, "print")
+        assert not DiskStore(path, shape, "print").present.any()
+
+
+def test_one_at_a_time_opens_and_finishes_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one would take away what the other has just made."""
+    fcntl = pytest.importorskip("fcntl")
+    path, done = tmp_path / "set.npy", list[str]()
+    kept = DiskStore(path, (2, 4, 4, 1), "print")
+    for work in (lambda: DiskStore(path, (2, 4, 4, 1), "print"), kept.finish):
+        with open(path.with_suffix(".lock"), "w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            thread = threading.Thread(target=lambda work=work: (work(), done.append("done")))
+            thread.start()
+            thread.join(0.2)
+            assert not done
+        thread.join(10)
+        assert done.pop() == "done"
+
+
+def test_a_torn_note_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "set.npy"
+    kept = DiskStore(path, (2, 4, 4, 1), "print")
+    path.with_suffix(".json").write_bytes(b'{"finger\xff')
+    assert not is_whole(path, "print")
+    kept.finish()
+
+
+def test_without_a_name_of_this_boot_a_process_trusts_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+
+    def none(path: Path) -> str:
+        raise FileNotFoundError(2, "No such file", str(path))
+
+    monkeypatch.setattr(Path, "read_text", none)
+    first = store._boot_id()
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    assert store._boot_id() != first

@@ -20,6 +20,7 @@ from fastdcgan.data import Dataset, dataset, file_dataset
 from fastdcgan.data import pack as packing
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.pack import pack
+from fastdcgan.data.packed import packed_size
 from fastdcgan.data.pillow_decode import UnusableImage
 from fastdcgan.data.source import why_unreadable
 from fastdcgan.errors import UserError
@@ -190,6 +191,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from fastdcgan.data.pack import pack
+from fastdcgan.data.packed import packed_size
 from fastdcgan.errors import UserError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
@@ -340,3 +342,40 @@ def test_a_set_packed_with_other_channels_is_something_else(make_folder: Callabl
     pack(str(folder), image_size=SIZE, out=out)
     with pytest.raises(UserError, match="holds something else"):
         pack(str(folder), image_size=SIZE, out=out, channels=1)
+
+
+def test_a_packed_set_in_the_home_folder_says_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "set.npy", np.zeros((5, 16, 24, 3), np.uint8))
+    assert packed_size("~/set.npy") == packed_size(str(tmp_path / "set.npy")) == "16x24"
+
+
+def test_pictures_with_alpha_are_a_set_and_two_channels_are_none(
+    tmp_path: Path, opened: Callable[..., Dataset]
+) -> None:
+    for channels in (3, 4):
+        np.save(tmp_path / "set.npy", np.zeros((5, 16, 16, channels), np.uint8))
+        data = opened(tmp_path / "set.npy")
+        assert (data.channels, data.flip) == (channels, True)
+    np.save(tmp_path / "set.npy", np.zeros((5, 16, 16, 2), np.uint8))
+    with pytest.raises(UserError, match="not uint8"):
+        opened(tmp_path / "set.npy")
+
+
+def test_the_size_to_ask_for_is_height_by_width(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    np.save(tmp_path / "set.npy", np.zeros((5, 16, 24, 3), np.uint8))
+    with pytest.raises(UserError, match="16 x 24 pixels: use --image-size 16x24,"):
+        opened(tmp_path / "set.npy")
+
+
+def test_a_torn_note_is_none(tmp_path: Path, opened: Callable[..., Dataset]) -> None:
+    np.save(tmp_path / "set.npy", np.zeros((5, 16, 16, 3), np.uint8))
+    (tmp_path / "set.npy.json").write_bytes(b'{"labels": [0, \xff')
+    assert opened(tmp_path / "set.npy").labels is None
+
+
+def test_what_is_no_packed_set_has_no_size(tmp_path: Path) -> None:
+    """`open_packed` says what is wrong with it."""
+    (tmp_path / "set.npy").write_bytes(b"x")
+    np.save(tmp_path / "flat.npy", np.zeros(5, np.uint8))
+    assert [packed_size(str(tmp_path / f"{name}.npy")) for name in ("set", "flat", "none")] == [None] * 3

@@ -181,3 +181,51 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             wrong()
     assert step == 0
+
+
+def test_what_is_usual_is_what_torch_takes_for_usual():
+    params, _, *moments = state(torch.float32)
+    twins, step = [p.clone().requires_grad_() for p in params], torch.zeros(())
+    optimizer = torch.optim.Adam(twins, lr=0.1)
+    for turn in range(3):
+        grads = [1e-8 * grad for grad in state(torch.float32, turn)[1]]  # beside which eps counts
+        for twin, grad in zip(twins, grads, strict=True):
+            twin.grad = torch.empty_like(twin).copy_(grad)
+        optimizer.step()
+        adam_step(params, grads, *moments, step, lr=0.1)
+    for p, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(p, twin.detach())
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0])
+def test_an_average_may_follow_at_once_or_never(decay):
+    params, grads, *moments = state(torch.float32)
+    emas = [torch.full_like(p, 7) for p in params]
+    adam_step(params, grads, *moments, torch.zeros(()), lr=1e-3, emas=emas, ema_decay=decay)
+    for p, ema in zip(params, emas, strict=True):
+        torch.testing.assert_close(ema, torch.full_like(p, 7) if decay else p)
+
+
+def test_what_has_another_layout_or_lies_elsewhere_is_refused():
+    """A kernel would take its address for a place on the GPU, and its elements for those of the parameter."""
+    params, grads, *moments = state(torch.float32)
+    step, far = torch.zeros(()), torch.device("meta")
+    flat, away = (
+        [[make(t) for t in ts] for ts in (grads, *moments, params)]
+        for make in (torch.Tensor.contiguous, lambda t: t.to(far))
+    )
+    half = [torch.empty_like(p, dtype=torch.bfloat16, device=far) for p in params]
+    for message, wrong in {
+        "exp_avg_sq of parameter 0": lambda: adam_step(params, grads, moments[0], flat[2], step, lr=1e-3),
+        "ema of parameter 0": lambda: adam_step(params, grads, *moments, step, lr=1e-3, emas=flat[3], ema_decay=0.9),
+        "gradient of parameter 0": lambda: adam_step(params, away[0], *moments, step, lr=1e-3),
+        "exp_avg of parameter 0": lambda: adam_step(params, grads, away[1], moments[1], step, lr=1e-3),
+        "copy of parameter 0": lambda: adam_step(params, grads, *moments, step, lr=1e-3, copies=half),
+        "step is": lambda: adam_step(params, grads, *moments, step.to(far), lr=1e-3),
+        "lr is": lambda: adam_step(params, grads, *moments, step, lr=torch.ones((), device=far)),
+        "ema_decay is a": lambda: adam_step(
+            params, grads, *moments, step, lr=1e-3, emas=params, ema_decay=torch.ones((), dtype=torch.float16)
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            wrong()

@@ -190,3 +190,15 @@ def test_cuda_graph(device):
             grad.normal_()
     for p, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(p, twin.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_each_launch_knows_the_types_of_its_own_gradients(check_adam, monkeypatch):
+    monkeypatch.setattr(adam_step_triton, "TENSORS", 2)
+    check_adam(fused, [(5,), (4, 3), (7,), (6,), (3,)], low_grads=(0, 3, 4))
+
+
+def test_one_float64_among_the_parameters_is_refused(device):
+    dtypes = (torch.float32, torch.float64)
+    p, g, m, v = ([torch.zeros(4, dtype=dtype, device=device) for dtype in dtypes] for _ in range(4))
+    with pytest.raises(ValueError, match="float32 parameters"):
+        fused(p, g, m, v, torch.zeros((), device=device), lr=1e-3)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from fastdcgan import heic
 from fastdcgan.errors import UserError, first_line
 from fastdcgan.files import LONGEST, replace_file, short, target
 from fastdcgan.models import AnyGenerator
@@ -41,7 +42,8 @@ def open_picture(path: Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        raise UserError(f"{path} is not a picture that can be read: {first_line(error)}") from None
+        reason = heic.why_unread(path.read_bytes()[:12]) if path.is_file() else ""
+        raise UserError(f"{path} is not a picture that can be read: {reason or first_line(error)}") from None
     if why:
         raise UserError(f"{path} has {why}")
     picture = in_8_bits(picture, file)

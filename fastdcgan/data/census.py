@@ -17,6 +17,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
+from fastdcgan import heic
 from fastdcgan.console import progress
 from fastdcgan.data.header import UNUSABLE, Facts, examine, unusable
 from fastdcgan.data.pillow_decode import MOST_PIXELS, cover_box, too_many_pixels
@@ -25,7 +26,7 @@ from fastdcgan.data.source import MOST_ENCODED_BYTES, PASSING, TOO_LARGE, Encode
 FILES_AT_ONCE = 256
 QUICK = 50e-6  # seconds a file: it comes from memory, and threads would only take turns at the interpreter
 SHOW_PROGRESS_FROM = 20_000  # files; fewer are done before a bar could be read
-FORMAT = f"5 {PIL.__version__}"  # of the remembered verdicts; raise it when `examine` judges differently
+FORMAT = f"5 {PIL.__version__} {heic.VERSION}"  # of the remembered verdicts; raise it when `examine` judges differently
 
 
 class Census:

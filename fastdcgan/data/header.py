@@ -46,6 +46,7 @@ IMAGE_SUFFIXES = frozenset(
         ".sgi",
         ".heic",
         ".heif",
+        ".hif",
     ]
 )
 TURNED_BY_XMP = re.compile(rb"tiff:Orientation(?:=\"|>)[2-8]")  # as Pillow has it, where EXIF says nothing
@@ -58,7 +59,7 @@ ASKS_PILLOW = re.compile(
 )
 LONGEST_HEADER, HEADERS = 4096, 512  # bytes of a JPEG's header, and how many of them, that are worth remembering
 MAGIC = re.compile(  # text can begin with the letters of a BMP or of a PPM
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|P[56]\s[\d#]|RIFF....WEBP|....ftypavif"
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|P[56]\s[\d#]|RIFF....WEBP|....ftyp(?:avif|hei[cx])"
     rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51\0",
     re.DOTALL,
 )
@@ -114,6 +115,8 @@ def examine(glimpse: Glimpse) -> Facts:
         complete = glimpse.size >= int.from_bytes(head[4:8], "little")
     elif head.startswith(b"GIF8"):
         complete = b"\x3b" in glimpse.tail
+    elif head[4:8] == b"ftyp":  # HEIC and AVIF
+        complete = _boxes_are_whole(glimpse.whole())
     else:
         complete = True
     if facts is None:
@@ -245,6 +248,19 @@ def _png(head: bytes, whole: bool) -> Facts | None:
         if name == b"IEND" or (pixels and not whole):
             return facts if not whole or at <= len(head) else None
     return None
+
+
+def _boxes_are_whole(data: bytes) -> bool:
+    """Whether a file's boxes (ISO 14496-12, section 4.2) end where it ends."""
+    at = 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4])
+        if size == 0:  # to the file's end, wherever that was
+            return True
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16])
+        at += max(size, 8)
+    return at == len(data)
 
 
 def _ask_pillow(data: bytes) -> Facts:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 
+from fastdcgan import heic  # whose format is then registered too
 from fastdcgan.errors import first_line
 from fastdcgan.pixels import LEFT_IS_AN_END, TOP_IS_AN_END, in_8_bits, orientation, upright, without_range
 
@@ -256,6 +257,8 @@ def _reason(error: Exception, data: bytes) -> str:
     if isinstance(error, MemoryError):
         return NO_MEMORY
     if isinstance(error, UnidentifiedImageError) or (isinstance(error, SyntaxError) and len(data) < 64):
+        if why := heic.why_unread(data):
+            return why
         start = data[:512]
         is_text = not any(byte < 9 or 13 < byte < 32 for byte in start)
         return "not an image (text)" if is_text else "not an image in a known format"

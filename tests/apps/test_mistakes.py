@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fastdcgan import heic
 from fastdcgan.apps.evaluate import evaluate
 from fastdcgan.apps.export import export
 from fastdcgan.apps.pictures import (
@@ -267,6 +268,15 @@ def test_a_picture_too_large_to_open_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(UserError, match=r"vast\.png is not a picture that can be read: .*bomb"):
         open_picture(tmp_path / "vast.png")
+
+
+def test_a_photograph_of_an_iphone(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "IMG.HEIC", "HEIF")
+    assert open_picture(tmp_path / "IMG.HEIC").size == (64, 48)
+    monkeypatch.setattr(heic, "VERSION", "")
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    with pytest.raises(UserError, match="that can be read: HEIC, which needs one more package: pip install"):
+        open_picture(tmp_path / "IMG.HEIC")
 
 
 def test_a_strip_is_too_narrow_to_stylize(run, tmp_path):

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastdcgan.data import Dataset
+from fastdcgan import heic
+from fastdcgan.data import Dataset, census, pillow_decode
 from fastdcgan.data.census import Census
 from fastdcgan.data.check import check
 from fastdcgan.data.header import JPEG, OTHER, Glimpse, examine
@@ -39,7 +40,7 @@ def file_of(image: Image.Image, format: str, **options: object) -> bytes:
 def rotated(picture: Image.Image, format: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise, so it is stored turned the other way
-    return file_of(picture.transpose(Image.Transpose.ROTATE_90), format, quality=95, exif=exif)
+    return file_of(picture.transpose(Image.Transpose.ROTATE_90), format, quality=95, exif=exif.tobytes())
 
 
 def turned_by_xmp(picture: Image.Image, format: str) -> bytes:
@@ -329,6 +330,14 @@ USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Ima
         lambda p: file_of(half_transparent(p(5)), "TGA", compression="tga_rle"),
         lambda p: on_white(p(5)),
     ),
+    "HEIC": ("a.heic", lambda p: file_of(p(5), "HEIF", quality=95), lambda p: p(5)),
+    "turned HEIC, with its name in capitals": ("a.HEIC", lambda p: rotated(p(5), "HEIF"), lambda p: p(5)),
+    "transparent HEIC": (
+        "a.heic",
+        lambda p: file_of(half_transparent(p(5)), "HEIF", quality=95),
+        lambda p: on_white(p(5)),
+    ),
+    "HEIC without extension": ("a", lambda p: file_of(p(5), "HEIF", quality=95), lambda p: p(5)),
     "JPEG 2000's codestream": ("a.j2k", lambda p: file_of(p(5), "JPEG2000", no_jp2=True), lambda p: p(5)),
     "JPX": ("a.jpx", lambda p: file_of(p(5), "JPEG2000"), lambda p: p(5)),
     "PCX": ("a.pcx", lambda p: file_of(p(5), "PCX"), lambda p: p(5)),
@@ -399,6 +408,8 @@ UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
     "JPEG magic and then nonsense": ("x.jpg", lambda e: b"\xff\xd8\xff" + np.random.default_rng(0).bytes(5000), ""),
     "JPEG that breaks while decoding": ("x.jpg", lambda e: e().replace(b"\xff\xdb", b"\xff\xfe"), "broken"),
     "PNG that breaks while decoding": ("x.png", lambda e: broken_png(e), "broken"),
+    "truncated AVIF": ("x.avif", lambda e: e(format="AVIF", size=(200, 200))[:-400], ""),
+    "truncated HEIC": ("x.heic", lambda e: e(format="HEIF", size=(200, 200))[:-400], ""),
     "floating point": ("x.tiff", lambda e: file_of(Image.new("F", (20, 20)), "TIFF"), "floating-point"),
     "signed 8-bit": (
         "x.tiff",
@@ -407,6 +418,25 @@ UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
     ),
     "32-bit": ("x.tiff", lambda e: file_of(Image.new("I", (20, 20), 200), "TIFF"), "32-bit"),
 }
+
+
+def test_heic_can_be_used_once_pillow_heif_is_installed(
+    make_folder: Callable[..., Path],
+    opened: Callable[..., Dataset],
+    picture: Picture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was found and decoded without it is no reason to leave such a file out."""
+    folder = make_folder(GOOD, {"x.heic": file_of(picture(5), "HEIF", quality=95)})
+    with monkeypatch.context() as without:
+        without.setattr(heic, "VERSION", "")
+        without.setattr(census, "FORMAT", "without")
+        without.setattr(pillow_decode, "FORMATS", [name for name in pillow_decode.FORMATS if name != "HEIF"])
+        data = opened(folder, cache="disk")
+        assert data.skipped == [("x.heic", "HEIC, which needs one more package: pip install pillow-heif")]
+        data.stream(GOOD).advance()
+    data = opened(folder, cache="disk")
+    assert data.skipped == [] and data.take([GOOD]).float().std() > 10
 
 
 def broken_png(encode: Encode) -> bytes:

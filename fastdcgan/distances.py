@@ -42,7 +42,7 @@ def sliced_wasserstein(
     sets = [to_floats(images[:count]) for images in (a, b)]
     # Scaled too, what no picture shows, such as noise in an alpha that is 1 everywhere, would count as a picture does.
     judged = [sets[1]] if absolute else sets
-    varied = torch.stack([images.std((0, 2, 3)) for images in judged]).amax(0) >= VISIBLE
+    varied = torch.stack([images.std((0, 2, 3)).cpu() for images in judged]).amax(0) >= VISIBLE
     for levels in zip(*map(laplacian_pyramid, sets), strict=True):
         found = [_patches(level, random) for level in levels]
         over = [found[1], found[1]] if absolute else found
@@ -150,7 +150,7 @@ def _patches(level: Tensor, random: torch.Generator) -> Tensor:
 def _normalised(patches: Tensor, over: Tensor, varied: Tensor, least: float) -> Tensor:
     """Patches (N, 7, 7, C) less the mean of those in `over`, channel by channel, and where `varied`, bool (C,), says so
     in units of their deviation, or of `least` if that is more: (N, C * 49)."""
-    scale = torch.where(varied, over.std((0, 1, 2)).clamp(min=least), 1.0)
+    scale = torch.where(varied.to(over.device), over.std((0, 1, 2)).clamp(min=least), 1.0)
     return ((patches - over.mean((0, 1, 2))) / scale).flatten(1)
 
 

@@ -409,7 +409,7 @@ def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn(monkeypatch
     monkeypatch.setattr(streams.torch, "cuda", nothing)
     monkeypatch.setattr(streams.torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
     feed, device = MagicMock(device=torch.device("cpu"), order=MagicMock(world_size=1)), torch.device("cpu")
-    feed.images.side_effect = [1, 2, UserError("a.jpg is broken")]
+    feed.fill.side_effect = [1, 2, UserError("a.jpg is broken")]
     position = Position()
     staged = streams.StagedStream(feed, (2, 4, 4, 3), device, position)
     staged.advance()
@@ -419,6 +419,6 @@ def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn(monkeypatch
             staged.advance()
     assert (position.taken, position.images, staged.images) == (2, 4, 4)
     staged.close()
-    feed.images.side_effect = [UserError("all are broken")]
+    feed.fill.side_effect = [UserError("all are broken")]
     with pytest.raises(UserError, match="all are broken"):  # before anything is written
         streams.StagedStream(feed, (2, 4, 4, 3), device, position)

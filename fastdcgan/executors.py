@@ -26,7 +26,7 @@ class Executor(Protocol):
     def run(self) -> None: ...
 
     def close(self) -> None:
-        """Let go of what it holds on the device; it runs nothing any more."""
+        """Let go of what it holds on the device, and of what was compiled; it runs nothing any more."""
 
 
 class Uncaptured:
@@ -39,7 +39,7 @@ class Uncaptured:
         self.step.update()
 
     def close(self) -> None:
-        pass
+        self.step.uncompile()
 
 
 class Captured:
@@ -83,6 +83,7 @@ class Captured:
         for graph in self.graphs.values():
             graph.reset()
         self.graphs.clear()
+        self.step.uncompile()
 
     def capture(self) -> None:
         """Record one update; where that fails, say why once and stay with ordinary updates (or raise, if required)."""

@@ -260,6 +260,13 @@ class TrainStep:
         if self.interpolation is not None or self.r1 > 0:
             log.warning("the penalty on the discriminator's gradient runs uncompiled: it is differentiated twice")
 
+    def uncompile(self) -> None:
+        """Give up what was compiled, which refers to this step: that would stay, with its images in the GPU's memory,
+        until Python looks for cycles."""
+        for name in ("generate", "discriminator_loss", "generator_loss", "keep_books"):
+            vars(self).pop(name, None)
+        self.compiled = False
+
     def read_metrics(self) -> dict[str, float]:
         """Means of METRICS since the last call. Waits for the device, which `update` never does."""
         *sums, steps = self.sums.tolist()

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
+import gc
 import importlib.metadata
 import json
 import logging
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1235,6 +1238,26 @@ def test_flags_reach_the_data_and_the_step(tmp_path: Path, monkeypatch: pytest.M
 def test_what_the_data_turned_out_to_be_is_in_the_configuration(straight: Path) -> None:
     config = load_run(straight).config
     assert config is not None and config.channels == 1 and SMALL.channels is None
+
+
+def test_a_compiled_run_leaves_no_step_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the next run would find the last one's images still in its memory, until Python looks for cycles."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("fastdcgan.executors.why_not_compiled", lambda kind: None)
+    steps: list[weakref.ref[TrainStep]] = []
+    compile_ = TrainStep.compile
+
+    def compile_and_note(step: TrainStep) -> None:
+        steps.append(weakref.ref(step))
+        compile_(step)
+
+    monkeypatch.setattr(TrainStep, "compile", compile_and_note)
+    gc.disable()
+    try:
+        train(small(tmp_path / "run", compile=True, steps=2))
+        assert [step() for step in steps] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_first_step_that_compiles_has_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from fastdcgan.data.feed import StoreFeed, Usable
 from fastdcgan.data.order import Order, Position
 from fastdcgan.data.store import Store
 from fastdcgan.data.streams import ResidentStream, StagedStream
+from fastdcgan.errors import UserError
 
 SAMPLED = 64  # images that tell one set from another of as many
 
@@ -72,6 +73,9 @@ class ArrayDataset(Dataset):
     def _on_device(self) -> Store:
         """The whole set on the GPU where it may and fits, else where it is."""
         size = self._host.array.nbytes
+        if self._cache == "device" and size > (free := room.free_device_bytes(self._device)):
+            what = f"the images need {room.in_words(size)}, more than the {room.in_words(free)} that are free"
+            raise UserError(f"{what} on the GPU: use --cache auto or --cache host")
         if self._cache == "device" or (self._cache == "auto" and room.fits_on_device(size, self._device)):
             return Store(self._host.array.to(self._device), self._host.present)
         return self._host

@@ -44,6 +44,7 @@ def fits_on_disk(size: int, folder: Path) -> bool:
 
 
 def free_device_bytes(device: torch.device) -> int:
+    torch.cuda.empty_cache()  # what PyTorch has kept of earlier runs' memory is free too
     return torch.cuda.mem_get_info(device)[0]
 
 

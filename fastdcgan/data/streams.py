@@ -105,11 +105,15 @@ class StagedStream(FedStream):
         self._half = 1
         self._thread = threading.Thread(target=self._fill_slots, name="fill slots", daemon=True)
         torch.cuda.current_stream(device).synchronize()  # `source` and slots may be memory that is still in use there
-        self._thread.start()
         self._failed: BaseException | None = None  # why there will be no further batch
-        self._stage(0)
-        if self._failed is not None:
-            raise self._failed
+        try:
+            self._thread.start()
+            self._stage(0)
+            if self._failed is not None:
+                raise self._failed
+        except BaseException:  # such as Ctrl-C: nobody else has this object yet, to close it
+            self.close()
+            raise
 
     def advance(self) -> None:
         if self._failed is not None:
@@ -155,7 +159,8 @@ class StagedStream(FedStream):
         if not self._closed:
             self._closed = True
             self._empty.put((torch.empty(0), torch.cuda.Event()))  # wakes the thread
-            self._thread.join()
+            if self._thread.ident is not None:  # it has been started
+                self._thread.join()
             self._copy_stream.synchronize()  # `source` may be freed now: nothing must be writing to it
             super().close()
 

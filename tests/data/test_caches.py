@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from fastdcgan.data import Dataset, default_cache_dir, room, store
+from fastdcgan.data.array_dataset import ArrayDataset
 from fastdcgan.data.loader import Loader
 from fastdcgan.data.order import Order
 from fastdcgan.data.store import DiskStore, is_whole, reserve
@@ -693,3 +694,20 @@ def test_without_a_name_of_this_boot_a_process_trusts_itself_alone(monkeypatch: 
     first = store._boot_id()
     monkeypatch.setattr(os, "getpid", lambda: 12345)
     assert store._boot_id() != first
+
+
+def test_what_earlier_runs_have_left_to_pytorch_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch keeps the memory of tensors that are gone, which the driver counts as used."""
+    free = [1 << 30]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(3 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 4 << 30))
+    assert room.free_device_bytes(torch.device("cuda")) == 3 << 30
+
+
+def test_a_packed_set_larger_than_the_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "free_device_bytes", lambda device: 8 * 4 * 4 * 3 - 1)
+    data = ArrayDataset(
+        "set", np.zeros((8, 4, 4, 3), np.uint8), "", device=torch.device("cuda"), seed=0, flip=False, cache="device"
+    )
+    with pytest.raises(UserError, match=r"the images need .* free on the GPU: use --cache auto or --cache host"):
+        data.stream(2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import os
+import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -419,6 +421,29 @@ def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn(monkeypatch
             staged.advance()
     assert (position.taken, position.images, staged.images) == (2, 4, 4)
     staged.close()
-    feed.fill.side_effect = [UserError("all are broken")]
-    with pytest.raises(UserError, match="all are broken"):  # before anything is written
-        streams.StagedStream(feed, (2, 4, 4, 3), device, position)
+    for first in (UserError("all are broken"), KeyboardInterrupt()):
+        feed.reset_mock()
+        feed.fill.side_effect = [first]
+        with pytest.raises(type(first)):  # before anything is written
+            streams.StagedStream(feed, (2, 4, 4, 3), device, position)
+        feed.close.assert_called_once()
+
+
+def test_an_interrupt_before_the_first_batch_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens the stream waits for that batch, and has nothing yet that could be closed."""
+    empty, get = torch.empty, queue.Queue.get
+    monkeypatch.setattr(streams.torch, "cuda", MagicMock())
+    monkeypatch.setattr(streams.torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+
+    def interrupted(of: queue.Queue[object], *arguments: object) -> object:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        return get(of, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(queue.Queue, "get", interrupted)
+    feed, device = MagicMock(device=torch.device("cpu"), order=MagicMock(world_size=1)), torch.device("cpu")
+    feed.fill.return_value = 1
+    with pytest.raises(KeyboardInterrupt):
+        streams.StagedStream(feed, (2, 4, 4, 3), device, Position())
+    assert not [thread for thread in threading.enumerate() if thread.name == "fill slots"]
+    feed.close.assert_called_once()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastdcgan import heic
@@ -42,7 +42,7 @@ def open_picture(path: Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = heic.why_unread(path.read_bytes()[:12]) if path.is_file() else ""
+        reason = heic.why_unread(path.read_bytes()) if isinstance(error, UnidentifiedImageError) else ""
         raise UserError(f"{path} is not a picture that can be read: {reason or first_line(error)}") from None
     if why:
         raise UserError(f"{path} has {why}")

@@ -74,8 +74,8 @@ if wanted tests; then
     for batch in 128 1024; do
         timeout 100 "$PYTHON" - $batch > "$work/compile-$batch.txt" 2>&1 <<'PYTHON_END' &
 import sys, torch
-from fastdcgan.bench.contenders import Entry, Shape, on_random_images, quiet
-quiet()
+from fastdcgan.bench.contenders import Entry, Shape, on_random_images, quiet_compiler
+quiet_compiler()
 run, _ = on_random_images(Entry("fast-captured", "bf16"), Shape(int(sys.argv[1])), torch.device("cuda"))
 for _ in range(4):
     run()

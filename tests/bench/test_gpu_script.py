@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -37,6 +38,15 @@ def test_every_section_runs_its_command(tmp_path: Path) -> None:
     for module in re.findall(r"fastdcgan\.bench\.(\w+)", asked):
         assert (ROOT / "bench" / f"{module}.py").exists()
     assert asked.count("fast-captured") >= 5 and "-m pytest" in asked and "fastdcgan train digits" in asked
+
+
+def test_what_the_scripts_in_it_import_is_there() -> None:
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    found = re.findall(r"^from (fastdcgan\.\S+) import (.+)$", script, re.MULTILINE)
+    assert len(found) >= 5
+    for module, names in found:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 def test_sections_by_name_run_alone(tmp_path: Path) -> None:

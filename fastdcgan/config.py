@@ -152,7 +152,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if getattr(getattr(self, field.name), "ndim", None) == 0:
                 object.__setattr__(self, field.name, getattr(self, field.name).item())
-        if isinstance(self.image_size, tuple):
+        if isinstance(self.image_size, tuple | list):
             object.__setattr__(self, "image_size", "x".join(map(str, self.image_size)))
         elif isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", str(self.image_size))

@@ -25,12 +25,11 @@ def speaks() -> bool:
 
 def moves() -> bool:
     """Whether what is said can be drawn over: standard error is a terminal that knows how."""
-    return (
-        sys.stderr is not None
-        and sys.stderr.isatty()
-        and os.environ.get("TERM", "") not in ("dumb", "unknown")
-        and speaks()
-    )
+    try:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+    except Exception:  # it is closed, or a program has put something there that cannot say
+        return False
+    return terminal and os.environ.get("TERM", "") not in ("dumb", "unknown") and speaks()
 
 
 def say(message: str, anyone: bool = False) -> None:

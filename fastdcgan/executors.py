@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
 import warnings
 from typing import Protocol
 
@@ -12,7 +11,7 @@ import torch
 
 from fastdcgan.console import spinner
 from fastdcgan.errors import UserError, compiler_error, first_line
-from fastdcgan.signals import stop_signals
+from fastdcgan.signals import signals_afterwards
 from fastdcgan.step import TrainStep
 
 log = logging.getLogger("fastdcgan")
@@ -147,14 +146,11 @@ def make_executor(step: TrainStep, *, compile: bool, cuda_graph: str) -> Executo
 def why_not_compiled(kind: str) -> str | None:
     """What keeps torch.compile from working on this kind of device, found out by trying; None if nothing does."""
     # An import that Ctrl-C cuts short leaves half a compiler in the process: it is heard afterwards.
-    with stop_signals() as stop, spinner("looking whether torch.compile works here"):
+    with signals_afterwards(), spinner("looking whether torch.compile works here"):
         from torch._dynamo.exc import TorchDynamoException  # takes seconds, which an eager run need not wait for
 
         try:
             torch.compile(torch.neg, dynamic=False)(torch.zeros(1, device=kind))
-            reason = None
         except TorchDynamoException as error:
-            reason = compiler_error(error)
-    if stop.number:
-        signal.raise_signal(stop.number)
-    return reason
+            return compiler_error(error)
+    return None

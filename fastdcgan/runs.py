@@ -25,6 +25,7 @@ from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.files import lock, replace_file, short
+from fastdcgan.isolation import own_settings
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 from fastdcgan.processor import choose_device, describe_device
 from fastdcgan.versions import versions
@@ -67,6 +68,9 @@ class RunFolder:
         except OSError as error:
             self.unlock()
             raise UserError(f"--run-dir {path} cannot be written: {error.strerror}") from error
+        except BaseException:  # such as Ctrl-C, whose traceback a notebook keeps, and with it the lock
+            self.unlock()
+            raise
 
     def unlock(self) -> None:
         """Let another process, or another run of this one, train in the folder."""
@@ -184,9 +188,15 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
         UserError: nothing there, or not a generator, or damaged, or without its latest weights; never runs code from a
             file.
     """
-    path = Path(path).expanduser()
-    if torch.device(device).type == "cuda":
+    path, kind = Path(os.path.expanduser(path)), torch.device(device).type
+    if kind == "cuda":
         choose_device("cuda")  # raises where there is none
+    with own_settings(kind):
+        return _load(path, device, ema)
+
+
+def _load(path: Path, device: str | torch.device, ema: bool) -> Run:
+    """`load_run`, the caller's settings left out."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
     if (path / EXPORTED).is_file() and not (path / "state.json").exists():
@@ -249,7 +259,7 @@ def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:
         raise UserError(f"{path} does not hold a generator: it has no layers")
     first, last, complaint = layers[0], layers[-1], f"{path} does not hold a DCGAN's generator"
     if first.ndim == 2:
-        generator = build_generator("tutorial", (28, 28), last.shape[0] // (28 * 28), first.shape[1], 0)
+        generator = _empty(partial(build_generator, "tutorial", (28, 28), last.shape[0] // 784, first.shape[1], 0))
     else:
         k = len(layers) - 1
         size = first.shape[2] << k, first.shape[3] << k
@@ -267,7 +277,7 @@ def _discriminator(weights: dict[str, Tensor], path: Path) -> AnyDiscriminator:
     layers = _layers(weights)
     first, last, complaint = layers[0], layers[-1], f"{path} does not hold a DCGAN's discriminator"
     if last.ndim == 2:
-        discriminator = build_discriminator("tutorial", (28, 28), first.shape[1], 0)
+        discriminator = _empty(partial(build_discriminator, "tutorial", (28, 28), first.shape[1], 0))
     else:
         k = len(layers) - 1
         size = last.shape[2] << k, last.shape[3] << k
@@ -291,7 +301,13 @@ def _build(build: Callable[[], N], weights: dict[str, Tensor], complaint: str) -
         numbers = sum(value.numel() for value in build().state_dict().values())
     if numbers > 2 * sum(value.numel() for value in weights.values()):
         raise UserError(f"{complaint}: its layers do not follow one another as that one's do")
-    return build()
+    return _empty(build)
+
+
+def _empty(build: Callable[[], N]) -> N:
+    """The network without values yet, of which initial ones would move the caller's random numbers."""
+    with torch.device("meta"):
+        return build().to_empty(device="cpu")
 
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) -> None:

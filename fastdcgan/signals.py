@@ -29,7 +29,8 @@ def stop_signals() -> Iterator[Stop]:
     if numbers and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
         once.append(signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
+    found = {number: signal.getsignal(number) for number in numbers}
+    before = {number: action for number, action in found.items() if action is not None}  # None: not one of Python's
 
     def handler(number: int, frame: object) -> None:
         stop.number = number
@@ -45,3 +46,12 @@ def stop_signals() -> Iterator[Stop]:
     finally:
         for number, action in before.items():
             signal.signal(number, action)
+
+
+@contextmanager
+def signals_afterwards() -> Iterator[None]:
+    """Have a signal wait until this is over."""
+    with stop_signals() as stop:
+        yield
+    if stop.number:
+        signal.raise_signal(stop.number)

@@ -49,13 +49,17 @@ class Watch:
         alarms = run / "alarms.jsonl"
         self.known_alarms = alarms.read_text(errors="replace") if alarms.exists() else ""
         self.status, self.silent = "", False
-        self._begin(done)
-        if done == 0:
-            with self.writing():
-                self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
+        self.monitor = Monitor(run, done, self.known_alarms)
+        try:
+            self._begin(done)
+            if done == 0:
+                with self.writing():
+                    self.monitor.picture("real", to_floats(real[:GRID].permute(0, 3, 1, 2)), done)
+        except BaseException:  # such as Ctrl-C: nobody has this object yet to close it
+            self.close()
+            raise
 
     def _begin(self, done: int) -> None:
-        self.monitor = Monitor(self.run, done, self.known_alarms)
         history = self.monitor.before
         start = 0 if history["metrics"] else done
         self.alarms = Alarms(self.config.loss, self.config.label_smoothing, start, self.quality.varied)
@@ -77,6 +81,7 @@ class Watch:
         with self.writing():
             self.monitor.alarm(Alarm(ROLLBACK, alarm.step, done, message))
         with self.writing():
+            self.monitor = Monitor(self.run, done, self.known_alarms)
             self._begin(done)
 
     def log(self, figures: dict[str, float]) -> list[Alarm]:

@@ -738,3 +738,20 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, shell=True, cwd=gone, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("fastdcgan: the folder that this was")
+
+
+def test_what_a_program_has_put_in_place_of_standard_error_need_not_know_of_terminals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (SimpleNamespace(write=lambda text: None, flush=lambda: None), closed, None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert not console.moves()
+        console.say("something")
+
+
+def test_a_home_folder_that_is_not_there_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "~nobody-of-this-name/run"])
+    assert ended.value.code == 2 and "~nobody-of-this-name/run does not exist" in capsys.readouterr().err

@@ -174,6 +174,7 @@ def test_data_that_is_neither_name_nor_path(data: object) -> None:
 
 def test_numbers_of_numpy_and_sizes_as_pairs() -> None:
     config = TrainConfig(data="photos", image_size=(64, 96), gen_width=np.int64(16), lr=np.float32(0.5))  # type: ignore[arg-type]
+    assert TrainConfig(data="photos", image_size=[64, 96]).size == (64, 96)  # type: ignore[arg-type]
     assert config == TrainConfig(data="photos", image_size="64x96", gen_width=16, lr=0.5)
     assert json.loads(json.dumps(config.as_json()))["gen_width"] == 16
     assert TrainConfig(image_size=np.int64(32)).size == (32, 32)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from fastdcgan.signals import stop_signals
+from fastdcgan.signals import signals_afterwards, stop_signals
 
 
 def test_a_second_sigterm_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +32,24 @@ def test_a_second_ctrl_c_ends_the_run_at_once() -> None:
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, found)
+
+
+def test_a_signal_waits_until_what_it_would_spoil_is_over() -> None:
+    done, found = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_afterwards():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            done.append("all of it")
+        assert done == ["all of it"]
+    finally:
+        signal.signal(signal.SIGINT, found)
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a program that Python is embedded in: `getsignal` gives None, which `signal` does not take."""
+    getsignal = signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else getsignal(number))
+    before = getsignal(signal.SIGTERM)
+    with stop_signals():
+        assert getsignal(signal.SIGTERM) == before

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +168,15 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(
     (run.path / "config.json").write_text("{}")
     assert write(run, taken, None, set()) is None  # type: ignore[arg-type]
     assert "no checkpoint at step 12" in capsys.readouterr().err and not checkpoint.complete(run.path)
+
+
+@contextlib.contextmanager
+def float64_as_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def small_step() -> TrainStep:
@@ -1238,6 +1247,49 @@ def test_flags_reach_the_data_and_the_step(tmp_path: Path, monkeypatch: pytest.M
 def test_what_the_data_turned_out_to_be_is_in_the_configuration(straight: Path) -> None:
     config = load_run(straight).config
     assert config is not None and config.channels == 1 and SMALL.channels is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        float64_as_default,
+    ],
+)
+def test_a_run_is_loaded_the_same_whatever_the_caller_has_set(straight: Path, given: Callable[[], Any]) -> None:
+    """And the caller's random numbers stay where they were."""
+    latents = torch.randn(2, 8)
+    expected, numbers = load_run(straight).generator(latents), torch.get_rng_state()
+    with given():
+        run = load_run(straight)
+    images = run.generator(latents)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert torch.equal(images, expected) and images.requires_grad
+    assert run.discriminator is not None and next(run.discriminator.parameters()).dtype == torch.float32
+
+
+def test_an_interrupt_while_a_run_begins_leaves_its_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a notebook keeps the traceback; nor does TensorBoard's thread stay."""
+
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    threads = threading.active_count()
+    for place in (RunFolder, "write_config"), (Watch, "_begin"):
+        with monkeypatch.context() as patched:
+            patched.setattr(*place, interrupted)
+            with pytest.raises(KeyboardInterrupt) as kept:
+                train(small(tmp_path / "run", steps=1))
+        assert threading.active_count() == threads
+        shutil.rmtree(tmp_path / "run" / "samples")
+        train(small(tmp_path / "run", steps=1, resume=(tmp_path / "run" / "config.json").exists()))
+        shutil.rmtree(tmp_path / "run")
+        del kept
 
 
 def test_a_compiled_run_leaves_no_step_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

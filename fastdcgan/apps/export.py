@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def from_pretrained(path: str | Path, device: str | torch.device = "cpu") -> Any
     Raises:
         UserError: no such folder, or damaged.
     """
-    file = Path(path).expanduser() / EXPORTED
+    file = Path(os.path.expanduser(path)) / EXPORTED
     if not file.is_file():
         raise UserError(f"{path} holds no {EXPORTED}: give a folder made by fastdcgan export")
     return load_run(file, device).generator
@@ -138,7 +139,9 @@ def write_torchscript(generator: nn.Sequential, path: Path) -> None:
 
 def write_onnx(generator: nn.Sequential, path: Path) -> None:
     """An ONNX file with input "latent" and output "images", any batch size; compared where onnxruntime is installed."""
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -152,6 +155,7 @@ def write_onnx(generator: nn.Sequential, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
+    log.setLevel(level)
     if importlib.util.find_spec("onnxruntime") is None:
         say("onnxruntime is not installed: the ONNX file has not been compared with the original")
         return

@@ -35,7 +35,7 @@ def untrained(discriminator: AnyDiscriminator, images: Tensor) -> AnyDiscriminat
         images: (N, C, H, W) in -1..1, which its BatchNorm statistics are taken from.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # and no GPU's
         if isinstance(discriminator, Discriminator):
             fresh: AnyDiscriminator = Discriminator(
                 discriminator.image_size, discriminator.channels, discriminator.width

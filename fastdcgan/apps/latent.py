@@ -37,11 +37,15 @@ def latents(seeds: Iterable[int], latent_dim: int, truncation: float | None = No
         check_seed(seed)
     if truncation is not None and not 0 < truncation < float("inf"):
         raise UserError(f"--truncation {truncation:g} is not possible: above 0 (2 cuts little off, 0.5 a lot)")
-    z = torch.stack([torch.randn(latent_dim, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    z = torch.stack([_draw(latent_dim, seed) for seed in seeds])
     if truncation is None:
         return z
     edge = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
     return torch.special.ndtri(edge + (1 - 2 * edge) * torch.special.ndtr(z.double())).float()
+
+
+def _draw(count: int, seed: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()

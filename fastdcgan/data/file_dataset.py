@@ -26,6 +26,7 @@ from fastdcgan.data.store import DiskStore, Shape, Store, is_whole
 from fastdcgan.data.streams import HostStream, ResidentStream, StagedStream
 from fastdcgan.errors import UserError
 from fastdcgan.files import printable, short
+from fastdcgan.signals import signals_afterwards
 
 PIXELS_VERSION = 3  # raise it when other files are taken, or decoded to other pixels: kept images are then made anew
 
@@ -190,8 +191,8 @@ class FileDataset(Dataset):
             "threads": room.cores(),
         }
         if self._loader_name == "dali":
-            from fastdcgan.data.dali_loader import DaliLoader
-
+            with signals_afterwards():  # an import that Ctrl-C cuts short leaves half of DALI in the process
+                from fastdcgan.data.dali_loader import DaliLoader
             return DaliLoader(self._source, self._census, device=self._device, **options)
         from fastdcgan.data.torch_loader import TorchLoader
 

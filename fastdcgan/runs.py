@@ -188,11 +188,10 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
         UserError: nothing there, or not a generator, or damaged, or without its latest weights; never runs code from a
             file.
     """
-    path, kind = Path(os.path.expanduser(path)), torch.device(device).type
-    if kind == "cuda":
+    if torch.device(device).type == "cuda":
         choose_device("cuda")  # raises where there is none
-    with own_settings(kind):
-        return _load(path, device, ema)
+    with own_settings("cpu"):
+        return _load(Path(os.path.expanduser(path)), device, ema)
 
 
 def _load(path: Path, device: str | torch.device, ema: bool) -> Run:

@@ -10,8 +10,8 @@ input and writing each output once; their sum is the floor. What counts as the e
 - BatchNorm with its activation is one kernel each way that reads its input twice, once for the statistics: forward
   reads x, x, writes y; backward reads x, dy, x, dy, writes dx;
 - the activations that follow a convolution directly, and the losses, cost nothing beyond that convolution;
-- Adam reads the gradient, and reads and writes weights and both moments in float32, and writes a 16-bit copy; the
-  generator's moving average is not counted.
+- Adam reads the gradient, reads and writes weights and both moments in float32, and writes a 16-bit copy where there is
+  one; the generator's moving average is not counted.
 So it is a floor for this set of kernels. Statistics computed inside the convolution before would go below it.
 """
 

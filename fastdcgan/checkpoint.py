@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -159,10 +160,14 @@ def keep_best(run: Path, folder: Path, distance: float) -> bool:
         OSError: it could not be written, or the one that is there not be read.
     """
     best = run / "checkpoints" / "best"
+    if not math.isfinite(distance):
+        return False
     try:
         if load(best).progress["distance_to_data"] <= distance:
             return False
-    except (KeyError, TypeError):
+    except KeyError:
+        say(f"note: {best} was measured otherwise, by an earlier version: the checkpoint at this step takes its place")
+    except TypeError:
         pass
     except UserError as error:  # there is none, or none that can be used
         if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):

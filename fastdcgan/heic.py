@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+from PIL import Image
+
+Image.init()  # registers Pillow's own formats first: pillow-heif would take some AVIF for its own, and fail
 try:
     import pillow_heif
-except ImportError:
+except Exception:  # it is not there, or does not go with this Pillow
     VERSION = ""
 else:
     pillow_heif.register_heif_opener()
@@ -14,8 +17,11 @@ else:
 
 NEEDED = "HEIC, which needs one more package: pip install pillow-heif"
 BRANDS = re.compile(rb"....ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)  # ISO 23008-12
+LOOKED_AT = 64  # bytes: with the other brands that a file names
 
 
 def why_unread(head: bytes) -> str:
     """Why a file that begins so cannot be read here, '' where HEIC is not the reason."""
-    return NEEDED if not VERSION and BRANDS.match(head) else ""
+    if VERSION or not BRANDS.match(head) or b"avif" in head[:LOOKED_AT]:
+        return ""
+    return NEEDED

@@ -25,7 +25,6 @@ from fastdcgan import checkpoint
 from fastdcgan.config import TrainConfig
 from fastdcgan.errors import UserError
 from fastdcgan.files import lock, replace_file, short
-from fastdcgan.isolation import own_settings
 from fastdcgan.models import AnyDiscriminator, AnyGenerator, build_discriminator, build_generator
 from fastdcgan.processor import choose_device, describe_device
 from fastdcgan.versions import versions
@@ -190,12 +189,12 @@ def load_run(path: str | Path, device: str | torch.device = "cpu", ema: bool = T
     """
     if torch.device(device).type == "cuda":
         choose_device("cuda")  # raises where there is none
-    with own_settings("cpu"):
+    with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller has set
         return _load(Path(os.path.expanduser(path)), device, ema)
 
 
 def _load(path: Path, device: str | torch.device, ema: bool) -> Run:
-    """`load_run`, the caller's settings left out."""
+    """`load_run`, without the caller's settings."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a run folder, a checkpoint folder or a generator's file")
     if (path / EXPORTED).is_file() and not (path / "state.json").exists():
@@ -304,9 +303,13 @@ def _build(build: Callable[[], N], weights: dict[str, Tensor], complaint: str) -
 
 
 def _empty(build: Callable[[], N]) -> N:
-    """The network without values yet, of which initial ones would move the caller's random numbers."""
+    """The float32 network without weights yet: initial ones would move the caller's random numbers."""
     with torch.device("meta"):
-        return build().to_empty(device="cpu")
+        network = build().float()
+    network = network.to_empty(device="cpu")
+    for buffer in network.buffers():  # old files lack the number of batches
+        buffer.zero_()
+    return network
 
 
 def _fill(network: torch.nn.Module, weights: dict[str, Tensor], complaint: str) -> None:

@@ -26,7 +26,6 @@ from fastdcgan.errors import InOneLine, UserError
 from fastdcgan.executors import make_executor
 from fastdcgan.files import replace_file
 from fastdcgan.heap import heap
-from fastdcgan.isolation import own_settings
 from fastdcgan.models import build_discriminator, build_generator, sync_batch_norm
 from fastdcgan.pace import USUAL, Pace
 from fastdcgan.processor import choose_device, choose_precision, native_bf16
@@ -105,7 +104,14 @@ def train(config: TrainConfig, asked: Set[str] | None = None) -> Path:
         at_end.callback(torch.set_num_threads, torch.get_num_threads())
         device = choose_device(config.device)
         at_end.callback(setattr, heap, "keeps", False)  # as a process has it that never trained
-        at_end.enter_context(own_settings(device.type))  # --precision alone decides on types
+        # The caller's autocast, inference mode and no_grad must not reach the step: --precision alone decides on types.
+        at_end.enter_context(torch.autocast(device.type, enabled=False))
+        at_end.enter_context(torch.inference_mode(False))
+        at_end.enter_context(torch.enable_grad())
+        if torch.get_default_device() != torch.device("cpu"):
+            at_end.enter_context(torch.device("cpu"))  # tensors made without a device go there
+        at_end.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         world = join(device)
         at_end.callback(world.leave)
         if not speaks():  # warnings are the first process's to give, too

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,6 +340,23 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (run / "checkpoints" / "best" / "state.safetensors").write_bytes(b"damaged")
     assert checkpoint.keep_best(run, checkpoint.complete(run)[-1], 0.9)  # better than none
     assert load_run(run / "checkpoints" / "best").step == 12
+
+
+def test_a_best_checkpoint_of_another_measure_is_replaced_and_one_without_a_distance_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    distances = iter([0.5, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+    run = train(small(tmp_path / "run", keep=1))
+    newest, best = checkpoint.complete(run)[-1], run / "checkpoints" / "best"
+    assert not checkpoint.keep_best(run, newest, math.nan) and load_run(best).step == 6
+    kept = checkpoint.load(best)
+    earlier = {name: value for name, value in kept.progress.items() if name != "distance_to_data"}
+    checkpoint.save(run, 6, dataclasses.replace(kept, progress=earlier | {"distance": 0.01}), 9)
+    shutil.rmtree(best)
+    (run / "checkpoints" / "step-000006").rename(best)
+    assert checkpoint.keep_best(run, newest, 0.9) and load_run(best).step == 12
+    assert "was measured otherwise" in capsys.readouterr().err
 
 
 def test_a_nearer_set_has_the_smaller_distance() -> None:

@@ -1271,6 +1271,18 @@ def test_a_run_is_loaded_the_same_whatever_the_caller_has_set(straight: Path, gi
     assert run.discriminator is not None and next(run.discriminator.parameters()).dtype == torch.float32
 
 
+def test_weights_from_before_batches_were_counted(straight: Path, tmp_path: Path) -> None:
+    """By PyTorch up to 0.4, or by programs that leave out what is no floating-point number."""
+    generator = load_run(straight).generator
+    plain = {name: value for name, value in generator.state_dict().items() if "num_batches" not in name}
+    assert len(plain) < len(generator.state_dict())
+    torch.save(plain, tmp_path / "g.pth")
+    found = load_run(tmp_path / "g.pth").generator
+    assert {int(value) for name, value in found.named_buffers() if "num_batches" in name} == {0}
+    latents = torch.randn(2, 8)
+    assert torch.equal(found(latents), generator(latents))
+
+
 def test_an_interrupt_while_a_run_begins_leaves_its_folder_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

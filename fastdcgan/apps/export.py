@@ -140,10 +140,10 @@ def write_torchscript(generator: nn.Sequential, path: Path) -> None:
 def write_onnx(generator: nn.Sequential, path: Path) -> None:
     """An ONNX file with input "latent" and output "images", any batch size; compared where onnxruntime is installed."""
     log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as at_end, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
+        at_end.callback(log.setLevel, log.level)
+        log.setLevel(logging.ERROR)
         torch.onnx.export(
             generator,
             (_example(generator),),
@@ -155,7 +155,6 @@ def write_onnx(generator: nn.Sequential, path: Path) -> None:
             external_data=False,
             verbose=False,
         )
-    log.setLevel(level)
     if importlib.util.find_spec("onnxruntime") is None:
         say("onnxruntime is not installed: the ONNX file has not been compared with the original")
         return

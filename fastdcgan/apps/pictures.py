@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,10 @@ def open_picture(path: Path) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files
-        reason = heic.why_unread(path.read_bytes()) if isinstance(error, UnidentifiedImageError) else ""
+        reason = ""
+        if isinstance(error, UnidentifiedImageError):
+            with suppress(OSError), open(path, "rb") as stream:
+                reason = heic.why_unread(stream.read(heic.LOOKED_AT))
         raise UserError(f"{path} is not a picture that can be read: {reason or first_line(error)}") from None
     if why:
         raise UserError(f"{path} has {why}")

@@ -57,9 +57,10 @@ NO_SEGMENT = frozenset(b"\x00\xff\xd9\xc3\xc5\xc6\xc7\xc9\xca\xcb\xcd\xce\xcf")
 ASKS_PILLOW = re.compile(
     rb"(?:tEXt|zTXt|iTXt)(?:Raw profile type exif|exif)\0|zTXtXML:com\.adobe\.xmp\0|iTXtXML:com\.adobe\.xmp\0[^\0]"
 )
+MOST_BOXES = 1000  # at the top of a HEIC or AVIF, which has three or four
 LONGEST_HEADER, HEADERS = 4096, 512  # bytes of a JPEG's header, and how many of them, that are worth remembering
 MAGIC = re.compile(  # text can begin with the letters of a BMP or of a PPM
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|P[56]\s[\d#]|RIFF....WEBP|....ftyp(?:avif|hei[cx])"
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|P[56]\s[\d#]|RIFF....WEBP|....ftyp(?:avif|hei[cxms]|hev[cxms]|mif1|msf1)"
     rb"|\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51\0",
     re.DOTALL,
 )
@@ -116,7 +117,8 @@ def examine(glimpse: Glimpse) -> Facts:
     elif head.startswith(b"GIF8"):
         complete = b"\x3b" in glimpse.tail
     elif head[4:8] == b"ftyp":  # HEIC and AVIF
-        complete = _boxes_are_whole(glimpse.whole())
+        data = glimpse.whole()
+        facts, complete = _ask_pillow(data), _boxes_are_whole(data)
     else:
         complete = True
     if facts is None:
@@ -253,7 +255,9 @@ def _png(head: bytes, whole: bool) -> Facts | None:
 def _boxes_are_whole(data: bytes) -> bool:
     """Whether a file's boxes (ISO 14496-12, section 4.2) end where it ends."""
     at = 0
-    while at < len(data):
+    for _ in range(MOST_BOXES):
+        if at >= len(data):
+            break
         size = int.from_bytes(data[at : at + 4])
         if size == 0:  # to the file's end, wherever that was
             return True

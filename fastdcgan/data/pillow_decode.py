@@ -263,4 +263,5 @@ def _reason(error: Exception, data: bytes) -> str:
         is_text = not any(byte < 9 or 13 < byte < 32 for byte in start)
         return "not an image (text)" if is_text else "not an image in a known format"
     reason = first_line(error)
-    return "truncated" if "truncated" in reason.lower() else f"broken ({reason})"
+    cut_short = "truncated" in reason.lower() or "end of file" in reason.lower()
+    return "truncated" if cut_short else f"broken ({reason})"

@@ -338,6 +338,11 @@ USABLE: dict[str, tuple[str, Callable[[Picture], bytes], Callable[[Picture], Ima
         lambda p: on_white(p(5)),
     ),
     "HEIC without extension": ("a", lambda p: file_of(p(5), "HEIF", quality=95), lambda p: p(5)),
+    "AVIF that says so only second": (  # where pillow-heif is asked first, it takes it for HEIC
+        "a.avif",
+        lambda p: file_of(p(5), "AVIF", quality=95).replace(b"ftypavif", b"ftypmif1", 1),
+        lambda p: p(5),
+    ),
     "JPEG 2000's codestream": ("a.j2k", lambda p: file_of(p(5), "JPEG2000", no_jp2=True), lambda p: p(5)),
     "JPX": ("a.jpx", lambda p: file_of(p(5), "JPEG2000"), lambda p: p(5)),
     "PCX": ("a.pcx", lambda p: file_of(p(5), "PCX"), lambda p: p(5)),
@@ -409,7 +414,7 @@ UNUSABLE: dict[str, tuple[str, Callable[[Encode], bytes], str]] = {
     "JPEG that breaks while decoding": ("x.jpg", lambda e: e().replace(b"\xff\xdb", b"\xff\xfe"), "broken"),
     "PNG that breaks while decoding": ("x.png", lambda e: broken_png(e), "broken"),
     "truncated AVIF": ("x.avif", lambda e: e(format="AVIF", size=(200, 200))[:-400], ""),
-    "truncated HEIC": ("x.heic", lambda e: e(format="HEIF", size=(200, 200))[:-400], ""),
+    "truncated HEIC": ("x.heic", lambda e: e(format="HEIF", size=(200, 200))[:-400], "truncated"),
     "floating point": ("x.tiff", lambda e: file_of(Image.new("F", (20, 20)), "TIFF"), "floating-point"),
     "signed 8-bit": (
         "x.tiff",

@@ -6,7 +6,9 @@ import re
 
 from PIL import Image
 
-Image.init()  # registers Pillow's own formats first: pillow-heif would take some AVIF for its own, and fail
+# Registers Pillow's own formats: now, as doing it lazily is not safe from several threads, and first, as pillow-heif
+# would take some AVIF for its own, and fail.
+Image.init()
 try:
     import pillow_heif
 except Exception:  # it is not there, or does not go with this Pillow

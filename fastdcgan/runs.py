@@ -257,7 +257,8 @@ def _generator(weights: dict[str, Tensor], path: Path) -> AnyGenerator:
         raise UserError(f"{path} does not hold a generator: it has no layers")
     first, last, complaint = layers[0], layers[-1], f"{path} does not hold a DCGAN's generator"
     if first.ndim == 2:
-        generator = _empty(partial(build_generator, "tutorial", (28, 28), last.shape[0] // 784, first.shape[1], 0))
+        tutorial = "tutorial", (28, 28), last.shape[0] // (28 * 28), first.shape[1], 0
+        generator = _empty(partial(build_generator, *tutorial))
     else:
         k = len(layers) - 1
         size = first.shape[2] << k, first.shape[3] << k

@@ -19,12 +19,8 @@ from fastdcgan.pixels import to_floats
 from fastdcgan.quality import Quality
 from fastdcgan.step import TrainStep
 
-CHANGED = (
-    KeyError,
-    TypeError,
-    ValueError,
-    OverflowError,
-)  # what reading a line of figures raises that somebody has edited
+# What reading a line of figures raises that somebody has edited.
+CHANGED = (KeyError, TypeError, ValueError, OverflowError)
 
 
 class Watch:

@@ -34,7 +34,6 @@ NO_MEMORY = "too large for the memory that is free"
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _one_large_image = threading.Lock()
-Image.init()  # registers the formats now: doing it lazily is not safe from several threads
 FORMATS = [name for name in Image.OPEN if name != "EPS"]  # which Pillow would have another program, Ghostscript, draw
 
 

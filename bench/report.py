@@ -164,10 +164,10 @@ def other_lines(found: Results) -> list[str]:
         verdict = "within" if parity["holds"] else "not shown to be within"
         verdict += f" the margin of {parity['margin']:.0%}"
         fast = next(curve for curve in content["curves"] if curve["contender"] != "example")
-        (height, width), executor = content["network"]["image_size"], fast["contender"].removeprefix("fast-")
+        executor = fast["contender"].removeprefix("fast-")
         lines.append(
             f"- The same steps give the same quality: over {parity['seeds']} seeds of {fast['steps'][-1]:,} steps on"
-            f" {content['data']} at {height}x{width}, width {content['network']['width']}, the {executor} step's"
+            f" {content['data']} at {size(content)}, width {content['network']['width']}, the {executor} step's"
             f" ({content['precision'][fast['contender']]}) sliced Wasserstein distance differs from the reference's by"
             f" {parity['difference']:+.1%} (95% interval {low:+.1%} to {high:+.1%}), {verdict}"
             f" ({cited(stem)})."
@@ -245,10 +245,10 @@ class Comparison:
 
     def row(self) -> str:
         """This result's row of the table."""
-        device, (height, width) = self.content["device"], self.content["network"]["image_size"]
+        device = self.content["device"]
         cells = [
             machine(self.content) + (f", {device['threads']} threads" if device["kind"] == "cpu" else ""),
-            f"{height}x{width}, {self.ours['batch_size']}",
+            f"{size(self.content)}, {self.ours['batch_size']}",
             *(rate(row) for row in (self.plain, self.tuned, self.ours)),
             f"x{self.ratio():.2f}",
             f"{self.ours['images_per_second'] / self.ours['floor']:.0%}",

@@ -43,7 +43,12 @@ class Series:
 
 def key(style: int, label: str) -> str:
     """A piece of a line of a style, and what is drawn so."""
-    piece = f'<svg viewBox="0 0 32 8"><path {_stroke(style)} d="M0 4H32"/></svg>'
+    return _key(_stroke(style), label)
+
+
+def _key(look: str, label: str) -> str:
+    """`key` for a line that looks as these attributes say."""
+    piece = f'<svg viewBox="0 0 32 8"><path {look} d="M0 4H32"/></svg>'
     return f'<span class="key">{piece}{html.escape(label)}</span>'
 
 
@@ -55,7 +60,7 @@ def chart(title: str, series: list[Series], marks: list[float], last: float, leg
     drawn = [line for line in series if line.steps]
     keys = [key(line.style, line.label) for line in drawn if legend and line.label]
     if marks and drawn:
-        keys.append('<span class="key"><svg viewBox="0 0 32 8"><path class="alarm" d="M0 4H32"/></svg>alarm</span>')
+        keys.append(_key('class="alarm"', "alarm"))
     caption = f"<figcaption><h2>{html.escape(title)}</h2>{''.join(keys)}</figcaption>"
     low, high = _range([line.values for line in drawn])
     remarks = [remark for line in series for remark in _remarks(line, low, high)]

@@ -60,6 +60,24 @@ def watch(points: list[dict[str, float]], **options: object) -> list[tuple[str, 
     return found
 
 
+class Fixed(torch.nn.Module):
+    """A generator of pictures (N, C, H, W), whatever the latents are."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        super().__init__()
+        self.pictures = pictures
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.pictures[: len(latents)]
+
+
+@pytest.fixture
+def nearest_at_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run's checkpoints at steps 3, 6, 9 and 12 the second is the nearest to the data."""
+    distances = iter([0.5, 0.2, 0.3, 0.25])
+    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+
+
 WON = {"loss_d": 0.01, "d_real": 0.995, "d_fake": 0.004}
 
 
@@ -314,11 +332,8 @@ def test_a_resumed_run_does_not_write_an_alarm_twice(tmp_path: Path, monkeypatch
         assert [(alarm["kind"], alarm["step"]) for alarm in lines(run, "alarms")] == [("not finite", 6)]
 
 
-def test_the_best_checkpoint_is_the_last_resort(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    distances = iter([0.5, 0.2, 0.3, 0.25])
-    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+@pytest.mark.usefixtures("nearest_at_6")
+def test_the_best_checkpoint_is_the_last_resort(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(small(tmp_path / "run", keep=2))
     for folder in checkpoint.complete(run):
         (folder / "state.json").write_text("{}")
@@ -328,9 +343,8 @@ def test_the_best_checkpoint_is_the_last_resort(
         load_run(run)
 
 
-def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    distances = iter([0.5, 0.2, 0.3, 0.25])
-    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+@pytest.mark.usefixtures("nearest_at_6")
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     run = train(small(tmp_path / "run", keep=1))
     assert [f.name for f in checkpoint.complete(run)] == ["step-000012"]
     best = load_run(run / "checkpoints" / "best")
@@ -342,11 +356,10 @@ def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_run(run / "checkpoints" / "best").step == 12
 
 
+@pytest.mark.usefixtures("nearest_at_6")
 def test_a_best_checkpoint_of_another_measure_is_replaced_and_one_without_a_distance_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    distances = iter([0.5, 0.2, 0.3, 0.25])
-    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
     run = train(small(tmp_path / "run", keep=1))
     newest, best = checkpoint.complete(run)[-1], run / "checkpoints" / "best"
     assert not checkpoint.keep_best(run, newest, math.nan) and load_run(best).step == 6
@@ -363,12 +376,7 @@ def test_a_nearer_set_has_the_smaller_distance() -> None:
     real = torch.randint(0, 100, (32, 16, 16, 1), dtype=torch.uint8)
     quality = Quality(real, 8, 0, torch.device("cpu"))
 
-    class Fixed(torch.nn.Module):
-        def forward(self, latents: Tensor) -> Tensor:
-            return self.pictures[: len(latents)]
-
-    near, far = Fixed(), Fixed()
-    near.pictures, far.pictures = quality.real, quality.real.sign() * torch.linspace(-1, 1, 16)
+    near, far = Fixed(quality.real), Fixed(quality.real.sign() * torch.linspace(-1, 1, 16))
     assert quality.distance(near) < 0.5 * quality.distance(far)
 
 
@@ -376,14 +384,6 @@ def test_washed_out_pictures_are_not_the_nearest() -> None:
     """Normalised each set over itself, a tenth of the contrast and another brightness would be no distance at all."""
     real = torch.randint(0, 256, (64, 16, 16, 1), dtype=torch.uint8)
     quality = Quality(real, 8, 0, torch.device("cpu"))
-
-    class Fixed(torch.nn.Module):
-        def __init__(self, pictures: Tensor) -> None:
-            super().__init__()
-            self.pictures = pictures
-
-        def forward(self, latents: Tensor) -> Tensor:
-            return self.pictures[: len(latents)]
 
     itself = quality.distance(Fixed(quality.real))
     assert quality.distance(Fixed(0.1 * quality.real)) > 5 * itself
@@ -429,9 +429,8 @@ def test_how_far_back_a_later_alarm_may_go() -> None:
     assert alarms.no_sign_before() == 500, "samples were not looked at since"
 
 
-def test_the_best_checkpoint_can_be_old_enough_to_go_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    distances = iter([0.5, 0.2, 0.3, 0.25])
-    monkeypatch.setattr(Quality, "distance", lambda self, generator: next(distances))
+@pytest.mark.usefixtures("nearest_at_6")
+def test_the_best_checkpoint_can_be_old_enough_to_go_back_to(tmp_path: Path) -> None:
     run = train(small(tmp_path / "run", keep=2))  # 9, 12 and the best, 6
     assert checkpoint.load_sound(run, 5) is None and len(checkpoint.complete(run)) == 2
     found = checkpoint.load_sound(run, 8)

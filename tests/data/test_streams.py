@@ -405,11 +405,17 @@ def test_ending_a_stream_waits_for_no_thread(
     assert waited == [False]
 
 
-def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of batches that are staged on a GPU one is ahead: the last good one is trained on, and counted, first."""
-    empty, nothing = torch.empty, MagicMock()
-    monkeypatch.setattr(streams.torch, "cuda", nothing)
+@pytest.fixture
+def staged_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for what a StagedStream asks of CUDA."""
+    empty = torch.empty
+    monkeypatch.setattr(streams.torch, "cuda", MagicMock())
     monkeypatch.setattr(streams.torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+
+
+@pytest.mark.usefixtures("staged_without_a_gpu")
+def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn() -> None:
+    """Of batches that are staged on a GPU one is ahead: the last good one is trained on, and counted, first."""
     feed, device = MagicMock(device=torch.device("cpu"), order=MagicMock(world_size=1)), torch.device("cpu")
     feed.fill.side_effect = [1, 2, UserError("a.jpg is broken")]
     position = Position()
@@ -429,11 +435,10 @@ def test_what_keeps_the_next_batch_from_coming_is_raised_in_its_turn(monkeypatch
         feed.close.assert_called_once()
 
 
+@pytest.mark.usefixtures("staged_without_a_gpu")
 def test_an_interrupt_before_the_first_batch_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever opens the stream waits for that batch, and has nothing yet that could be closed."""
-    empty, get = torch.empty, queue.Queue.get
-    monkeypatch.setattr(streams.torch, "cuda", MagicMock())
-    monkeypatch.setattr(streams.torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    get = queue.Queue.get
 
     def interrupted(of: queue.Queue[object], *arguments: object) -> object:
         if threading.current_thread() is threading.main_thread():
